@@ -1,0 +1,80 @@
+"""Several real processes over gloo, with a deadline: a hang becomes a failure, an error comes with its traceback."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+def run(worker: Callable[..., Any], *args: Any, ranks: int, deadline: float = 300) -> list[Any]:
+    """Run `worker(rank, *args)` in `ranks` processes of one gloo group and return what each returned (picklable).
+
+    Raises `AssertionError` with every rank's traceback if one fails, or if they are not done after `deadline` seconds.
+    """
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        processes = [
+            context.Process(target=_enter, args=(worker, rank, ranks, store, results, args), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        answers: dict[int, Any] = {}
+        failures: list[str] = []
+        end = time.monotonic() + deadline
+        while len(answers) + len(failures) < ranks and time.monotonic() < end:
+            if results.empty():
+                if failures and all(p.exitcode is not None for p in processes):
+                    break
+                dead = [(i, p.exitcode) for i, p in enumerate(processes) if p.exitcode not in (None, 0)]
+                if dead and results.empty():
+                    failures.append(f"processes died without a word: {dead}")
+                    break
+                time.sleep(0.02)
+                continue
+            rank, answer, failure = results.get()
+            if failure:
+                failures.append(f"--- rank {rank}\n{failure}")
+                end = min(end, time.monotonic() + 5)  # the others cannot finish a collective with it
+            else:
+                answers[rank] = answer
+        for process in processes:
+            process.join(timeout=0.1 if failures else 10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    assert not failures, "\n".join(failures)
+    assert len(answers) == ranks, f"ranks {sorted(set(range(ranks)) - set(answers))} were not done after {deadline} s"
+    return [answers[rank] for rank in range(ranks)]
+
+
+def _enter(worker: Callable[..., Any], rank: int, ranks: int, store: str, results: Any, args: tuple[Any, ...]) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"))
+    import logging
+
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_backend="gloo")
+        answer = worker(rank, *args)
+        torch.distributed.barrier()
+        results.put((rank, answer, None))
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise

@@ -1,0 +1,199 @@
+"""The same training twice: through Strata on DeepSpeed, and as a plain single-process PyTorch loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import trainer
+from tests.models import tiny_llama
+from trainer.selectors import build
+
+# Adam's eps is large and the rate small, so that a changed summation order stays at 1e-7 (measured: 6e-5 at lr 1e-2).
+ADAM: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-3}
+SEQUENCE = 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination under test."""
+
+    stage: int = 3
+    ranks: int = 2
+    selector: str = "uniform"
+    blocks: Any = 2
+    interval: int = 2
+    steps: int = 16
+    bank: str = "discard"
+    accumulation: int = 1
+    clipping: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str | None = None
+    offload: bool = False
+    tied: bool = False
+    checkpointing: bool = False
+    always_on: tuple[str, ...] = ("embeddings", "head", "norm")
+    dtype: str = "fp32"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        changed = [f"{k}={v}" for k, v in vars(self).items() if v != Cell.__dataclass_fields__[k].default and k != "extra"]
+        return " ".join(changed) or "default"
+
+
+def make_selector(cell: Cell) -> Any:
+    settings = {} if cell.selector == "all" else {"blocks": cell.blocks}
+    return build(cell.selector, seed=7, interval=cell.interval, **settings)
+
+
+def batch(step: int, micro: int, *, ranks: int, rank: int, vocab: int = 64) -> Tensor:
+    """[2, SEQUENCE] token ids; a step's global batch is 4 sequences per accumulation step, whatever the ranks."""
+    generator = torch.Generator().manual_seed(1000 * step + micro)
+    whole = torch.randint(vocab, (4, SEQUENCE), generator=generator)
+    return whole.chunk(ranks)[rank] if ranks <= 4 else whole
+
+
+def learning_rate(cell: Cell, step: int) -> float:
+    """Multiplier of the base rate at `step`."""
+    return 0.5 * (1 + math.cos(math.pi * step / cell.steps)) if cell.schedule == "cosine" else 1.0
+
+
+def build_model(cell: Cell) -> torch.nn.Module:
+    model = tiny_llama(tied=cell.tied, dtype=torch.bfloat16 if cell.dtype == "bf16" else torch.float32)
+    if cell.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    return model.train()
+
+
+def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
+    """Weights after training in one process with per-parameter Adam state, and the active set of each step."""
+    model = build_model(cell)
+    names = {n: p for n, p in model.named_parameters()}
+    layers = [{n: p for n, p in names.items() if n.startswith(f"model.layers.{i}.")} for i in range(len(model.model.layers))]
+    outside = {n: p for n, p in names.items() if ".layers." not in n}
+    on = {n: p for n, p in outside.items() if _part(n) in cell.always_on}
+    selector = make_selector(cell)
+    state: dict[str, dict[str, Tensor]] = {}
+    step_counts: dict[str, int] = {}
+    previous: set[str] = set()
+    draws = []
+    for step in range(cell.steps):
+        drawn = selector.select(step // cell.interval, len(layers))
+        draws.append(drawn)
+        active = {n: p for i in drawn for n, p in layers[i].items()} | on
+        if cell.bank == "discard":
+            for name in previous - active.keys():
+                state.pop(name, None)
+                step_counts.pop(name, None)
+        previous = set(active)
+        for name, p in names.items():
+            p.requires_grad_(name in active)
+            p.grad = None
+        for micro in range(cell.accumulation):
+            ids = batch(step, micro, ranks=1, rank=0)
+            (model(input_ids=ids, labels=ids).loss / cell.accumulation).backward()
+        gradients = {n: p.grad for n, p in active.items()}
+        if cell.clipping:
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+            scale = min(1.0, cell.clipping / (norm.item() + 1e-6))
+            gradients = {n: g * scale for n, g in gradients.items()}
+        lr = ADAM["lr"] * learning_rate(cell, step)
+        with torch.no_grad():
+            for name, p in active.items():
+                s = state.setdefault(name, {"m": torch.zeros_like(p), "v": torch.zeros_like(p)})
+                t = step_counts[name] = step_counts.get(name, 0) + 1
+                g, (b1, b2) = gradients[name], ADAM["betas"]
+                if p.dim() >= 2:
+                    p.mul_(1 - lr * cell.weight_decay)
+                s["m"].mul_(b1).add_(g, alpha=1 - b1)
+                s["v"].mul_(b2).addcmul_(g, g, value=1 - b2)
+                denominator = (s["v"] / (1 - b2**t)).sqrt().add_(ADAM["eps"])
+                p.addcdiv_(s["m"] / (1 - b1**t), denominator, value=-lr)
+    return {n: p.detach().clone() for n, p in names.items()}, draws
+
+
+def _part(name: str) -> str:
+    return {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}.get(name, "norm")
+
+
+def deepspeed_config(cell: Cell, *, micro_batch: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": cell.stage,
+        "reduce_bucket_size": 20_000,
+        "allgather_bucket_size": 20_000,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        # Small limits, so that parameters really are released and gathered.
+        "stage3_max_live_parameters": 10_000,
+        "stage3_max_reuse_distance": 10_000,
+        "stage3_prefetch_bucket_size": 10_000,
+        "stage3_param_persistence_threshold": 100,
+    }
+    if cell.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": cell.accumulation,
+        "gradient_clipping": cell.clipping,
+        "zero_optimization": zero | cell.extra.get("zero", {}),
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": cell.dtype == "bf16"},
+        "steps_per_print": 10**9,
+    } | cell.extra.get("config", {})
+
+
+def make_engine(cell: Cell, model: torch.nn.Module, sparse: trainer.Sparse) -> Any:
+    import deepspeed
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    groups = sparse.param_groups(weight_decay=cell.weight_decay)
+    optimizer = DeepSpeedCPUAdam(groups, **ADAM) if cell.offload else torch.optim.AdamW(groups, **ADAM)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(cell, step))
+    config = deepspeed_config(cell, micro_batch=4 // cell.ranks)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler if cell.schedule else None, config=config
+    )
+    return engine
+
+
+def full_weights(engine: Any) -> dict[str, Tensor]:
+    """Every parameter's full weights (fp32 copies), gathered; frozen ones too."""
+    import deepspeed
+
+    weights = {}
+    for name, p in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+            weights[name] = p.detach().float().clone()
+    return weights
+
+
+def train_step(cell: Cell, engine: Any, step: int, rank: int) -> None:
+    for micro in range(cell.accumulation):
+        ids = batch(step, micro, ranks=cell.ranks, rank=rank)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+
+
+def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
+    """The same through `prepare` and `attach`; runs in each rank."""
+    model = build_model(cell)
+    sparse = trainer.prepare(model, selector=make_selector(cell), bank=cell.bank, always_on=cell.always_on)
+    engine = make_engine(cell, model, sparse)
+    sparse.attach(engine, guard_every=1)
+    draws = []
+    for step in range(cell.steps):
+        train_step(cell, engine, step, rank)
+        draws.append(sparse.active)
+    weights = full_weights(engine)
+    engine.destroy()
+    return weights, draws
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[n].float() - b[n].float()).abs().max()) for n in a)

@@ -1,0 +1,1 @@
+"""The engine: everything that touches a DeepSpeed engine while it trains."""

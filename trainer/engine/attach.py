@@ -1,0 +1,298 @@
+"""`prepare` a model and `attach` to its DeepSpeed engine: the wiring of everything in this folder.
+
+    sparse = trainer.prepare(model, selector=Uniform(blocks=2, interval=20))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=AdamW(sparse.param_groups(...)), config=...)
+    sparse.attach(engine)
+
+From then on `engine.forward`, `backward` and `step` are used as ever; the active set is replaced at the start of the
+first training forward of each interval.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import nn
+
+from trainer import blocks as structure_of
+from trainer.blocks import Block
+from trainer.engine import bank as banks
+from trainer.engine.bank import Bank
+from trainer.engine.guard import Guard
+from trainer.engine.local_gradients import LocalGradients
+from trainer.engine.probe import LossFunction, Prober
+from trainer.engine.registration import Registration, register
+from trainer.selectors import Selector
+from trainer.updates import Dense, UpdateRule
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    selector: Selector,
+    update: UpdateRule | None = None,
+    bank: Bank | str = "discard",
+    always_on: Iterable[str] = structure_of.PARTS,
+    substrate: Literal["full", "adapter"] = "full",
+    blocks: str | None = None,
+) -> Sparse:
+    """Freeze `model` to the first active set, so that DeepSpeed allocates state for that and nothing more.
+
+    Call it before `deepspeed.initialize`. `always_on` names the parts outside the blocks that train in every interval
+    (`embeddings`, `head`, `norm`); `blocks` the module path of the block list where it is ambiguous.
+
+    Raises `trainer.blocks.BlockError` where the model's structure does not allow the choice, and `ValueError` from the
+    selector, for instance for more blocks than there are.
+    """
+    return Sparse(
+        model,
+        selector=selector,
+        update=update or Dense(),
+        bank=banks.build(bank) if isinstance(bank, str) else bank,
+        always_on=always_on,
+        substrate=substrate,
+        blocks=blocks,
+    )
+
+
+class Sparse:
+    """A model of which a few blocks train at a time.
+
+    Optimizer groups are slots: their number and order never change. Each active block has one group of decayed and
+    one of other parameters, followed by the same for each always-on part.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        selector: Selector,
+        update: UpdateRule,
+        bank: Bank,
+        always_on: Iterable[str],
+        substrate: Literal["full", "adapter"],
+        blocks: str | None,
+    ) -> None:
+        self.structure = structure_of.find(model, path=blocks, substrate=substrate)
+        self.blocks: tuple[Block, ...] = self.structure.blocks
+        self.always_on = structure_of.always_on(self.structure, always_on)
+        self.selector = selector
+        self.update = update
+        self.bank = bank
+        self.interval = 0
+        self.times_active = [0] * len(self.blocks)
+        selector.num_active(len(self.blocks))  # refuse before anything is frozen
+        self._slots: list[int] = list(selector.select(0, len(self.blocks)))
+        self._classes = self._decay_classes()
+        self._engine: DeepSpeedEngine | None = None
+        self._registration: Registration | None = None
+        self._prober: Prober | None = None
+        self._observed_at = -1
+        model.requires_grad_(False)
+        for parameter in self.trainable_parameters():
+            parameter.requires_grad_(True)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices of the blocks that train now, ascending."""
+        return tuple(sorted(self._slots))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps applied so far; steps skipped for overflow do not count."""
+        engine = self._attached()
+        return engine.global_steps - engine.skipped_steps
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What trains now: the active blocks' parameters and the always-on ones."""
+        active = [p for index in self._slots for p in self.blocks[index].parameters.values()]
+        return active + [p for part in self.always_on.values() for p in part.values()]
+
+    def param_groups(
+        self, *, lr: float | None = None, weight_decay: float = 0.0, lr_always_on: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups for the first active set, in the order that every later set keeps.
+
+        Matrices decay by `weight_decay`, vectors (norms, biases) do not. `lr` and `lr_always_on` (for the always-on
+        parts) default to the optimizer's.
+        """
+        groups = []
+        for (label, decayed), parameters in zip(self._labels(), self._groups(), strict=True):
+            group: dict[str, Any] = {"params": list(parameters.values()), "weight_decay": weight_decay if decayed else 0.0}
+            rate = lr if label.startswith("slot") or lr_always_on is None else lr_always_on
+            if rate is not None:
+                group["lr"] = rate
+            groups.append(group | {"name": label})
+        if not groups:
+            raise ValueError("nothing is left for the optimizer: choose an always-on part, or an update rule that registers tensors")
+        return groups
+
+    def attach(
+        self,
+        engine: DeepSpeedEngine,
+        *,
+        guard_every: int = 50,
+        probe_batches: Iterator[Any] | None = None,
+        loss_function: LossFunction | None = None,
+    ) -> None:
+        """Take `engine` over: from now on the active set follows the selector.
+
+        `guard_every` is the number of steps between sampled checks of what moved (0: none; ranks and registration
+        are compared at every switch regardless). A selector that measures needs `probe_batches`, an endless
+        iterator, and `loss_function(module, batch) -> (summed loss, target tokens)`.
+
+        An engine that was built with more trainable parameters is shrunk, and the log says what that peak was.
+        Raises `trainer.engine.registration.RegistrationError` for an engine that cannot be switched.
+        """
+        if self._engine is not None:
+            raise RuntimeError("already attached: prepare the model once for each engine")
+        measures = self.selector.needs(0) is not None
+        if measures and (probe_batches is None or loss_function is None):
+            raise ValueError(f"{type(self.selector).__name__} measures: give attach() probe_batches and loss_function")
+        if self._sparse_rule and engine.gradient_clipping() > 0:
+            raise ValueError(
+                f"gradient_clipping is {engine.gradient_clipping()}, but {type(self.update).__name__} keeps gradients that "
+                "DeepSpeed's norm does not see: set gradient_clipping to 0"
+            )
+        registration = register(engine, self._groups())
+        if registration.rebuilt:
+            logger.warning(
+                "the engine was built with other trainable parameters than the first active set and has been shrunk; call "
+                "trainer.prepare before deepspeed.initialize to avoid that peak (masters, moments and gradients of all of them)"
+            )
+        self._engine, self._registration = engine, registration
+        self._local = LocalGradients(self.update, registration)
+        self._local.replace(self._outside_optimizer())
+        self._guard = Guard(registration, self.blocks, every=guard_every, expect_motion=not self._sparse_rule)
+        if probe_batches is not None and loss_function is not None:
+            self._prober = Prober(engine, self.blocks, batches=probe_batches, loss_function=loss_function)
+        self._guard.after_switch(interval=0, step=0, active=self.active, expected=self._expected(), problem=None)
+        engine.register_forward_pre_hook(self._before_forward)
+        self._wrap_step(engine)
+
+    # --- during training ---------------------------------------------------------------------------------------
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return  # evaluation sees the set that has just trained
+        step = self.steps
+        self._measure(step)
+        if step // self.selector.interval != self.interval:
+            self._switch(step // self.selector.interval, step)
+
+    def _measure(self, step: int) -> None:
+        if self._prober is None or step == self._observed_at:
+            return
+        self._observed_at = step
+        wanted = self.selector.needs(step)
+        if wanted is not None:
+            self.selector.observe(wanted, self._prober.measure(wanted))
+
+    @torch.no_grad()
+    def _switch(self, interval: int, step: int) -> None:
+        """Replace the active set. Blocks that stay keep their slot and with it their state, under every bank."""
+        registration = self._registered()
+        problem = self._guard.before_switch()
+        drawn = self.selector.select(interval, len(self.blocks))
+        entering = [index for index in drawn if index not in self._slots]
+        for slot, index in enumerate(self._slots):
+            if index not in drawn:
+                self._refill(registration, slot, entering.pop(0))
+        self._local.replace(self._outside_optimizer())
+        self.interval = interval
+        self._guard.after_switch(
+            interval=interval, step=step, active=self.active, expected=self._expected(), problem=problem
+        )
+
+    def _refill(self, registration: Registration, slot: int, index: int) -> None:
+        numbers = range(slot * len(self._classes), (slot + 1) * len(self._classes))
+        self._slots[slot] = index
+        for number, parameters in zip(numbers, self._block_groups(index), strict=True):
+            self.bank.put(registration.slices(number))
+            registration.refill(number, parameters)
+            if self.bank.holds(list(parameters)):
+                registration.materialise_state(number, *self.bank.layout(list(parameters)))
+                self.bank.take(registration.slices(number))
+
+    def _wrap_step(self, engine: DeepSpeedEngine) -> None:
+        inner = engine.step
+
+        def step(*args: Any, **kwargs: Any) -> None:
+            self.bank.wait()
+            inner(*args, **kwargs)
+            self._registered().after_step()
+            if engine.was_step_applied():
+                self._after_step(engine)
+
+        engine.step = step  # type: ignore[method-assign]
+
+    def _after_step(self, engine: DeepSpeedEngine) -> None:
+        self._local.step(engine.get_lr()[0])
+        self._guard.note_learning_rates()
+        for index in self._slots:
+            self.times_active[index] += 1
+
+    # --- groups ------------------------------------------------------------------------------------------------
+
+    @property
+    def _sparse_rule(self) -> bool:
+        return any(self.update.in_optimizer(b) != set(b.parameters) for b in self.blocks)
+
+    def _registered_parameters(self, index: int) -> dict[str, nn.Parameter]:
+        block = self.blocks[index]
+        kept = self.update.in_optimizer(block)
+        return {name: p for name, p in block.parameters.items() if name in kept}
+
+    def _decay_classes(self) -> tuple[bool, ...]:
+        """The decay classes that every block has; groups are never empty, DeepSpeed drops those."""
+        found = {tuple(sorted({structure_of.decays(p) for p in self._registered_parameters(b.index).values()}, reverse=True)) for b in self.blocks}
+        if len(found) != 1:
+            raise structure_of.BlockError("some blocks have only matrices or only vectors to train and others both; their groups cannot be slots")
+        return found.pop()
+
+    def _block_groups(self, index: int) -> list[dict[str, nn.Parameter]]:
+        parameters = self._registered_parameters(index)
+        return [{n: p for n, p in parameters.items() if structure_of.decays(p) == c} for c in self._classes]
+
+    def _always_on_groups(self) -> list[tuple[str, bool, dict[str, nn.Parameter]]]:
+        groups = []
+        for part, parameters in self.always_on.items():
+            for decayed in (True, False):
+                chosen = {n: p for n, p in parameters.items() if structure_of.decays(p) == decayed}
+                if chosen:
+                    groups.append((part, decayed, chosen))
+        return groups
+
+    def _groups(self) -> list[dict[str, nn.Parameter]]:
+        slots = [group for index in self._slots for group in self._block_groups(index)]
+        return slots + [group for _, _, group in self._always_on_groups()]
+
+    def _labels(self) -> list[tuple[str, bool]]:
+        slots = [(f"slot{slot}", decayed) for slot in range(len(self._slots)) for decayed in self._classes]
+        return slots + [(part, decayed) for part, decayed, _ in self._always_on_groups()]
+
+    def _expected(self) -> list[list[nn.Parameter]]:
+        return [list(group.values()) for group in self._groups()]
+
+    def _outside_optimizer(self) -> dict[str, nn.Parameter]:
+        return {
+            name: p
+            for index in self._slots
+            for name, p in self.blocks[index].parameters.items()
+            if name not in self.update.in_optimizer(self.blocks[index])
+        }
+
+    def _attached(self) -> DeepSpeedEngine:
+        if self._engine is None:
+            raise RuntimeError("not attached to an engine yet: call attach(engine) after deepspeed.initialize")
+        return self._engine
+
+    def _registered(self) -> Registration:
+        assert self._registration is not None
+        return self._registration

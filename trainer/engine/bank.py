@@ -1,0 +1,130 @@
+"""Banks: where masters and optimizer state of inactive blocks live.
+
+A bank stores `Slice`s: full-shape parameter names, this rank's flat range, fp32 master and moments. They depend on
+neither the ZeRO stage nor on how the optimizer lays out its groups.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from trainer.engine.registration import Slice
+
+
+class Bank(ABC):
+    """Keeps the optimizer state of blocks while they are frozen."""
+
+    @abstractmethod
+    def put(self, slices: Sequence[Slice]) -> None:
+        """Store what leaves the optimizer. The tensors are overwritten afterwards."""
+
+    @abstractmethod
+    def holds(self, names: Sequence[str]) -> bool:
+        """Whether all of `names` are stored."""
+
+    @abstractmethod
+    def layout(self, names: Sequence[str]) -> tuple[set[str], dict[str, float]]:
+        """Which moments are stored for `names`, and their common scalars."""
+
+    @abstractmethod
+    def take(self, slices: Sequence[Slice]) -> None:
+        """Copy what is stored under the slices' names into their tensors, and forget it."""
+
+    def wait(self) -> None:
+        """Return when copies under way may be relied upon by the current stream."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held on this rank."""
+        return 0
+
+
+class Discard(Bank):
+    """Forget: a block starts each interval with fresh moments, and its master from its weights (LISA, BAdam)."""
+
+    def put(self, slices: Sequence[Slice]) -> None:
+        return None
+
+    def holds(self, names: Sequence[str]) -> bool:
+        return False
+
+    def layout(self, names: Sequence[str]) -> tuple[set[str], dict[str, float]]:
+        return set(), {}
+
+    def take(self, slices: Sequence[Slice]) -> None:
+        raise AssertionError("the discard bank holds nothing")
+
+
+class Cpu(Bank):
+    """Keep masters and moments in host memory (page-locked where there is an accelerator) and bring them back exactly.
+
+    At most 12 bytes for each inactive parameter that was ever active. On an accelerator the copies run on a stream
+    of their own, beside the next forward and backward; `wait` orders the optimizer step after them.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[str, Slice] = {}
+        accelerator = get_accelerator()
+        self._stream = None if accelerator.is_synchronized_device() else accelerator.Stream()
+        self._in_flight: list[Slice] = []  # host buffers that a copy to the device still reads
+
+    def put(self, slices: Sequence[Slice]) -> None:
+        self._after_compute()
+        with get_accelerator().stream(self._stream):
+            for piece in slices:
+                tensors = {key: self._to_host(value) for key, value in piece.tensors.items()}
+                self._stored[piece.name] = replace(piece, tensors=tensors)
+
+    def holds(self, names: Sequence[str]) -> bool:
+        return all(name in self._stored for name in names)
+
+    def layout(self, names: Sequence[str]) -> tuple[set[str], dict[str, float]]:
+        pieces = [self._stored[name] for name in names]
+        moments = {key for piece in pieces for key in piece.tensors} - {"master"}
+        return moments, dict(pieces[0].scalars)
+
+    def take(self, slices: Sequence[Slice]) -> None:
+        self._after_compute()
+        with get_accelerator().stream(self._stream):
+            for piece in slices:
+                stored = self._stored.pop(piece.name)
+                if (stored.start, stored.stop, stored.shape) != (piece.start, piece.stop, piece.shape):
+                    raise AssertionError(f"{piece.name}: banked {stored.start}:{stored.stop}, wanted {piece.start}:{piece.stop}")
+                for key, value in stored.tensors.items():
+                    piece.tensors[key].copy_(value, non_blocking=True)
+                self._in_flight.append(stored)
+
+    def wait(self) -> None:
+        if self._stream is not None:
+            get_accelerator().current_stream().wait_stream(self._stream)
+            # Host buffers go back to torch's pinned allocator, which itself waits for streams that used them.
+        self._in_flight.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for piece in self._stored.values() for t in piece.tensors.values())
+
+    def _to_host(self, value: Tensor) -> Tensor:
+        pinned = self._stream is not None
+        host = torch.empty(value.numel(), dtype=value.dtype, device="cpu", pin_memory=pinned)
+        return host.copy_(value, non_blocking=pinned)
+
+    def _after_compute(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(get_accelerator().current_stream())
+
+
+REGISTRY: dict[str, type[Bank]] = {"discard": Discard, "cpu": Cpu}
+
+
+def build(name: str) -> Bank:
+    """The bank `name`; raises `ValueError` for an unknown name."""
+    if name not in REGISTRY:
+        raise ValueError(f"bank.name: unknown bank '{name}'; allowed: {', '.join(REGISTRY)}")
+    return REGISTRY[name]()

@@ -1,0 +1,16 @@
+"""Update rules decide what is trained inside an active block, and how. One file per rule; `build` is the registry."""
+
+from trainer.updates.base import UpdateRule
+from trainer.updates.dense import Dense
+
+REGISTRY: dict[str, type[UpdateRule]] = {"dense": Dense}
+
+
+def build(name: str, **settings: object) -> UpdateRule:
+    """The update rule `name` with its settings; raises `ValueError` for an unknown name."""
+    if name not in REGISTRY:
+        raise ValueError(f"update.name: unknown update rule '{name}'; allowed: {', '.join(REGISTRY)}")
+    return REGISTRY[name](**settings)
+
+
+__all__ = ["Dense", "REGISTRY", "UpdateRule", "build"]
