@@ -7,7 +7,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def tiny_llama(
-    *, layers: int = 6, hidden: int = 32, vocab: int = 64, seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.float32
+    *,
+    layers: int = 6,
+    hidden: int = 32,
+    vocab: int = 64,
+    seed: int = 0,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> LlamaForCausalLM:
     """A Llama with `layers` blocks of about 12 hidden^2 parameters."""
     torch.manual_seed(seed)

@@ -66,9 +66,7 @@ class Structure:
     tied: bool
 
 
-def find(
-    model: nn.Module, *, path: str | None = None, substrate: Literal["full", "adapter"] = "full"
-) -> Structure:
+def find(model: nn.Module, *, path: str | None = None, substrate: Literal["full", "adapter"] = "full") -> Structure:
     """Find the blocks of `model` and sort every other parameter into embeddings, head and norm.
 
     `path` names the block list (for instance `model.layers`) where the structure is ambiguous. With substrate
@@ -81,9 +79,7 @@ def find(
     names = {id(p): name for name, p in model.named_parameters()}
 
     def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-        return {
-            names[id(p)]: p for p in module.parameters() if substrate == "full" or p.requires_grad
-        }
+        return {names[id(p)]: p for p in module.parameters() if substrate == "full" or p.requires_grad}
 
     children = model.get_submodule(path)
     blocks = tuple(
@@ -91,7 +87,9 @@ def find(
     )
     for block in blocks:
         if not block.parameters:
-            raise BlockError(f"{block.path} has no parameters to train under substrate '{substrate}'; every block needs some")
+            raise BlockError(
+                f"{block.path} has no parameters to train under substrate '{substrate}'; every block needs some"
+            )
     _refuse_shared_parameters(blocks)
 
     input_embeddings, head = _call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")
@@ -144,7 +142,9 @@ def _resolve_path(model: nn.Module, path: str | None) -> str:
                 f"model.blocks: no module '{path}'{_nearest(path, candidates)}; lists in this model: {listing}"
             ) from None
         if not list(module.children()):
-            raise BlockError(f"model.blocks: '{path}' ({type(module).__name__}) has no children; lists in this model: {listing}")
+            raise BlockError(
+                f"model.blocks: '{path}' ({type(module).__name__}) has no children; lists in this model: {listing}"
+            )
         return path
     if not candidates:
         raise BlockError("found no list of blocks in this model: name it with model.blocks (for instance model.layers)")
@@ -175,7 +175,9 @@ def _refuse_shared_parameters(blocks: tuple[Block, ...]) -> None:
         for name, parameter in block.parameters.items():
             other = owner.setdefault(id(parameter), block)
             if other is not block:
-                raise BlockError(f"{other.path} and {block.path} share the parameter {name}: blocks cannot be switched one by one")
+                raise BlockError(
+                    f"{other.path} and {block.path} share the parameter {name}: blocks cannot be switched one by one"
+                )
 
 
 def _sort_outside(

@@ -38,10 +38,13 @@ class Cell:
     checkpointing: bool = False
     always_on: tuple[str, ...] = ("embeddings", "head", "norm")
     dtype: str = "fp32"
+    evaluate: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        changed = [f"{k}={v}" for k, v in vars(self).items() if v != Cell.__dataclass_fields__[k].default and k != "extra"]
+        changed = [
+            f"{k}={v}" for k, v in vars(self).items() if v != Cell.__dataclass_fields__[k].default and k != "extra"
+        ]
         return " ".join(changed) or "default"
 
 
@@ -74,7 +77,9 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
     """Weights after training in one process with per-parameter Adam state, and the active set of each step."""
     model = build_model(cell)
     names = {n: p for n, p in model.named_parameters()}
-    layers = [{n: p for n, p in names.items() if n.startswith(f"model.layers.{i}.")} for i in range(len(model.model.layers))]
+    layers = [
+        {n: p for n, p in names.items() if n.startswith(f"model.layers.{i}.")} for i in range(len(model.model.layers))
+    ]
     outside = {n: p for n, p in names.items() if ".layers." not in n}
     on = {n: p for n, p in outside.items() if _part(n) in cell.always_on}
     selector = make_selector(cell)
@@ -165,6 +170,7 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
     """Every parameter's full weights (fp32 copies), gathered; frozen ones too."""
     import deepspeed
 
+    engine.empty_partition_cache()
     weights = {}
     for name, p in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
@@ -188,6 +194,11 @@ def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ..
     draws = []
     for step in range(cell.steps):
         train_step(cell, engine, step, rank)
+        if cell.evaluate:
+            engine.eval()
+            with torch.no_grad():
+                engine(input_ids=batch(step, 9, ranks=cell.ranks, rank=rank))
+            engine.train()
         draws.append(sparse.active)
     weights = full_weights(engine)
     engine.destroy()

@@ -124,13 +124,18 @@ class Sparse:
         """
         groups = []
         for (label, decayed), parameters in zip(self._labels(), self._groups(), strict=True):
-            group: dict[str, Any] = {"params": list(parameters.values()), "weight_decay": weight_decay if decayed else 0.0}
+            group: dict[str, Any] = {
+                "params": list(parameters.values()),
+                "weight_decay": weight_decay if decayed else 0.0,
+            }
             rate = lr if label.startswith("slot") or lr_always_on is None else lr_always_on
             if rate is not None:
                 group["lr"] = rate
             groups.append(group | {"name": label})
         if not groups:
-            raise ValueError("nothing is left for the optimizer: choose an always-on part, or an update rule that registers tensors")
+            raise ValueError(
+                "nothing is left for the optimizer: choose an always-on part, or an update rule that registers tensors"
+            )
         return groups
 
     def attach(
@@ -251,9 +256,14 @@ class Sparse:
 
     def _decay_classes(self) -> tuple[bool, ...]:
         """The decay classes that every block has; groups are never empty, DeepSpeed drops those."""
-        found = {tuple(sorted({structure_of.decays(p) for p in self._registered_parameters(b.index).values()}, reverse=True)) for b in self.blocks}
+        found = {
+            tuple(sorted({structure_of.decays(p) for p in self._registered_parameters(b.index).values()}, reverse=True))
+            for b in self.blocks
+        }
         if len(found) != 1:
-            raise structure_of.BlockError("some blocks have only matrices or only vectors to train and others both; their groups cannot be slots")
+            raise structure_of.BlockError(
+                "some blocks have only matrices or only vectors to train and others both; their groups cannot be slots"
+            )
         return found.pop()
 
     def _block_groups(self, index: int) -> list[dict[str, nn.Parameter]]:

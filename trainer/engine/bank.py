@@ -95,7 +95,9 @@ class Cpu(Bank):
             for piece in slices:
                 stored = self._stored.pop(piece.name)
                 if (stored.start, stored.stop, stored.shape) != (piece.start, piece.stop, piece.shape):
-                    raise AssertionError(f"{piece.name}: banked {stored.start}:{stored.stop}, wanted {piece.start}:{piece.stop}")
+                    raise AssertionError(
+                        f"{piece.name}: banked {stored.start}:{stored.stop}, wanted {piece.start}:{piece.stop}"
+                    )
                 for key, value in stored.tensors.items():
                     piece.tensors[key].copy_(value, non_blocking=True)
                 self._in_flight.append(stored)

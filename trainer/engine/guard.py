@@ -74,7 +74,15 @@ class Guard:
                 problems.append(f"block {index} is active but none of its sampled masters moved")
         return f"since step {before.step}: " + "; ".join(problems) if problems else None
 
-    def after_switch(self, *, interval: int, step: int, active: tuple[int, ...], expected: list[list[nn.Parameter]], problem: str | None) -> None:
+    def after_switch(
+        self,
+        *,
+        interval: int,
+        step: int,
+        active: tuple[int, ...],
+        expected: list[list[nn.Parameter]],
+        problem: str | None,
+    ) -> None:
         """Compare everything at once, with one small all-reduce; raises `GuardError` on all ranks alike."""
         problem = problem or self._registered_problem(expected)
         digest = hashlib.blake2b(repr((interval, active)).encode(), digest_size=6).digest()

@@ -45,7 +45,11 @@ class Prober:
                 for trial in measurement.trials:
                     with suppressed([self._blocks[i].module for i in trial], measurement.factor):
                         loss, count = self._loss_function(module, batch)
-                    totals.append(torch.stack([loss.double(), torch.tensor(float(count), dtype=torch.float64, device=loss.device)]))
+                    totals.append(
+                        torch.stack(
+                            [loss.double(), torch.tensor(float(count), dtype=torch.float64, device=loss.device)]
+                        )
+                    )
             finally:
                 module.train(was_training)
         sums = torch.stack(totals)

@@ -431,7 +431,9 @@ class _Stage3(Registration):
         if self.optimizer.swap_optimizer:
             raise RegistrationError("offload_optimizer.device=nvme cannot be switched yet: use cpu or none")
         if self.optimizer.offload_param:
-            raise RegistrationError("offload_param cannot be switched yet: set zero_optimization.offload_param.device to none")
+            raise RegistrationError(
+                "offload_param cannot be switched yet: set zero_optimization.offload_param.device to none"
+            )
 
     def _live_groups(self) -> list[list[nn.Parameter]]:
         return self.optimizer.fp16_groups
@@ -483,6 +485,8 @@ class _Stage3(Registration):
 
     def _exchange(self, index: int, leaving: list[nn.Parameter], entering: list[nn.Parameter]) -> None:
         zero = self.optimizer
+        if any(p.ds_status is ZeroParamStatus.INFLIGHT for p in (*leaving, *entering)):
+            zero._partition_all_parameters()  # an evaluation's last prefetch still reads the partitions
         for parameter in (*leaving, *entering):
             if parameter.ds_status is ZeroParamStatus.AVAILABLE:
                 parameter.partition()  # a gathered copy may alias the storage that is exchanged here
@@ -498,7 +502,10 @@ class _Stage3(Registration):
         zero.fp16_partitioned_groups[index][:] = [p.ds_tensor for p in entering]
         zero.fp16_partitioned_groups_flat_numel[index] = sum(sizes)
         zero.fp16_partitioned_groups_flat_id[index] = [p.ds_id for p in entering]
-        last = dist.get_rank(group=entering[0].ds_process_group) == dist.get_world_size(group=entering[0].ds_process_group) - 1
+        last = (
+            dist.get_rank(group=entering[0].ds_process_group)
+            == dist.get_world_size(group=entering[0].ds_process_group) - 1
+        )
         zero.groups_padding[index] = [p.padding_size() if last else 0 for p in entering]
         master = self._master(index)
         if master is not zero.fp16_partitioned_groups_flat[index]:
@@ -554,7 +561,9 @@ class _Stage3(Registration):
         zero.grad_partitions_flat_buffer = buffer.pin_memory() if old.is_pinned() else buffer
         offset = 0
         for parameter in everything:
-            partitions[parameter.ds_id] = zero.grad_partitions_flat_buffer.narrow(0, offset, parameter.partition_numel())
+            partitions[parameter.ds_id] = zero.grad_partitions_flat_buffer.narrow(
+                0, offset, parameter.partition_numel()
+            )
             offset += parameter.partition_numel()
 
     # DeepSpeed's own gradient hooks close over the list of parameters that it saw at start-up. These do the same
@@ -598,7 +607,9 @@ class _Stage3(Registration):
         zero.reenter_backward_if_needed()
         for parameter in parameters:
             zero.reduce_ready_partitions_and_remove_grads(parameter)
-        zero.update_hook_state_and_maybe_run_epilogue(self._num_expected() if refresh else zero._max_expected_hooks_seen)
+        zero.update_hook_state_and_maybe_run_epilogue(
+            self._num_expected() if refresh else zero._max_expected_hooks_seen
+        )
 
     def _num_expected(self) -> int:
         registered = [p for group in self.optimizer.fp16_groups for p in group]
@@ -631,7 +642,9 @@ class _Stage1And2(Registration):
         if self.optimizer.round_robin_gradients:
             raise RegistrationError("zero_optimization.round_robin_gradients=true cannot be switched: set it to false")
         if self.optimizer.has_moe_layers:
-            raise RegistrationError("DeepSpeed's own MoE layers cannot be switched: use a transformers mixture-of-experts model")
+            raise RegistrationError(
+                "DeepSpeed's own MoE layers cannot be switched: use a transformers mixture-of-experts model"
+            )
 
     def _live_groups(self) -> list[list[nn.Parameter]]:
         return self.optimizer.bit16_groups
@@ -728,7 +741,9 @@ class _Stage1And2(Registration):
         zero.optimizer.param_groups[index]["params"] = [master]
         if zero.cpu_offload:
             master.grad = torch.zeros_like(master, requires_grad=False)
-            zero.param_buffer_of_bit16_for_cpu_offload_groups[index] = torch.zeros(size, dtype=flat.dtype, device=old.device)
+            zero.param_buffer_of_bit16_for_cpu_offload_groups[index] = torch.zeros(
+                size, dtype=flat.dtype, device=old.device
+            )
 
     def _replan_gradients(self, index: int, ids: list[int]) -> None:
         zero = self.optimizer
@@ -739,7 +754,9 @@ class _Stage1And2(Registration):
         for key in ids:
             zero.accumulated_grads_in_cpu.pop(key, None)
             zero.grad_position.pop(key, None)
-        zero.get_grad_position(index, zero.params_in_partition[index], zero.first_offset[index], zero.partition_size[index])
+        zero.get_grad_position(
+            index, zero.params_in_partition[index], zero.first_offset[index], zero.partition_size[index]
+        )
         largest = max(p.numel() for p in zero.bit16_groups[index])
         for name in ("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload"):
             buffer = getattr(zero, name)
@@ -767,7 +784,9 @@ class _Stage1And2(Registration):
             param_offsets=list(zero.round_robin_bit16_offsets[index]) if padded else None,
         )
         linked = [p for p in zero.bit16_groups[index] if p._hp_mapping is not None]
-        zero._param_slice_mappings[index] = {zero.param_names[p]: p._hp_mapping.get_hp_fragment_address() for p in linked}
+        zero._param_slice_mappings[index] = {
+            zero.param_names[p]: p._hp_mapping.get_hp_fragment_address() for p in linked
+        }
         zero._hp_optimizer_states_linked = False
         if zero.cpu_offload:
             for parameter in linked:

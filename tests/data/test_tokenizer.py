@@ -1,0 +1,101 @@
+import pytest
+from transformers import AutoTokenizer
+
+from trainer.data import DataError
+from trainer.data.tokenizer import bytes_tokenizer, load_tokenizer, padding_id
+
+TEXTS = [
+    "plain",
+    " leading, trailing \r\n\t ",
+    "naïve café, 東京, 🎉👩‍👩‍👧, e\u0301, \ufeff\x00\x7f\u2028",
+    "marks <|eos|><|user|> spelled out",
+    "".join(map(chr, range(0x250))),
+]
+MESSAGES = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "héllo"},
+    {"role": "assistant", "content": "first 🎉"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "sécond é"},
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_comes_back(text):
+    tokenizer = bytes_tokenizer()
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_id_of_a_byte_is_its_value_and_nothing_is_added():
+    tokenizer = bytes_tokenizer()
+    every_character_of_one_or_two_bytes = "".join(map(chr, range(0x800)))
+    assert tokenizer(every_character_of_one_or_two_bytes)["input_ids"] == list(
+        every_character_of_one_or_two_bytes.encode()
+    )
+    assert len(tokenizer) == 261
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (256, 257, None)
+
+
+def test_saved_and_opened_again_it_is_the_same(tmp_path):
+    tokenizer = bytes_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    for reopened in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
+        assert [reopened(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
+        assert [reopened.decode(reopened(text)["input_ids"]) for text in TEXTS] == TEXTS
+        assert reopened.chat_template == tokenizer.chat_template
+        assert (reopened.pad_token_id, reopened.eos_token_id, len(reopened)) == (256, 257, 261)
+
+
+def test_the_chat_template_marks_what_the_assistant_says_and_its_end():
+    tokenizer = bytes_tokenizer()
+    encoded = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
+    assert tokenizer.decode(encoded["input_ids"]) == (
+        "<|system|>be brief<|user|>héllo<|assistant|>first 🎉<|eos|><|user|>and?<|assistant|>sécond é<|eos|>"
+    )
+    marked = [token for token, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(marked) == "first 🎉<|eos|>sécond é<|eos|>"
+
+
+def test_the_generation_prompt_is_how_an_answer_begins():
+    tokenizer = bytes_tokenizer()
+    prompt = tokenizer.apply_chat_template(MESSAGES[:2], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|system|>be brief<|user|>héllo<|assistant|>"
+    assert tokenizer.apply_chat_template(MESSAGES[:3], tokenize=False).startswith(prompt)
+
+
+def test_bytes_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("bytes").get_vocab() == bytes_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing/folder", "a/b/c"])
+def test_a_missing_folder_is_named(name):
+    with pytest.raises(DataError, match=r"model\.tokenizer: no such folder: '.*(missing|a/b/c).*'bytes'"):
+        load_tokenizer(name)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(DataError, match=r"model\.tokenizer: no readable tokenizer in '.*give a folder with"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_hub_name_that_cannot_be_had_is_named_without_long_retries(monkeypatch):
+    from huggingface_hub import HfApi
+
+    def refuse(self, name, *, timeout):
+        raise OSError(f"no route to the hub for {name} within {timeout} s")
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)  # the suite must not depend on a network being there or not
+    with pytest.raises(DataError, match=r"'nobody/nothing' is no folder here.*no route to the hub for nobody/nothing"):
+        load_tokenizer("nobody/nothing")
+
+
+def test_the_padding_id_falls_back_to_the_end_of_text():
+    tokenizer = bytes_tokenizer()
+    assert padding_id(tokenizer) == 256
+    tokenizer.pad_token = None
+    assert padding_id(tokenizer) == 257
+    tokenizer.eos_token = None
+    assert padding_id(tokenizer) == 0
+    assert tokenizer.pad_token is None

@@ -1,0 +1,142 @@
+"""The command line of launch/train.py: a recipe, `key=value` settings, a few options; and its help."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pydantic.fields import FieldInfo
+
+from trainer.config.deepspeed import presets
+from trainer.config.errors import ConfigError, hint
+from trainer.config.keys import Key, allowed, keys, union_members
+from trainer.config.schema import METHODS, RunConfig
+
+USAGE = "deepspeed launch/train.py [RECIPE.yaml] [key=value ...] [--dry-run] [--help]"
+
+_SETTING = re.compile(r"^[A-Za-z_][\w.\-]*=")
+_OPTIONS = ("--dry-run", "--help", "--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user asked for. `config_path` is None where neither a recipe nor a default one was given."""
+
+    config_path: str | None = None
+    overrides: tuple[str, ...] = ()
+    dry_run: bool = False
+    show_help: bool = False
+
+
+def parse_command_line(argv: Sequence[str], *, default_recipe: str | None = None) -> Command:
+    """Read the arguments after the script's name; ConfigError lists all that are not understood.
+
+    The launchers' own --local_rank (or --local-rank) and --deepspeed are accepted and mean nothing here;
+    `--deepspeed_config FILE` sets the key `deepspeed`.
+    """
+    recipes: list[str] = []
+    overrides: list[str] = []
+    problems: list[str] = []
+    flags: set[str] = set()
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        option, equals, value = word.partition("=")
+        if option in ("--local_rank", "--local-rank", "--deepspeed_config"):
+            if not equals:
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+            if not value:
+                problems.append(f"{option}: a value is missing, as in {option}={'FILE' if 'config' in option else 0}")
+            elif option == "--deepspeed_config":
+                overrides.append(f"deepspeed={json.dumps(value)}")
+        elif word in ("--dry-run", "--help", "-h", "--deepspeed"):
+            flags.add(word)
+        elif word.startswith("-"):
+            problems.append(f"{word}: unknown option{_option_advice(word)}")
+        elif _SETTING.match(word):
+            overrides.append(word)
+        else:
+            recipes.append(word)
+    if len(recipes) > 1:
+        problems.append(f"one recipe at a time: got {', '.join(map(repr, recipes))}; settings are written key=value")
+    if problems:
+        raise ConfigError(problems)
+    return Command(
+        config_path=recipes[0] if recipes else default_recipe,
+        overrides=tuple(overrides),
+        dry_run="--dry-run" in flags,
+        show_help=bool(flags & {"--help", "-h"}),
+    )
+
+
+def _option_advice(word: str) -> str:
+    name, _, value = word.lstrip("-").partition("=")
+    paths = [key.path for key in keys(RunConfig)]
+    meant = [path for path in dict.fromkeys(paths) if name in (path, path.rsplit(".", 1)[-1])]
+    if meant:
+        return f"; settings are written without dashes: {' or '.join(f'{path}={value}' for path in meant[:3])}"
+    return hint(word.partition("=")[0], _OPTIONS) or f"; allowed: {', '.join(_OPTIONS)}"
+
+
+def help_text() -> str:
+    """Usage and every key with its allowed values, default and meaning, in 100 columns."""
+    blocks = [f"Usage: {USAGE}", _introduction(), *_method_lines(), "Settings"]
+    shown: list[str] = []
+    heading = None
+    for key in keys(RunConfig):
+        section = key.path.partition(".")[0] if "." in key.path else None
+        if key.member and (section, key.member) != heading:
+            shown.append(_member_heading(section or "", key))
+        elif section != (heading or (None,))[0] and not key.member:
+            shown.append("")
+        heading = (section, key.member)
+        if not (key.member and key.path.endswith(".name")):
+            shown += _key_lines(key)
+    return "\n\n".join(blocks) + "\n" + "\n".join(shown).rstrip() + "\n"
+
+
+def _introduction() -> str:
+    text = (
+        "RECIPE.yaml holds the settings below, nested; without one, the built-in quick start runs. key=value settings "
+        "are laid over it: dotted keys, YAML values, as in selector.blocks=4 or data.eval=null. --dry-run checks "
+        "everything, shows what each rank would hold, and trains nothing."
+    )
+    return textwrap.fill(text, _WIDTH)
+
+
+def _method_lines() -> Iterator[str]:
+    lines = ["Methods (each part can be overridden key by key)"]
+    for name, point in METHODS.items():
+        parts = [f"{part} {_inline(values)}" for part, values in point.items()]
+        lines += textwrap.wrap(f"{name:<6} {'; '.join(parts)}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 9)
+    yield "\n".join(lines)
+
+
+def _inline(values: dict[str, object]) -> str:
+    return "{" + ", ".join(f"{name}: {json.dumps(value).strip(chr(34))}" for name, value in values.items()) + "}"
+
+
+def _member_heading(section: str, key: Key) -> str:
+    model = union_members(RunConfig.model_fields[section].annotation)[key.member or ""]
+    default = RunConfig.model_fields[section].default.name == key.member
+    description = model.model_fields["name"].description
+    text = f"{section}.name={key.member}{' (default)' if default else ''}: {description}"
+    return "\n" + textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
+
+
+def _key_lines(key: Key) -> list[str]:
+    indent = 4 if key.member else 2
+    values = " | ".join([*presets(), "path"]) if key.path == "deepspeed" else allowed(key.field)
+    head = f"{key.path}   {values}   {_default(key.field)}"
+    lines = textwrap.wrap(head, _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + 8))
+    margin = " " * (indent + 4)
+    return lines + textwrap.wrap(key.field.description or "", _WIDTH, initial_indent=margin, subsequent_indent=margin)
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "(required)"
+    value = list(info.default) if isinstance(info.default, tuple) else info.default
+    return f"(default {value if isinstance(value, str) else json.dumps(value)})"

@@ -1,0 +1,124 @@
+"""ConfigError, and the messages that it carries: the value received, what is allowed, the key to change."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from trainer.config.keys import Key, allowed, is_model, keys, literal_values, union_members
+
+
+class ConfigError(ValueError):
+    """The configuration asks for something impossible; `problems` lists everything that is wrong with it."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''} in the configuration"
+        return "\n".join([f"{count}:", *(f"  - {problem}" for problem in self.problems)])
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that looks most like `word`, or None where none looks like it."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """`; nearest: 'x'`, or nothing."""
+    match = nearest(word, known)
+    return f"; nearest: {match!r}" if match else ""
+
+
+def validation_problems(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """One sentence for each error that pydantic found in the fields of `root`.
+
+    Errors of validators over the whole of `root` (an empty location) are left out: the caller reports those itself.
+    """
+    return [_field_problem(entry, root) for entry in error.errors() if entry["loc"]]
+
+
+def _field_problem(entry: Any, root: type[BaseModel]) -> str:
+    path, field, owner, member = _locate(entry["loc"], root)
+    dotted, value = ".".join(path), entry["input"]
+    if entry["type"] == "extra_forbidden":
+        return _unknown_key(path, owner, member, root)
+    if entry["type"] == "missing":
+        return f"{dotted}: missing; allowed: {allowed(field)}"
+    if entry["type"] == "union_tag_invalid":
+        names = list(union_members(field.annotation))
+        name = value.get("name") if isinstance(value, dict) else value
+        return f"{dotted}.name: got {name!r}; allowed: {' | '.join(names)}{hint(str(name), names)}"
+    if is_model(field.annotation) or union_members(field.annotation):
+        return f"{dotted}: got {_shown(value)}; it takes keys of its own, such as {dotted}.{_some_key(field)}"
+    if entry["type"] == "value_error":
+        return f"{dotted}: {entry['ctx']['error']}"
+    where = f" (of {'.'.join(path[:-1])} {member})" if member else ""
+    suggestion = hint(value, literal_values(field)) if isinstance(value, str) else ""
+    return f"{dotted}{where}: got {_shown(value)}; allowed: {allowed(field)}{suggestion}"
+
+
+def _locate(
+    loc: Sequence[int | str], root: type[BaseModel]
+) -> tuple[list[str], FieldInfo | None, type[BaseModel], str | None]:
+    """(path, field, model that holds it, union member) of an error location, which names members between the keys."""
+    path: list[str] = []
+    field, owner, member, parts = None, root, None, list(loc)
+    while parts:
+        name = str(parts.pop(0))
+        path.append(name)
+        field = owner.model_fields.get(name)
+        if field is None or not parts:
+            break
+        members = union_members(field.annotation)
+        if members:
+            member = str(parts.pop(0))
+            if not parts:
+                break
+            owner = members[member]
+        elif is_model(field.annotation):
+            owner = field.annotation
+        else:
+            break
+    return path, field, owner, member
+
+
+def _unknown_key(path: list[str], owner: type[BaseModel], member: str | None, root: type[BaseModel]) -> str:
+    """Suggest the nearest key beside it, then the same name elsewhere, then the nearest name anywhere."""
+    name, section = path[-1], ".".join(path[:-1])
+    siblings = list(owner.model_fields)
+    everywhere = keys(root)
+    elsewhere = [key for key in everywhere if key.path.rsplit(".", 1)[-1] == name]
+    match = nearest(name, siblings)
+    if match:
+        advice = f"nearest: {'.'.join([*path[:-1], match])!r}"
+    elif elsewhere:
+        places = dict.fromkeys(_place(key) for key in elsewhere)
+        advice = f"did you mean {' or '.join(list(places)[:4])}?"
+    else:
+        by_leaf = {key.path.rsplit(".", 1)[-1]: key.path for key in everywhere}
+        match = nearest(name, by_leaf)
+        advice = f"nearest: {by_leaf[match]!r}" if match else f"known here: {', '.join(siblings)}"
+    scope = f" for {section} {member}" if member else ""
+    return f"{'.'.join(path)}: unknown key{scope}; {advice}"
+
+
+def _shown(value: Any) -> str:
+    """The value as YAML has it where Python's spelling differs."""
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    )
+
+
+def _place(key: Key) -> str:
+    return f"{key.path} (with {key.path.rpartition('.')[0]}.name={key.member})" if key.member else key.path
+
+
+def _some_key(field: FieldInfo) -> str:
+    members = union_members(field.annotation)
+    model = next(iter(members.values())) if members else field.annotation
+    return next(iter(model.model_fields))

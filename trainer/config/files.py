@@ -1,0 +1,199 @@
+"""Configuration files: YAML in and out, where relative paths point, and whether the named files can be used."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import deepspeed as deepspeed_config
+from trainer.config.errors import ConfigError, nearest
+from trainer.config.schema import RunConfig
+
+_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's YAML 1.1, but 2e-5 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"key {key.value!r} given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as numbers."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def dump(config: RunConfig) -> str:
+    """YAML that `load` reads back to an equal configuration, with the method's parts written out."""
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+
+
+def parse_value(text: str) -> Any:
+    """The value of an override, in YAML; yaml.YAMLError where it is not."""
+    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file; ConfigError names file and line. An empty file is an empty mapping."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+        values = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError([f"configuration file: {missing_file(path, [Path.cwd()])}"]) from None
+    except OSError as error:
+        raise ConfigError([f"configuration file: cannot read {path!r}: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError([f"{path}, line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})"]) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError([f"{path}, line {line}: not valid YAML: {error.problem}"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path}: holds a {type(values).__name__}; it must hold keys and values, such as `seed: 0`"])
+    return values
+
+
+def resolve_paths(values: Mapping[str, Any], bases: Sequence[Path]) -> dict[str, Any]:
+    """`values` with every path to an existing file or folder made absolute; the first base that has it wins.
+
+    Hub names, presets and what exists nowhere stay as they are.
+    """
+    resolved = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    for section, name in (("data", "train"), ("data", "eval"), ("model", "path"), ("model", "tokenizer")):
+        holder = resolved.get(section)
+        if isinstance(holder, dict) and isinstance(holder.get(name), str) and holder[name] != "bytes":
+            holder[name] = _resolve_path(holder[name], bases)
+    named = resolved.get("deepspeed")
+    if isinstance(named, str) and deepspeed_config.is_path(named):
+        resolved["deepspeed"] = _resolve_path(named, bases)
+    return resolved
+
+
+def _resolve_path(path: str, bases: Sequence[Path]) -> str:
+    expanded = os.path.expanduser(path)
+    for base in bases:
+        if path and (base / expanded).exists():
+            return os.path.abspath(base / expanded)
+    return path
+
+
+def file_problems(values: Mapping[str, Any], bases: Sequence[Path]) -> list[str]:
+    """What is wrong with the files and folders that a configuration names; values of a wrong type are passed over.
+
+    `bases`: the folders in which relative paths were looked for (`resolve_paths`), searched for similar names.
+    """
+    data, model = _section(values, "data"), _section(values, "model")
+    problems = []
+    for name in ("train", "eval"):
+        if isinstance(data.get(name), str) and data[name]:
+            problems += _data_file_problems(f"data.{name}", data[name], bases)
+    if isinstance(model.get("path"), str) and model["path"]:
+        problems += _model_problems("model.path", model["path"], bases, marker="config.json")
+    if isinstance(model.get("tokenizer"), str) and model["tokenizer"] not in ("", "bytes"):
+        problems += _model_problems("model.tokenizer", model["tokenizer"], bases)
+    problems += _folder_problems("output", values.get("output", RunConfig.model_fields["output"].default))
+    problems += _folder_problems("data.cache", data.get("cache"))
+    problems += _deepspeed_problems(values.get("deepspeed", RunConfig.model_fields["deepspeed"].default))
+    if _section(values, "monitor").get("tensorboard") is True and importlib.util.find_spec("tensorboard") is None:
+        problems.append("monitor.tensorboard: got true, but package tensorboard is missing; install it or set false")
+    return problems
+
+
+def missing_file(path: str, bases: Sequence[Path]) -> str:
+    """`no such file: 'trian.jsonl'; nearest: 'train.jsonl'`, with a similar name from the folder that it points to."""
+    expanded = os.path.expanduser(path)
+    # Each as it would be typed: beside the name that was typed, or as a full path into the YAML file's folder.
+    similar: dict[str, str] = {}
+    for base in bases:
+        folder = (base / expanded).parent
+        for name in os.listdir(folder) if folder.is_dir() else []:
+            similar.setdefault(name, name if base == bases[0] else str(folder / name))
+    match = nearest(os.path.basename(expanded), similar)
+    if match:
+        return f"no such file: {path!r}; nearest: {similar[match]!r}"
+    return f"no such file: {path!r} (looked in {_listed(bases, expanded)})"
+
+
+def _listed(bases: Sequence[Path], path: str) -> str:
+    return " and ".join(dict.fromkeys(str((base / path).parent) for base in bases))
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _data_file_problems(key: str, path: str, bases: Sequence[Path]) -> list[str]:
+    file = Path(path).expanduser()
+    if not file.exists():
+        return [f"{key}: {missing_file(path, bases)}"]
+    if not file.is_file():
+        return [f"{key}: {path!r} is a folder or a device; it must be a JSONL file"]
+    try:
+        with file.open("rb") as stream:
+            empty = not stream.read(1)
+    except OSError as error:
+        return [f"{key}: cannot read {path!r}: {error.strerror}"]
+    return [f"{key}: {path!r} is empty; it must hold one JSON object per line"] if empty else []
+
+
+def _model_problems(key: str, path: str, bases: Sequence[Path], *, marker: str | None = None) -> list[str]:
+    folder = Path(path).expanduser()
+    expected = "a Hugging Face folder, or a hub name such as owner/name"
+    if not folder.exists():
+        if not _looks_local(path):
+            return []
+        missing = missing_file(path, bases).replace("no such file", "no such folder", 1)
+        return [f"{key}: {missing}; allowed: {expected}"]
+    if not folder.is_dir():
+        return [f"{key}: {path!r} is a file; allowed: {expected}"]
+    if marker and not (folder / marker).is_file():
+        return [f"{key}: folder {path!r} has no {marker}; allowed: {expected}"]
+    return []
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _folder_problems(key: str, path: Any) -> list[str]:
+    if not isinstance(path, str) or not path:
+        return []
+    folder = Path(path).expanduser()
+    # The nearest thing that exists decides whether the rest can be created.
+    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
+    if not existing.is_dir():
+        return [f"{key}: {path!r} cannot be a folder, {str(existing)!r} is a file; name another folder"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"{key}: {path!r} cannot be written, no permission for {str(existing)!r}; name another folder"]
+    return []
+
+
+def _deepspeed_problems(name: Any) -> list[str]:
+    if not isinstance(name, str) or not name:
+        return []
+    try:
+        deepspeed_config.read(name)
+    except ConfigError as error:
+        return error.problems
+    return []

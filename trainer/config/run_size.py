@@ -1,0 +1,59 @@
+"""Numbers that follow from the configuration and the size of the run: batch, steps, warm-up."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from trainer.config.errors import ConfigError
+from trainer.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences: global_batch_size = ranks x micro_batch_size x accumulation_steps."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    ranks: int
+
+
+def resolve_batch(config: RunConfig, ranks: int) -> Batch:
+    """How `ranks` data-parallel ranks share the global batch; ConfigError where they cannot do so evenly."""
+    assert ranks >= 1, ranks
+    wanted, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if wanted % (ranks * micro):
+        raise ConfigError([_uneven_batch(wanted, micro, ranks)])
+    return Batch(wanted, micro, wanted // (ranks * micro), ranks)
+
+
+def _uneven_batch(wanted: int, micro: int, ranks: int) -> str:
+    unit = ranks * micro
+    sizes = [size for size in (wanted // unit * unit, (wanted // unit + 1) * unit) if size]
+    advice = f"nearest valid: train.global_batch_size={' or '.join(map(str, sizes))}"
+    if wanted % ranks == 0:
+        share = wanted // ranks
+        fitting = min((size for size in range(1, share + 1) if share % size == 0), key=lambda size: abs(size - micro))
+        advice += f", or train.micro_batch_size={fitting}"
+    return (
+        f"train.global_batch_size: {wanted} is not a multiple of "
+        f"{ranks} ranks x train.micro_batch_size {micro} = {unit}; {advice}"
+    )
+
+
+def total_steps(config: RunConfig, num_samples: int) -> int:
+    """Optimizer steps of the run; epochs are rounded up to whole steps, so that every sample is seen."""
+    if config.train.steps is not None:
+        return config.train.steps
+    if num_samples < 1:
+        raise ConfigError([f"data.train: {num_samples} samples left; train.epochs needs at least one"])
+    # repr, because 0.14 * 400 as floats is a little more than 56 and would be rounded up to a step too many.
+    epochs = Fraction(repr(config.train.epochs))
+    return math.ceil(epochs * num_samples / config.train.global_batch_size)
+
+
+def warmup_steps(config: RunConfig, num_steps: int) -> int:
+    """Steps of learning-rate warm-up in a run of `num_steps` steps; a share is rounded up, as transformers does."""
+    if config.schedule.warmup_steps is not None:
+        return config.schedule.warmup_steps
+    return math.ceil(Fraction(repr(config.schedule.warmup_ratio or 0.0)) * num_steps)

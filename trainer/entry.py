@@ -1,0 +1,55 @@
+"""From the command line to a run: everything that can be refused without torch is refused before it is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.config import ConfigError, help_text, load, parse_command_line
+from trainer.config.deepspeed import resolve
+
+EXIT_REFUSED = 2
+# Launchers kill the job about a second after the first process leaves; rank 0, who speaks, must be that process.
+_PATIENCE_SECONDS = 10
+
+
+def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
+    """Run what `argv` asks for; returns the exit code: 0, or 2 for a request that is refused with a message."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        command = parse_command_line(argv, default_recipe=str(default_recipe) if default_recipe else None)
+        if command.show_help:
+            if rank == 0:
+                print(help_text(), end="")
+            return 0
+        config = load(command.config_path, command.overrides)
+        resolve(config, ranks)
+    except ConfigError as error:
+        return refuse(str(error), rank)
+
+    from trainer.blocks import BlockError
+    from trainer.data.rows import DataError
+    from trainer.model import ModelError
+    from trainer.train import StoppedError, describe, run
+
+    try:
+        if command.dry_run:
+            if rank == 0:
+                print(describe(config, ranks))
+        else:
+            run(config)
+    except (ConfigError, DataError, ModelError, BlockError, StoppedError) as error:
+        return refuse(str(error), rank)
+    return 0
+
+
+def refuse(message: str, rank: int) -> int:
+    """Say `message` once for the whole job and return the exit code."""
+    if rank == 0:
+        print(f"\n{message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_PATIENCE_SECONDS)
+    return EXIT_REFUSED

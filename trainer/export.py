@@ -1,0 +1,65 @@
+"""Write the trained model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed import comm as dist
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+class ExportError(RuntimeError):
+    """What was written is not what the model holds."""
+
+
+def export(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Gather the weights parameter by parameter and write `folder`, which `from_pretrained` opens.
+
+    All ranks take part; rank 0 holds the whole model in host memory and writes. The folder appears complete or not at
+    all, and only after it was read back and compared with the model.
+    """
+    model = engine.module
+    engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
+    speaks = dist.get_rank() == 0
+    weights: dict[str, Tensor] = {}
+    owners: dict[str, int] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owners[name] = id(tensor)
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if speaks:
+                weights[name] = tensor.detach().cpu().clone()
+    if speaks:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        was_caching, model.config.use_cache = model.config.use_cache, True  # training only switched it off
+        model.save_pretrained(partial, state_dict=weights)
+        model.config.use_cache = was_caching
+        tokenizer.save_pretrained(partial)
+        _verify(partial, weights, owners)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    dist.barrier()
+
+
+def _verify(folder: Path, weights: dict[str, Tensor], owners: dict[str, int]) -> None:
+    """Reopen what was written. Of tied tensors (equal `owners`) one name is enough."""
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dictionary
+                tensor = opened.get_tensor(name)
+                if name not in weights or not torch.equal(tensor, weights[name]) or tensor.dtype != weights[name].dtype:
+                    raise ExportError(
+                        f"{folder}: {name} ({tuple(tensor.shape)}, {tensor.dtype}) differs from the model's"
+                    )
+                found.add(owners[name])
+    lost = [name for name in weights if owners[name] not in found]
+    if lost:
+        raise ExportError(f"{folder} lacks {len(lost)} of the model's tensors, for instance {lost[0]}")

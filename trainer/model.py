@@ -1,0 +1,124 @@
+"""Load a causal language model, or build one from a configuration, so that a switch can work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import is_flash_attn_2_available
+
+from trainer.config.schema import ModelConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ModelError(ValueError):
+    """The model cannot be loaded or built as asked; the message names the key to change."""
+
+
+def load(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, deepspeed: dict[str, Any]
+) -> PreTrainedModel:
+    """The model of `config` in its training dtype; under ZeRO-3 partitioned while it is created.
+
+    `deepspeed` is the resolved DeepSpeed dictionary. Raises `ModelError`.
+    """
+    architecture = _architecture(config, tokenizer)
+    options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config)}
+    with _partitioned_creation(deepspeed):
+        if config.path is None:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(architecture, **options)
+        else:
+            model = _from_pretrained(config, architecture, options)
+    _check_vocabulary(model, tokenizer)
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        # Non-reentrant, and without the hook that makes embeddings require gradients: with it, backward would always
+        # run down to the first block.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    return model
+
+
+def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model without any weights, for the dry run. Raises `ModelError`."""
+    architecture = _architecture(config, tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[config.dtype])
+    _check_vocabulary(model, tokenizer)
+    return model
+
+
+def attention(config: ModelConfig) -> str:
+    """The attention kernel to use. Raises `ModelError` where the one asked for is missing."""
+    flash = torch.cuda.is_available() and is_flash_attn_2_available()
+    if config.attention == "flash_attention_2" and not flash:
+        missing = "no CUDA device" if not torch.cuda.is_available() else "flash-attn is not installed"
+        raise ModelError(
+            f"model.attention: flash_attention_2, but {missing}: pip install 'strata-trainer[flash]' on a machine with a "
+            "supported card, or set model.attention to sdpa"
+        )
+    if config.attention == "auto":
+        return "flash_attention_2" if flash and config.dtype == "bf16" else "sdpa"
+    return config.attention
+
+
+def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    if config.path is None:
+        assert config.random is not None  # one of the two, by validation
+        fields = dict(config.random)
+        fields.setdefault("vocab_size", len(tokenizer))
+        for name in ("pad", "bos", "eos"):
+            fields.setdefault(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+        try:
+            return AutoConfig.for_model(**fields)
+        except Exception as error:  # transformers validates with several exception types
+            raise ModelError(f"model.random: transformers refuses {config.random}: {error}") from error
+    try:
+        return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"model.path: cannot read a model configuration from '{config.path}': {error}") from error
+
+
+def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            config=architecture,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise ModelError(f"model.path: cannot load '{config.path}': {error}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ModelError(
+            f"model.path: '{config.path}' lacks {len(names)} weights, for instance {', '.join(names[:3])}: is this folder complete?"
+        )
+    return model
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    weight = model.get_input_embeddings().weight
+    rows = getattr(weight, "ds_shape", weight.shape)[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.tokenizer: {len(tokenizer)} tokens, but the model embeds {rows}: set model.tokenizer to the tokenizer that "
+            "belongs to this model"
+        )
+
+
+@contextmanager
+def _partitioned_creation(deepspeed: dict[str, Any]) -> Iterator[None]:
+    """While this object lives, transformers creates and loads parameters partitioned, if the stage is 3."""
+    keep = HfDeepSpeedConfig(deepspeed) if deepspeed["zero_optimization"]["stage"] == 3 else None
+    try:
+        yield
+    finally:
+        del keep

@@ -1,0 +1,81 @@
+"""What a run says while it trains: metrics.jsonl, DeepSpeed's monitor, and a bar or plain lines on rank 0."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+from tqdm import tqdm
+
+# Without a terminal a line now and then replaces the bar.
+_LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Rank 0 writes; on other ranks every method does nothing."""
+
+    def __init__(self, folder: Path, *, engine: DeepSpeedEngine, total_steps: int, rank: int) -> None:
+        self._engine = engine
+        self._total = total_steps
+        self._speaks = rank == 0
+        self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8") if self._speaks else None
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if self._speaks and terminal else None
+        self._started = self._last_line = time.monotonic()
+
+    def step(self, step: int, *, active: Sequence[int], **values: float) -> None:
+        """Record a training step (counted from 1): `loss`, `lr`, `grad_norm`, `tokens_per_second`, ..."""
+        if not self._speaks:
+            return
+        self._write({"step": step, **values, "active_blocks": list(active)})
+        self._engine.monitor.write_events([(f"Train/{key}", value, step) for key, value in values.items()])
+        short = f"loss {values['loss']:.4f}, {values['tokens_per_second']:,.0f} tokens/s, blocks {_ranges(active)}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(short, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._last_line >= _LINE_SECONDS or step == self._total:
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._started) / step * (self._total - step)
+            print(f"step {step}/{self._total}: {short}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Record an evaluation after `step` steps (0: before training)."""
+        if not self._speaks:
+            return
+        self._write({"step": step, "eval_loss": loss})
+        self._engine.monitor.write_events([("Eval/loss", loss, step)])
+        self.say(f"evaluation after {step} steps: loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line for the user, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._speaks:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,387 @@
+"""One run, top to bottom: build the parts in order, loop, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from trainer import model as models
+from trainer import selectors, updates
+from trainer.accounting import model_state, readable
+from trainer.blocks import PARTS, full_numel
+from trainer.config import ConfigError, RunConfig, dump, total_steps, warmup_steps
+from trainer.config.deepspeed import resolve, size_buckets
+from trainer.data import Prepared, prepare
+from trainer.data.batches import Batches, collate, count_targets, eval_batches
+from trainer.data.tokenizer import load_tokenizer, padding_id
+from trainer.engine.attach import Sparse
+from trainer.engine.attach import prepare as prepare_model
+from trainer.export import export
+from trainer.loss import summed_loss
+from trainer.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class StoppedError(RuntimeError):
+    """Training could not go on; no model was written."""
+
+
+def run(config: RunConfig) -> None:
+    """Train as `config` says and leave the run folder behind. Runs in every rank."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    tokenizer = load_tokenizer(_tokenizer_name(config), trust_remote_code=config.model.trust_remote_code)
+    data = _prepare_data(config, tokenizer)  # before there is a process group that could time out waiting
+    _initialise_process_group()
+    try:
+        _train(config, tokenizer, data)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ds = resolve(config, ranks)
+    num_steps = total_steps(config, len(data.train))
+    model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds)
+    sparse = _prepare_model(config, model)
+    ds = _size_buckets(ds, sparse, model)
+    optimizer = _build_optimizer(config, sparse, offload="offload_optimizer" in ds["zero_optimization"])
+    scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds)
+    sparse.attach(engine, guard_every=config.train.guard_every)
+    engine.train()
+
+    folder = _start_folder(config)
+    batches = Batches(
+        len(data.train),
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=rank,
+        ranks=ranks,
+    )
+    feed = _Feed(data, pad_id=padding_id(tokenizer), device=engine.device)
+    progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank)
+    progress.say(f"run folder {folder}: {_one_line(sparse, config, num_steps)}")
+    evaluations: dict[int, float] = {}
+
+    def evaluate_after(step: int) -> None:
+        if data.eval is not None and step not in evaluations:
+            evaluations[step] = evaluate(engine, feed, config)
+            progress.evaluation(step, evaluations[step])
+
+    evaluate_after(0)
+    skipped = 0
+    meter = _Meter()
+    for step in range(num_steps):
+        result = train_step(engine, feed.micro_batches(batches.indices(step)))
+        meter.add(result)
+        skipped = 0 if result.applied else skipped + 1
+        if skipped > config.train.max_skipped_steps:
+            raise _stopped(step, skipped, config)
+        if (step + 1) % config.train.log_every == 0 or step + 1 == num_steps:
+            progress.step(step + 1, active=sparse.active, lr=engine.get_lr()[0], **meter.read(engine))
+        if config.eval.every and (step + 1) % config.eval.every == 0:
+            evaluate_after(step + 1)
+    evaluate_after(num_steps)
+    export(engine, tokenizer, folder / "model")
+    progress.close()
+    if rank == 0:
+        print(_report(sparse, evaluations, data, num_steps, folder), flush=True)
+
+
+@dataclass
+class StepResult:
+    """Sums over all ranks of one optimizer step, on the device: nothing here has been waited for."""
+
+    loss_sum: torch.Tensor
+    targets: torch.Tensor
+    tokens: int
+    applied: bool
+
+
+def train_step(engine: DeepSpeedEngine, micro_batches: list[dict[str, torch.Tensor]]) -> StepResult:
+    """One optimizer step: the mean loss over the target tokens of all ranks and micro-batches.
+
+    DeepSpeed averages over ranks, so each rank's sum is scaled by ranks / global count; ranks, accumulation and
+    padding then make no difference to the result.
+    """
+    own = sum(count_targets(batch["labels"]) for batch in micro_batches)
+    targets = torch.tensor(float(own), device=engine.device)
+    dist.all_reduce(targets)
+    scale = engine.world_size / targets.clamp(min=1)
+    loss_sum = torch.zeros((), device=engine.device)
+    for batch in micro_batches:
+        batch = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
+        logits = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = summed_loss(logits, batch["labels"])
+        engine.backward(loss * scale, scale_wrt_gas=False)
+        engine.step()
+        loss_sum += loss.detach()
+    dist.all_reduce(loss_sum)
+    tokens = engine.world_size * sum(batch["input_ids"].numel() for batch in micro_batches)
+    return StepResult(loss_sum, targets, tokens, _applied(engine, loss_sum))
+
+
+def _applied(engine: DeepSpeedEngine, loss_sum: torch.Tensor) -> bool:
+    """ZeRO refuses steps with infinite or NaN gradients itself; stage 0 (the fp32 reference) does not look."""
+    if engine.zero_optimization_stage() == 0:
+        return engine.was_step_applied() and bool(torch.isfinite(loss_sum))
+    return engine.was_step_applied()
+
+
+@torch.no_grad()
+def evaluate(engine: DeepSpeedEngine, feed: _Feed, config: RunConfig) -> float:
+    """Mean loss over the target tokens of the evaluation data, over all ranks."""
+    engine.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for batch in feed.eval_batches(config, rank=dist.get_rank(), ranks=dist.get_world_size()):
+        count = count_targets(batch["labels"])
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
+        logits = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        sums += torch.stack([summed_loss(logits, batch["labels"]).double(), sums.new_tensor(count)])
+    engine.train()
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+class _Feed:
+    """Samples to padded batches on the host."""
+
+    def __init__(self, data: Prepared, *, pad_id: int, device: torch.device) -> None:
+        self._data = data
+        self._pad_id = pad_id
+        self._device = device
+
+    def micro_batches(self, indices: list[list[int]]) -> list[dict[str, torch.Tensor]]:
+        return [collate([self._data.train[i] for i in chosen], pad_id=self._pad_id) for chosen in indices]
+
+    def eval_batches(self, config: RunConfig, *, rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
+        assert self._data.eval is not None
+        size = config.eval.micro_batch_size or config.train.micro_batch_size
+        batches = []
+        for chosen in eval_batches(
+            len(self._data.eval), micro_batch_size=size, rank=rank, ranks=ranks, max_samples=config.eval.max_samples
+        ):
+            # A rank without samples left goes through the forward all the same: under ZeRO-3 it is collective.
+            batch = collate([self._data.eval[i] for i in chosen or [0]], pad_id=self._pad_id)
+            if not chosen:
+                batch["labels"].fill_(-100)
+            batches.append(batch)
+        return batches
+
+
+class _Meter:
+    """Averages between log lines; reading it waits for the device."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._results: list[StepResult] = []
+        self._since = time.monotonic()
+
+    def add(self, result: StepResult) -> None:
+        self._results.append(result)
+
+    def read(self, engine: DeepSpeedEngine) -> dict[str, float]:
+        loss = sum(float(r.loss_sum) for r in self._results) / max(1.0, sum(float(r.targets) for r in self._results))
+        seconds = time.monotonic() - self._since
+        values = {
+            "loss": loss,
+            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            "tokens_per_second": sum(r.tokens for r in self._results) / seconds,
+            "step_seconds": seconds / len(self._results),
+        }
+        if get_accelerator().device_name() != "cpu":
+            values["peak_gib"] = get_accelerator().max_memory_allocated() / 2**30
+        self._reset()
+        return values
+
+
+# --- building the parts ------------------------------------------------------------------------------------------
+
+
+def _tokenizer_name(config: RunConfig) -> str:
+    return config.model.tokenizer or config.model.path or "bytes"
+
+
+def _prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    return prepare(
+        train=config.data.train,
+        eval=config.data.eval,
+        eval_fraction=config.data.eval_fraction,
+        tokenizer=tokenizer,
+        max_length=config.data.max_length,
+        overflow=config.data.overflow,
+        cache=config.data.cache or Path(config.output).parent / "cache",
+        seed=config.seed,
+    )
+
+
+def _initialise_process_group() -> None:
+    """From the launcher's variables; a process started by itself is a group of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False)
+
+
+def _prepare_model(config: RunConfig, model: torch.nn.Module) -> Sparse:
+    parts = [part for part in PARTS if getattr(config.always_on, part)]
+    settings = {key: value for key, value in config.selector.model_dump().items() if key != "name"}
+    selector = selectors.build(config.selector.name, seed=config.seed, **settings)
+    try:
+        return prepare_model(
+            model,
+            selector=selector,
+            update=updates.build(config.update.name),
+            bank=config.bank.name,
+            always_on=parts,
+            substrate=config.substrate.name,
+            blocks=config.model.blocks,
+        )
+    except ValueError as error:  # from the selector: more blocks than there are
+        raise ConfigError([str(error)]) from error
+
+
+def _size_buckets(ds: dict[str, Any], sparse: Sparse, model: torch.nn.Module) -> dict[str, Any]:
+    candidates = [p for block in sparse.blocks for p in block.parameters.values()]
+    candidates += [p for part in sparse.always_on.values() for p in part.values()]
+    outside = [sum(full_numel(p) for p in part.values()) for part in sparse.always_on.values()]
+    return size_buckets(
+        ds,
+        largest_parameter=max(full_numel(p) for p in candidates),
+        largest_group=max([block.numel for block in sparse.blocks] + outside),
+        hidden=model.config.hidden_size,
+    )
+
+
+def _build_optimizer(config: RunConfig, sparse: Sparse, *, offload: bool) -> torch.optim.Optimizer:
+    chosen = config.optimizer
+    groups = sparse.param_groups(lr=chosen.lr, weight_decay=chosen.weight_decay, lr_always_on=chosen.lr_always_on)
+    settings: dict[str, Any] = {"lr": chosen.lr, "betas": chosen.betas, "eps": chosen.eps}
+    decoupled = chosen.name == "adamw"
+    if offload:
+        return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **settings)
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    return kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
+
+
+def _start_folder(config: RunConfig) -> Path:
+    """The run folder, with the resolved configuration in it; a folder that holds a run is never written over."""
+    chosen: list[Any] = [None]
+    if dist.get_rank() == 0:
+        folder = Path(config.output)
+        number = 1
+        while (folder / "config.yaml").exists():
+            number += 1
+            folder = Path(f"{config.output}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+        chosen = [str(folder)]
+    torch.distributed.broadcast_object_list(chosen)
+    return Path(chosen[0])
+
+
+# --- what the user is told ---------------------------------------------------------------------------------------
+
+
+def describe(config: RunConfig, ranks: int) -> str:
+    """The dry run: the model on the meta device, its blocks, and what each rank will hold. Trains nothing."""
+    tokenizer = load_tokenizer(_tokenizer_name(config), trust_remote_code=config.model.trust_remote_code)
+    data = _prepare_data(config, tokenizer)
+    ds = resolve(config, ranks)
+    model = models.on_meta(config.model, tokenizer)
+    sparse = _prepare_model(config, model)
+    _size_buckets(ds, sparse, model)
+    stage = ds["zero_optimization"]["stage"]
+    state = model_state(
+        [p.numel() for p in model.parameters()],
+        [[p.numel() for p in group["params"]] for group in sparse.param_groups()],
+        stage=stage,
+        ranks=ranks,
+        weight_bytes=2 if config.model.dtype == "bf16" else 4,
+        offload="offload_optimizer" in ds["zero_optimization"],
+    )
+    lines = [dump(config).rstrip(), ""]
+    lines.append(f"data: {len(data.train)} samples to train on, {data.train_report.target_tokens:,} target tokens")
+    lines.append(f"steps: {total_steps(config, len(data.train))} of {config.train.global_batch_size} sequences")
+    lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    lines.append(
+        f"blocks: {len(sparse.blocks)} at {sparse.structure.path}, {sparse.blocks[0].numel:,} parameters in the first"
+    )
+    for part, parameters in sparse.always_on.items():
+        count = sum(p.numel() for p in parameters.values())
+        lines.append(f"always on: {part}, {count:,} parameters ({', '.join(parameters)})")
+    trained = sum(p.numel() for p in sparse.trainable_parameters())
+    lines.append(
+        f"trained at a time: {trained:,} parameters; {_one_line(sparse, config, total_steps(config, len(data.train)))}"
+    )
+    lines.append(f"each of {ranks} ranks holds, under ZeRO stage {stage} and before activations and buffers:")
+    for name in ("weights", "gradients", "masters", "moments"):
+        where = " in host memory" if state.offload and name != "weights" else ""
+        lines.append(f"  {name:<10}{readable(getattr(state, name)):>12}{where}")
+    lines.append(f"  {'total':<10}{readable(state.total):>12}")
+    return "\n".join(lines)
+
+
+def _one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
+    parts = ", ".join(sparse.always_on) or "nothing else"
+    if len(sparse.active) == len(sparse.blocks):
+        return f"all {len(sparse.blocks)} blocks, with {parts}, for {num_steps} steps"
+    return (
+        f"{len(sparse.active)} of {len(sparse.blocks)} blocks at a time ({config.selector.name}, a new draw every "
+        f"{config.selector.interval} steps), with {parts}, for {num_steps} steps"
+    )
+
+
+def _report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, folder: Path) -> str:
+    lines = [
+        f"\nTrained {num_steps} steps on {len(data.train)} samples; always on: {', '.join(sparse.always_on) or 'nothing'}."
+    ]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[max(evaluations)]
+        lines.append(
+            f"Evaluation loss fell from {first:.4f} to {last:.4f}."
+            if last < first
+            else f"Evaluation loss did not fall: {first:.4f} before, {last:.4f} after."
+        )
+    lines.append("Steps in which each block trained:")
+    widest = max(sparse.times_active) or 1
+    for index, times in enumerate(sparse.times_active):
+        lines.append(f"  block {index:>3} {times:>6} {'#' * math.ceil(30 * times / widest)}")
+    never = [i for i, times in enumerate(sparse.times_active) if not times]
+    if never:
+        lines.append(f"Never drawn: {never}; more steps or a shorter selector.interval would reach them.")
+    lines.append(f"Model: {folder / 'model'}")
+    return "\n".join(lines)
+
+
+def _stopped(step: int, skipped: int, config: RunConfig) -> StoppedError:
+    return StoppedError(
+        f"stopped at step {step + 1}: {skipped} steps in a row had NaN or infinite loss or gradients "
+        f"(train.max_skipped_steps is {config.train.max_skipped_steps}); no model was written. Lower optimizer.lr "
+        f"({config.optimizer.lr}) or train.gradient_clipping ({config.train.gradient_clipping}), or look at the data"
+    )
