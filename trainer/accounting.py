@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,17 @@ def model_state(
         )
     active = sum(-(-sum(group) // ranks) for group in groups)
     return ModelState(weight_bytes * sum(parameters), 4 * active if offload else 0, 4 * active, 8 * active, offload)
+
+
+def measured_state(held: Mapping[str, Iterable[Tensor]], *, offload: bool = False) -> ModelState:
+    """The same figures from live tensors by kind (`Sparse.held()`), each storage counted once, under its first kind."""
+    seen: set[int] = set()
+    totals = {}
+    for kind in ("weights", "gradients", "masters", "moments"):
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held[kind]}
+        totals[kind] = sum(size for pointer, size in storages.items() if pointer not in seen)
+        seen |= storages.keys()
+    return ModelState(**totals, offload=offload)
 
 
 def readable(num_bytes: float) -> str:

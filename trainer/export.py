@@ -39,7 +39,7 @@ def export(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: 
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         was_caching, model.config.use_cache = model.config.use_cache, True  # training only switched it off
-        model.save_pretrained(partial, state_dict=weights)
+        model.save_pretrained(partial, state_dict=dict(weights))  # it empties what it is given
         model.config.use_cache = was_caching
         tokenizer.save_pretrained(partial)
         _verify(partial, weights, owners)

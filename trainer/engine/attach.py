@@ -114,6 +114,10 @@ class Sparse:
         active = [p for index in self._slots for p in self.blocks[index].parameters.values()]
         return active + [p for part in self.always_on.values() for p in part.values()]
 
+    def held(self) -> dict[str, list[torch.Tensor]]:
+        """The live tensors of the model's state on this rank, by kind: weights, gradients, masters, moments."""
+        return self._registered().held()
+
     def param_groups(
         self, *, lr: float | None = None, weight_decay: float = 0.0, lr_always_on: float | None = None
     ) -> list[dict[str, Any]]:
@@ -123,7 +127,7 @@ class Sparse:
         parts) default to the optimizer's.
         """
         groups = []
-        for (label, decayed), parameters in zip(self._labels(), self._groups(), strict=True):
+        for (label, decayed), parameters in zip(self._labels(), self.groups(), strict=True):
             group: dict[str, Any] = {
                 "params": list(parameters.values()),
                 "weight_decay": weight_decay if decayed else 0.0,
@@ -165,7 +169,7 @@ class Sparse:
                 f"gradient_clipping is {engine.gradient_clipping()}, but {type(self.update).__name__} keeps gradients that "
                 "DeepSpeed's norm does not see: set gradient_clipping to 0"
             )
-        registration = register(engine, self._groups())
+        registration = register(engine, self.groups())
         if registration.rebuilt:
             logger.warning(
                 "the engine was built with other trainable parameters than the first active set and has been shrunk; call "
@@ -279,7 +283,8 @@ class Sparse:
                     groups.append((part, decayed, chosen))
         return groups
 
-    def _groups(self) -> list[dict[str, nn.Parameter]]:
+    def groups(self) -> list[dict[str, nn.Parameter]]:
+        """What the optimizer holds now, by group, in the order of `param_groups`."""
         slots = [group for index in self._slots for group in self._block_groups(index)]
         return slots + [group for _, _, group in self._always_on_groups()]
 
@@ -288,7 +293,7 @@ class Sparse:
         return slots + [(part, decayed) for part, decayed, _ in self._always_on_groups()]
 
     def _expected(self) -> list[list[nn.Parameter]]:
-        return [list(group.values()) for group in self._groups()]
+        return [list(group.values()) for group in self.groups()]
 
     def _outside_optimizer(self) -> dict[str, nn.Parameter]:
         return {

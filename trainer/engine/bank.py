@@ -100,7 +100,8 @@ class Cpu(Bank):
                     )
                 for key, value in stored.tensors.items():
                     piece.tensors[key].copy_(value, non_blocking=True)
-                self._in_flight.append(stored)
+                if self._stream is not None:
+                    self._in_flight.append(stored)
 
     def wait(self) -> None:
         if self._stream is not None:

@@ -191,6 +191,27 @@ class Registration(ABC):
     def _check_supported(self) -> None:
         """Raise `RegistrationError` for settings of this stage that cannot be switched."""
 
+    def held(self) -> dict[str, list[Tensor]]:
+        """The live tensors of the model's state on this rank: weights, gradients, masters, moments."""
+        weights = [self._stored(p) for p in self.engine.module.parameters()]
+        state = self.engine.basic_optimizer.state.values()
+        return {
+            "weights": weights,
+            "gradients": self._gradients(),
+            "masters": self._masters(),
+            "moments": [value for entry in state for key, value in entry.items() if key in MOMENTS],
+        }
+
+    def _stored(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.data
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+
+    def _masters(self) -> list[Tensor]:
+        masters = [self._master(index) for index in range(len(self.groups))]
+        return masters + [m.grad for m in masters if m.grad is not None]
+
     # --- the switch --------------------------------------------------------------------------------------------
 
     def refill(self, index: int, parameters: Parameters) -> None:
@@ -385,6 +406,9 @@ class _Stage0(Registration):
     def _master(self, index: int) -> Tensor:
         raise AssertionError("stage 0 has one state per parameter, not one per group")
 
+    def _masters(self) -> list[Tensor]:
+        return []  # fp32 weights are their own masters
+
     def _exchange(self, index: int, leaving: list[nn.Parameter], entering: list[nn.Parameter]) -> None:
         self.engine.basic_optimizer.param_groups[index]["params"] = list(entering)
         for parameter in leaving:
@@ -441,6 +465,12 @@ class _Stage3(Registration):
     def _master(self, index: int) -> Tensor:
         return self.optimizer.fp32_partitioned_groups_flat[index]
 
+    def _stored(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.ds_tensor
+
+    def _gradients(self) -> list[Tensor]:
+        return [self.optimizer.grad_partitions_flat_buffer]
+
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
         rank = dist.get_rank(group=parameter.ds_process_group)
         size = parameter.partition_numel()
@@ -464,15 +494,22 @@ class _Stage3(Registration):
         return ranges
 
     def _own_storage_per_group(self) -> None:
-        """DeepSpeed lays all groups into one buffer; groups must be replaceable one by one."""
+        """Groups must be replaceable one by one, but DeepSpeed lays all of them into one buffer.
+
+        fp32 weights also become their own masters here, where DeepSpeed keeps an equal copy: its test for that
+        compares a torch.device with a string and never holds (stage3.py 0.19.8, `_create_fp32_partitions`).
+        """
         zero = self.optimizer
         for index, flat in enumerate(zero.fp16_partitioned_groups_flat):
-            own = flat.clone()
-            if zero.fp32_partitioned_groups_flat[index] is flat:  # fp32 weights are their own masters
-                flat.data = own
-            else:
-                zero.fp16_partitioned_groups_flat[index] = own
-            self._view_into(zero.fp16_partitioned_groups_flat[index], zero.fp16_groups[index])
+            own, master = flat.detach().clone(), self._master(index)
+            if (own.dtype, own.device) == (master.dtype, master.device) and not zero.offload_optimizer:
+                own.requires_grad_(True)
+                own.ds_id = master.ds_id
+                if master in zero.optimizer.state:
+                    zero.optimizer.state[own] = zero.optimizer.state.pop(master)
+                zero.fp32_partitioned_groups_flat[index] = own
+            zero.fp16_partitioned_groups_flat[index] = own
+            self._view_into(own, zero.fp16_groups[index])
         zero.lp_param_buffer = None
 
     @staticmethod
