@@ -168,7 +168,7 @@ def live_tensors() -> Iterator[torch.Tensor]:
     for found in gc.get_objects():
         if issubclass(type(found), torch.Tensor):  # isinstance would wake lazy modules
             yield found
-            if found.is_leaf and found.grad is not None:
+            if not found._is_view() and found.is_leaf and found.grad is not None:
                 yield found.grad
 
 

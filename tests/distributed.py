@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -46,7 +48,7 @@ def run(worker: Callable[..., Any], *args: Any, ranks: int, deadline: float = 30
                 failures.append(f"--- rank {rank}\n{failure}")
                 end = min(end, time.monotonic() + 5)  # the others cannot finish a collective with it
             else:
-                answers[rank] = answer
+                answers[rank] = pickle.loads(answer)
         for process in processes:
             process.join(timeout=0.1 if failures else 10)
             if process.is_alive():
@@ -59,7 +61,10 @@ def run(worker: Callable[..., Any], *args: Any, ranks: int, deadline: float = 30
 
 def _enter(worker: Callable[..., Any], rank: int, ranks: int, store: str, results: Any, args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
+    # One ninja for all: another version would compile DeepSpeed's operators anew.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"))
+    import gc
     import logging
 
     import torch
@@ -70,10 +75,11 @@ def _enter(worker: Callable[..., Any], rank: int, ranks: int, store: str, result
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        gc.freeze()  # DeepSpeed collects garbage when it builds an optimizer; the modules need no second look
         deepspeed.init_distributed(dist_backend="gloo")
         answer = worker(rank, *args)
         torch.distributed.barrier()
-        results.put((rank, answer, None))
+        results.put((rank, pickle.dumps(answer), None))  # by value: a tensor's shared memory ends with its process
         torch.distributed.destroy_process_group()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

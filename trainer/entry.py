@@ -60,9 +60,12 @@ def share_cores() -> None:
 
 
 def refuse(message: str, rank: int) -> int:
-    """Say `message` once for the whole job and return the exit code."""
-    if rank == 0:
-        print(f"\n{message}", file=sys.stderr, flush=True)
-    else:
+    """Say `message` once for the whole job and return the exit code.
+
+    Another rank speaks where rank 0 has not ended the job by then: its machine may be the only one without a file.
+    """
+    if rank > 0:
         time.sleep(_PATIENCE_SECONDS)
+        message = f"rank {rank}: {message}"
+    print(f"\n{message}", file=sys.stderr, flush=True)
     return EXIT_REFUSED

@@ -28,14 +28,16 @@ def export(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: 
     model = engine.module
     engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
     speaks = dist.get_rank() == 0
-    weights: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
     owners: dict[str, int] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owners[name] = id(tensor)
+        if id(tensor) in copies:
+            continue
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            if speaks:
-                weights[name] = tensor.detach().cpu().clone()
+            copies[id(tensor)] = tensor.detach().cpu().clone() if speaks else tensor
     if speaks:
+        weights = {name: copies[owner] for name, owner in owners.items()}  # tied names share one, and are written once
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         was_caching, model.config.use_cache = model.config.use_cache, True  # training only switched it off

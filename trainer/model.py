@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 
+from trainer.blocks import full_shape
 from trainer.config.schema import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,10 +34,10 @@ def load(
     with _partitioned_creation(deepspeed):
         if config.path is None:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(architecture, **options)
+            model = _from_config(config, architecture, options)
         else:
             model = _from_pretrained(config, architecture, options)
-    _check_vocabulary(model, tokenizer)
+    _check_vocabulary(_embedded(model), tokenizer)
     model.config.use_cache = False
     if config.activation_checkpointing:
         # Non-reentrant, and without the hook that makes embeddings require gradients: with it, backward would always
@@ -49,8 +51,8 @@ def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     """The model without any weights, for the dry run. Raises `ModelError`."""
     architecture = _architecture(config, tokenizer)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[config.dtype])
-    _check_vocabulary(model, tokenizer)
+        model = _from_config(config, architecture, {"dtype": DTYPES[config.dtype]})
+    _check_vocabulary(_embedded(model), tokenizer)
     return model
 
 
@@ -60,8 +62,8 @@ def attention(config: ModelConfig) -> str:
     if config.attention == "flash_attention_2" and not flash:
         missing = "no CUDA device" if not torch.cuda.is_available() else "flash-attn is not installed"
         raise ModelError(
-            f"model.attention: flash_attention_2, but {missing}: pip install 'strata-trainer[flash]' on a machine with a "
-            "supported card, or set model.attention to sdpa"
+            f"model.attention: flash_attention_2, but {missing}: pip install 'strata-trainer[flash]' on a machine with "
+            "a supported card, or set model.attention to sdpa"
         )
     if config.attention == "auto":
         return "flash_attention_2" if flash and config.dtype == "bf16" else "sdpa"
@@ -75,14 +77,27 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         fields.setdefault("vocab_size", len(tokenizer))
         for name in ("pad", "bos", "eos"):
             fields.setdefault(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+        if isinstance(fields["vocab_size"], int):  # before a model fails over token ids that it does not embed
+            _check_vocabulary(fields["vocab_size"], tokenizer)
         try:
             return AutoConfig.for_model(**fields)
         except Exception as error:  # transformers validates with several exception types
-            raise ModelError(f"model.random: transformers refuses {config.random}: {error}") from error
+            raise ModelError(f"model.random: transformers refuses {config.random}: {_in_short(error)}") from error
     try:
         return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         raise ModelError(f"model.path: cannot read a model configuration from '{config.path}': {error}") from error
+
+
+def _from_config(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code, **options)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:  # not a decoder, a kernel that it lacks, ...
+        key = "model.path" if config.path is not None else "model.random"
+        raise ModelError(
+            f"{key}: transformers cannot build a causal language model of type '{architecture.model_type}': "
+            f"{_in_short(error)}"
+        ) from error
 
 
 def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
@@ -99,19 +114,28 @@ def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, option
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ModelError(
-            f"model.path: '{config.path}' lacks {len(names)} weights, for instance {', '.join(names[:3])}: is this folder complete?"
+            f"model.path: '{config.path}' lacks {len(names)} weights, for instance {', '.join(names[:3])}: is this "
+            "folder complete?"
         )
     return model
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    weight = model.get_input_embeddings().weight
-    rows = getattr(weight, "ds_shape", weight.shape)[0]
-    if len(tokenizer) > rows:
+def _embedded(model: PreTrainedModel) -> int:
+    """How many tokens the model embeds, also where ZeRO-3 holds a partition of the table here."""
+    return full_shape(model.get_input_embeddings().weight)[0]
+
+
+def _check_vocabulary(embedded: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > embedded:
         raise ModelError(
-            f"model.tokenizer: {len(tokenizer)} tokens, but the model embeds {rows}: set model.tokenizer to the tokenizer that "
-            "belongs to this model"
+            f"model.tokenizer: {len(tokenizer)} tokens, but the model embeds {embedded}: set model.tokenizer to the "
+            "tokenizer that belongs to this model"
         )
+
+
+def _in_short(error: Exception) -> str:
+    """transformers lists every model that it knows."""
+    return textwrap.shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
 
 
 @contextmanager

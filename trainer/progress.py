@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -66,7 +67,9 @@ class Progress:
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has no NaN and no infinity.
+        known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self._file.write(json.dumps(known, allow_nan=False) + "\n")
         self._file.flush()
 
 

@@ -7,6 +7,8 @@ import math
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from trainer.engine.attach import prepare as prepare_model
 from trainer.export import export
 from trainer.loss import summed_loss
 from trainer.progress import Progress
+from trainer.rank_watch import watch_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,8 @@ def run(config: RunConfig) -> None:
     data = _prepare_data(config, tokenizer)  # before there is a process group that could time out waiting
     _initialise_process_group()
     try:
-        _train(config, tokenizer, data)
+        with watch_ranks():
+            _train(config, tokenizer, data)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -62,11 +66,12 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     ds = _size_buckets(ds, sparse, model)
     optimizer = _build_optimizer(config, sparse, offload="offload_optimizer" in ds["zero_optimization"])
     scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
+    folder = _start_folder(config)
+    _move_tensorboard(ds, config, folder)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds)
     sparse.attach(engine, guard_every=config.train.guard_every)
     engine.train()
 
-    folder = _start_folder(config)
     batches = Batches(
         len(data.train),
         seed=config.seed,
@@ -79,26 +84,31 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank)
     progress.say(f"run folder {folder}: {_one_line(sparse, config, num_steps)}")
     evaluations: dict[int, float] = {}
+    meter = _Meter()
 
     def evaluate_after(step: int) -> None:
         if data.eval is not None and step not in evaluations:
-            evaluations[step] = evaluate(engine, feed, config)
+            with meter.paused():
+                evaluations[step] = evaluate(engine, feed, config)
             progress.evaluation(step, evaluations[step])
 
     evaluate_after(0)
     skipped = 0
-    meter = _Meter()
     for step in range(num_steps):
         result = train_step(engine, feed.micro_batches(batches.indices(step)))
         meter.add(result)
         skipped = 0 if result.applied else skipped + 1
         if skipped > config.train.max_skipped_steps:
-            raise _stopped(step, skipped, config)
+            allowed = f"(train.max_skipped_steps is {config.train.max_skipped_steps})"
+            raise _stopped(step, f"{skipped} steps in a row had NaN or infinite loss or gradients {allowed}", config)
         if (step + 1) % config.train.log_every == 0 or step + 1 == num_steps:
             progress.step(step + 1, active=sparse.active, lr=engine.get_lr()[0], **meter.read(engine))
         if config.eval.every and (step + 1) % config.eval.every == 0:
             evaluate_after(step + 1)
     evaluate_after(num_steps)
+    last_loss = evaluations.get(num_steps, float(result.loss_sum))
+    if not math.isfinite(last_loss):
+        raise _stopped(step, f"the loss is {last_loss}", config)
     export(engine, tokenizer, folder / "model")
     progress.close()
     if rank == 0:
@@ -199,6 +209,13 @@ class _Meter:
     def add(self, result: StepResult) -> None:
         self._results.append(result)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training time."""
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started
+
     def read(self, engine: DeepSpeedEngine) -> dict[str, float]:
         loss = sum(float(r.loss_sum) for r in self._results) / max(1.0, sum(float(r.targets) for r in self._results))
         seconds = time.monotonic() - self._since
@@ -229,7 +246,7 @@ def _prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prep
         tokenizer=tokenizer,
         max_length=config.data.max_length,
         overflow=config.data.overflow,
-        cache=config.data.cache or Path(config.output).parent / "cache",
+        cache=Path(config.data.cache).expanduser() if config.data.cache else _output(config).parent / "cache",
         seed=config.seed,
     )
 
@@ -289,20 +306,30 @@ def _build_optimizer(config: RunConfig, sparse: Sparse, *, offload: bool) -> tor
     return kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
 
 
+def _output(config: RunConfig) -> Path:
+    return Path(config.output).expanduser()
+
+
 def _start_folder(config: RunConfig) -> Path:
     """The run folder, with the resolved configuration in it; a folder that holds a run is never written over."""
     chosen: list[Any] = [None]
     if dist.get_rank() == 0:
-        folder = Path(config.output)
+        folder = _output(config)
         number = 1
         while (folder / "config.yaml").exists():
             number += 1
-            folder = Path(f"{config.output}-{number}")
+            folder = _output(config).with_name(f"{_output(config).name}-{number}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
         chosen = [str(folder)]
     torch.distributed.broadcast_object_list(chosen)
     return Path(chosen[0])
+
+
+def _move_tensorboard(ds: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    """Into the run folder, which is not `output` where that holds an earlier run; a path in the JSON stands."""
+    if config.monitor.tensorboard and ds["tensorboard"]["output_path"] == str(_output(config) / "tensorboard"):
+        ds["tensorboard"]["output_path"] = str(folder / "tensorboard")
 
 
 # --- what the user is told ---------------------------------------------------------------------------------------
@@ -358,9 +385,8 @@ def _one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
 
 
 def _report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, folder: Path) -> str:
-    lines = [
-        f"\nTrained {num_steps} steps on {len(data.train)} samples; always on: {', '.join(sparse.always_on) or 'nothing'}."
-    ]
+    always_on = ", ".join(sparse.always_on) or "nothing"
+    lines = [f"\nTrained {num_steps} steps on {len(data.train)} samples; always on: {always_on}."]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[max(evaluations)]
         lines.append(
@@ -379,9 +405,8 @@ def _report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_s
     return "\n".join(lines)
 
 
-def _stopped(step: int, skipped: int, config: RunConfig) -> StoppedError:
+def _stopped(step: int, reason: str, config: RunConfig) -> StoppedError:
     return StoppedError(
-        f"stopped at step {step + 1}: {skipped} steps in a row had NaN or infinite loss or gradients "
-        f"(train.max_skipped_steps is {config.train.max_skipped_steps}); no model was written. Lower optimizer.lr "
-        f"({config.optimizer.lr}) or train.gradient_clipping ({config.train.gradient_clipping}), or look at the data"
+        f"stopped at step {step + 1}: {reason}; no model was written. Lower optimizer.lr ({config.optimizer.lr}) or "
+        f"train.gradient_clipping ({config.train.gradient_clipping}), or look at the data"
     )

@@ -39,7 +39,7 @@ class Cell:
     always_on: tuple[str, ...] = ("embeddings", "head", "norm")
     dtype: str = "fp32"
     evaluate: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         changed = [

@@ -33,13 +33,14 @@ class LocalGradients:
         entering = [name for name in parameters if name not in self._active]
         for handle in self._handles:
             handle.remove()
+        for name in entering:
+            parameters[name].requires_grad_(True)
         self._active = dict(parameters)
         self._handles = [
             p.register_post_accumulate_grad_hook(lambda p, name=name: self._receive(name, p))
             for name, p in self._active.items()
         ]
         for name in entering:
-            parameters[name].requires_grad_(True)
             self._rule.enter(name, self._registration.owned_range(parameters[name]))
 
     def step(self, learning_rate: float) -> None:

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -319,42 +320,50 @@ class Registration(ABC):
             )
 
     def _rebuild(self) -> None:
-        """Build the ZeRO optimizer anew around the same basic optimizer, with our groups.
-
-        The old object takes over the new one's attributes, so whoever holds it (accelerate's wrapper, the tuple that
-        `deepspeed.initialize` returned) goes on holding a working optimizer.
-        """
+        """Replace the optimizer's groups by ours, which are others, around the same basic optimizer."""
         basic = self.engine.basic_optimizer
         if len(basic.param_groups) != len(self.groups) and hasattr(basic.step, "_wrapped_by_lr_sched"):
             raise RegistrationError(
-                f"this engine's optimizer has {len(basic.param_groups)} groups and a learning-rate scheduler that counts them, "
-                f"switching needs {len(self.groups)}: build the optimizer from sparse.param_groups(), or the scheduler after attach"
+                f"this engine's optimizer has {len(basic.param_groups)} groups and a learning-rate scheduler that counts "
+                f"them, switching needs {len(self.groups)}: build the optimizer from sparse.param_groups(), or the "
+                "scheduler after attach"
             )
-        self._release_flat_buffers()
         settings = [self._settings_of(group) for group in self.groups]
+        self._set_requires_grad()
+        self._release_flat_buffers()
+        self._dispose()
         basic.state.clear()
         basic.param_groups[:] = [
             {**chosen, "params": list(group.values())} for chosen, group in zip(settings, self.groups, strict=True)
         ]
-        self._set_requires_grad()
-        old = self.optimizer
-        self._dispose()
-        new = self.engine._configure_zero_optimizer(basic)
-        old.__dict__ = new.__dict__  # both names mean one optimizer from here on
-        self.engine.optimizer = self.optimizer = new
-        new.register_grad_acc_post_hook(self.engine._backward_post_hook)
+        self._build()
         if not self._matches(self.groups):
             raise RegistrationError(
                 "DeepSpeed split an optimizer group: set zero_optimization.sub_group_size to at least "
                 f"{max(sum(_full_numel(p) for p in g.values()) for g in self.groups)} elements"
             )
 
+    def _dispose(self) -> None:
+        self.optimizer.destroy()
+        self.optimizer.__dict__.clear()
+
+    def _build(self) -> None:
+        """A new ZeRO optimizer. The old object takes over its attributes, so whoever holds the old one (accelerate's
+        wrapper, the tuple that `deepspeed.initialize` returned) goes on holding a working optimizer."""
+        new = self.engine._configure_zero_optimizer(self.engine.basic_optimizer)
+        self.optimizer.__dict__ = new.__dict__  # both names mean one optimizer from here on
+        self.engine.optimizer = self.optimizer = new
+        new.register_grad_acc_post_hook(self.engine._backward_post_hook)
+
     def _settings_of(self, group: Parameters) -> dict[str, Any]:
-        """The hyper-parameters that the old groups gave to the first parameter of `group`."""
+        """The hyper-parameters that the old groups gave to the first parameter of `group`, else the defaults."""
         first = next(iter(group.values()))
-        old = self.engine.basic_optimizer.param_groups
-        owner = next((i for i, live in enumerate(self._live_groups()) if any(p is first for p in live)), 0)
-        return {k: v for k, v in old[min(owner, len(old) - 1)].items() if k != "params"}
+        basic = self.engine.basic_optimizer
+        owner = next((i for i, live in enumerate(self._live_groups()) if any(p is first for p in live)), None)
+        if owner is None:
+            return dict(basic.defaults)
+        source = getattr(self.optimizer, "sub_group_to_group_id", {}).get(owner, owner)  # stage 3 may split groups
+        return {key: value for key, value in basic.param_groups[source].items() if key != "params"}
 
     def _set_requires_grad(self) -> None:
         wanted = {id(p) for group in self.groups for p in group.values()}
@@ -367,10 +376,6 @@ class Registration(ABC):
 
     def _release_flat_buffers(self) -> None:
         """Give every registered parameter storage of its own, so that the old flat buffers can be freed."""
-
-    def _dispose(self) -> None:
-        self.optimizer.destroy()
-        self.optimizer.__dict__.clear()
 
     def after_step(self) -> None:
         """Drop what recomputation left on DeepSpeed's module stack.
@@ -389,19 +394,11 @@ class _Stage0(Registration):
     def _live_groups(self) -> list[list[nn.Parameter]]:
         return [list(group["params"]) for group in self.engine.basic_optimizer.param_groups]
 
-    def _rebuild(self) -> None:
-        basic = self.engine.basic_optimizer
-        if hasattr(basic.step, "_wrapped_by_lr_sched") and len(basic.param_groups) != len(self.groups):
-            raise RegistrationError(
-                f"this engine's optimizer has {len(basic.param_groups)} groups and a learning-rate scheduler that counts them, "
-                f"switching needs {len(self.groups)}: build the optimizer from sparse.param_groups(), or the scheduler after attach"
-            )
-        settings = [self._settings_of(group) for group in self.groups]
-        self._set_requires_grad()
-        basic.state.clear()
-        basic.param_groups[:] = [
-            {**chosen, "params": list(group.values())} for chosen, group in zip(settings, self.groups, strict=True)
-        ]
+    def _dispose(self) -> None:
+        return None
+
+    def _build(self) -> None:
+        return None
 
     def _master(self, index: int) -> Tensor:
         raise AssertionError("stage 0 has one state per parameter, not one per group")
@@ -653,6 +650,22 @@ class _Stage3(Registration):
         plain = [p for p in registered if not hasattr(p, "ds_z3_leaf_module")]
         leaves = {id(p.ds_z3_leaf_module) for p in registered if hasattr(p, "ds_z3_leaf_module")}
         return count_used_parameters_in_backward(plain) + len(leaves)
+
+    # A rebuild keeps ZeRO-3's parameter_offload: its module hooks and its fetch trace know nothing of groups, and a
+    # second set of hooks breaks recomputation under activation checkpointing (0.19.8).
+
+    def _dispose(self) -> None:
+        zero = self.optimizer
+        self._offload = zero.parameter_offload
+        for handle in (*zero._grad_acc_hooks, *zero._leaf_module_hooks):
+            handle.remove()
+        zero.ipg_buckets.clear()
+        zero.__dict__.clear()
+
+    def _build(self) -> None:
+        with mock.patch.object(DeepSpeedZeroOptimizer_Stage3, "initialize_ds_offload", lambda *_, **__: self._offload):
+            super()._build()
+        del self._offload
 
     def _release_flat_buffers(self) -> None:
         for group in self.optimizer.fp16_groups:

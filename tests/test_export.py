@@ -1,0 +1,187 @@
+"""trainer/export.py: what is written is what was trained, and appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed import comm as dist
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+import trainer
+from tests import distributed
+from tests.engine.parity import Cell, batch, deepspeed_config, make_engine, make_selector, train_step
+from trainer import model as models
+from trainer.config.schema import ModelConfig
+from trainer.data.tokenizer import bytes_tokenizer
+from trainer.export import ExportError, export
+
+CELLS = {
+    "tied": Cell(stage=3, tied=True, steps=3, interval=1),
+    "untied": Cell(stage=3, steps=3, interval=1),
+    "bf16": Cell(stage=3, steps=1, dtype="bf16"),
+    "replicated": Cell(stage=2, steps=1),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What rank 0 found, by cell; `logits_differ` after opening the folder again."""
+
+    logits_differ: dict[str, float]
+    moved: dict[str, float]
+    interrupted: list[str]
+    refused: str
+
+
+class NoSpaceTokenizer(PreTrainedTokenizerFast):
+    """Its files do not fit on the disk any more, after the model's did."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def export_all(rank: int, folder: Path) -> Exported:
+    """Train, evaluate and export each cell, then break two exports of the last; runs in each rank."""
+    logits_differ, moved = {}, {}
+    for name, cell in CELLS.items():
+        model = load_model(cell)
+        before = full_head(model)
+        sparse = trainer.prepare(model, selector=make_selector(cell), always_on=cell.always_on)
+        engine = make_engine(cell, model, sparse)
+        sparse.attach(engine)
+        for step in range(cell.steps):
+            train_step(cell, engine, step, rank)
+        live = logits_of(engine)
+        export(engine, bytes_tokenizer(), folder / name)
+        if rank == 0:
+            opened = AutoModelForCausalLM.from_pretrained(folder / name, attn_implementation="eager")
+            logits_differ[name] = float((live - logits_of(opened.eval())).abs().max())
+            moved[name] = float((opened.lm_head.weight - before).abs().max())
+            assert opened.lm_head.weight.dtype == before.dtype
+        if name == "untied":
+            interrupted = interrupt(rank, engine, folder / "interrupted")
+            refused = lose_a_weight(rank, engine, folder / "refused")
+        engine.destroy()
+    return Exported(logits_differ, moved, interrupted, refused)
+
+
+def load_model(cell: Cell) -> PreTrainedModel:
+    """As the loop does, so that under ZeRO-3 parameters are partitioned from the start."""
+    config = ModelConfig(
+        random={
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": cell.tied,
+        },
+        dtype=cell.dtype,
+        attention="eager",
+    )
+    return models.load(config, bytes_tokenizer(), seed=0, deepspeed=deepspeed_config(cell, micro_batch=2)).train()
+
+
+def full_head(model: PreTrainedModel) -> Tensor:
+    weight = model.lm_head.weight
+    with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+        return weight.detach().clone()
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    model.eval()
+    return model(input_ids=batch(0, 0, ranks=1, rank=0)).logits.detach().float()
+
+
+def interrupt(rank: int, engine: Any, folder: Path) -> list[str]:
+    """An export that fails half way, and what lies there then; a second one that does not; a third that fails."""
+    half = NoSpaceTokenizer(tokenizer_object=bytes_tokenizer().backend_tokenizer)
+    left = []
+    for tokenizer in (half, bytes_tokenizer(), half):
+        if rank == 0 and tokenizer is half:
+            with pytest.raises(OSError, match="No space left"):
+                export(engine, tokenizer, folder)
+            dist.barrier()  # the other ranks wait for the writer
+        else:
+            export(engine, tokenizer, folder)
+        if rank == 0:
+            left.append(sorted(entry.name for entry in folder.parent.glob("interrupted*")))
+    return [" ".join(names) for names in left]
+
+
+def lose_a_weight(rank: int, engine: Any, folder: Path) -> str:
+    """transformers leaves out weights that a model class declares to be rebuilt on loading."""
+    engine.module._keys_to_ignore_on_save = {"model.layers.1.mlp.up_proj.weight"}
+    message = ""
+    if rank == 0:
+        with pytest.raises(ExportError) as error:
+            export(engine, bytes_tokenizer(), folder)
+        message = str(error.value)
+        dist.barrier()
+    else:
+        export(engine, bytes_tokenizer(), folder)
+    engine.module._keys_to_ignore_on_save = None
+    return message
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> Exported:
+    return distributed.run(export_all, folder, ranks=2)[0]
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_logits_are_equal_after_opening_the_folder(exported: Exported, name: str) -> None:
+    assert exported.logits_differ[name] == 0
+    assert exported.moved[name] > 1e-4, "weights of the start would do as well"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("untied", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_keep_the_type_that_they_were_trained_in(
+    exported: Exported, folder: Path, name: str, dtype: torch.dtype
+) -> None:
+    with safe_open(folder / name / "model.safetensors", framework="pt") as opened:
+        assert {opened.get_tensor(key).dtype for key in opened.keys()} == {dtype}  # noqa: SIM118 - not a dictionary
+
+
+@pytest.mark.parametrize(("name", "heads"), [("tied", 0), ("untied", 1)])
+def test_a_tied_head_is_written_once(exported: Exported, folder: Path, name: str, heads: int) -> None:
+    with safe_open(folder / name / "model.safetensors", framework="pt") as opened:
+        names = list(opened.keys())
+    assert names.count("lm_head.weight") == heads and "model.embed_tokens.weight" in names
+    model = AutoModelForCausalLM.from_pretrained(folder / name)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "tied")
+
+
+def test_the_folder_brings_its_tokenizer_and_generates_with_a_cache(exported: Exported, folder: Path) -> None:
+    text = "naïve"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "untied")
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert AutoModelForCausalLM.from_pretrained(folder / "untied").config.use_cache
+
+
+def test_an_interrupted_export_leaves_no_model_and_an_earlier_one_alone(exported: Exported, folder: Path) -> None:
+    first, second, third = exported.interrupted
+    assert first == "interrupted.partial"
+    assert second == "interrupted", "a later export clears up"
+    assert third == "interrupted interrupted.partial"
+    assert AutoModelForCausalLM.from_pretrained(folder / "interrupted").config.num_hidden_layers == 6
+
+
+def test_a_folder_that_lacks_a_weight_is_refused(exported: Exported, folder: Path) -> None:
+    assert exported.refused.endswith("lacks 1 of the model's tensors, for instance model.layers.1.mlp.up_proj.weight")
+    assert not (folder / "refused").exists()

@@ -1,0 +1,275 @@
+"""Whole runs through the real launchers: what a user types, what is printed, and what lies in the run folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tests.launching import (
+    SCRIPT,
+    Finished,
+    deepspeed,
+    launch,
+    metrics,
+    rank_process,
+    start,
+    write_inputs,
+)
+from trainer.config import RunConfig, help_text, load
+from trainer.data import Prepared, prepare
+from trainer.data.tokenizer import bytes_tokenizer
+from trainer.selectors import build
+
+
+@dataclass(frozen=True)
+class Run:
+    """The one training run that several tests look at."""
+
+    place: Path  # where it was started
+    finished: Finished
+
+    @property
+    def folder(self) -> Path:
+        return self.place / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """LISA under ZeRO-3 on two ranks, started in a folder of its own."""
+    place = tmp_path_factory.mktemp("run")
+    write_inputs(place)
+    return Run(place, launch(deepspeed("tiny.yaml"), place))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_inputs(tmp_path)
+    return tmp_path
+
+
+def evaluation_data(run: Run) -> Prepared:
+    return prepare(
+        train=run.place / "train.jsonl",
+        eval=None,
+        eval_fraction=0.2,
+        tokenizer=bytes_tokenizer(),
+        max_length=48,
+        overflow="truncate",
+        cache=run.place / "cache-of-test",
+        seed=0,
+    )
+
+
+def loss_by_hand(model: nn.Module, data: Prepared) -> float:
+    """Mean loss over the target tokens of the evaluation samples, one sample at a time."""
+    assert data.eval is not None
+    total, count = 0.0, 0
+    for sample in data.eval:
+        ids, labels = (torch.tensor(sample[key]).long() for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0]
+        chosen = [position for position in range(1, len(ids)) if labels[position] != -100]
+        logprobs = torch.log_softmax(logits.double(), dim=-1)
+        total -= sum(float(logprobs[position - 1, labels[position]]) for position in chosen)
+        count += len(chosen)
+    return total / count
+
+
+def nothing_was_trained(place: Path) -> bool:
+    """No run folder and no model; a cache of tokenised data and its lock may lie there."""
+    runs = place / "runs"
+    return not runs.exists() or {entry.name for entry in runs.iterdir()} <= {"cache"}
+
+
+# --- a run that works --------------------------------------------------------------------------------------------
+
+
+def test_the_run_ends_well(run: Run) -> None:
+    assert run.finished.code == 0, run.finished.everything
+    assert "Traceback" not in run.finished.everything
+    assert {entry.name for entry in run.folder.iterdir()} == {"config.yaml", "metrics.jsonl", "model"}
+
+
+def test_the_saved_configuration_is_the_run_s(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.place)
+    saved = load(str(run.folder / "config.yaml"))
+    assert saved == load("tiny.yaml")
+    assert isinstance(saved, RunConfig) and saved.selector.blocks == 2
+
+
+def test_metrics_hold_each_step_with_the_blocks_that_the_selector_draws(run: Run) -> None:
+    steps = [line for line in metrics(run.folder) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    selector = build("uniform", seed=0, blocks=2, interval=2)
+    drawn = [list(selector.select((line["step"] - 1) // 2, 4)) for line in steps]
+    assert [line["active_blocks"] for line in steps] == drawn
+    assert len({tuple(blocks) for blocks in drawn}) > 1, "a seed that never switches shows nothing"
+    for line in steps:
+        assert line["grad_norm"] > 0 and line["tokens_per_second"] > 0 and line["step_seconds"] > 0
+    # The rate after each step, which is the next one's: warm-up to the peak, then down to nothing.
+    assert [line["lr"] for line in steps] == pytest.approx([5e-3 * share for share in (1, 0.8, 0.6, 0.4, 0.2, 0)])
+
+
+def test_metrics_hold_evaluations_before_during_and_after(run: Run) -> None:
+    evaluations = {line["step"]: line["eval_loss"] for line in metrics(run.folder) if "eval_loss" in line}
+    assert list(evaluations) == [0, 4, 6]
+    assert evaluations[0] == pytest.approx(math.log(261), abs=0.2)  # untrained: near uniform over the vocabulary
+    assert evaluations[6] < evaluations[4] < evaluations[0]
+
+
+def test_the_saved_model_has_the_last_evaluation_loss(run: Run) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model").eval()
+    assert model.dtype == torch.float32
+    last = metrics(run.folder)[-1]
+    assert last["step"] == 6
+    assert loss_by_hand(model, evaluation_data(run)) == pytest.approx(last["eval_loss"], abs=1e-4)
+
+
+def test_the_report_says_what_trained_how_far_the_loss_fell_and_where_the_model_is(run: Run) -> None:
+    lines = metrics(run.folder)
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    times = [sum(index in line.get("active_blocks", []) for line in lines) for index in range(4)]
+    _, _, report = run.finished.stdout.partition("\nTrained ")
+    assert report.startswith("6 steps on 32 samples; always on: embeddings, head, norm.\n")
+    assert f"Evaluation loss fell from {evaluations[0]:.4f} to {evaluations[-1]:.4f}.\n" in report
+    for index, number in enumerate(times):
+        assert re.search(rf"^  block   {index} {number:>6} #{{{math.ceil(30 * number / max(times))}}}$", report, re.M)
+    assert "\nModel: runs/tiny/model\n" in report
+    assert run.finished.stdout.count("Model: ") == 1, "every rank reports"
+
+
+def test_a_run_that_diverges_stops_without_a_model_and_beside_an_earlier_run(run: Run) -> None:
+    before = {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}
+    values = ["output=~/runs/tiny", "optimizer.lr=1e15", "schedule.warmup_steps=0", "train.max_skipped_steps=2"]
+    finished = launch(deepspeed("tiny.yaml", *values), run.place, home=run.place)
+    assert finished.code == 2, finished.everything
+    message = "stopped at step 4: 3 steps in a row had NaN or infinite loss or gradients (train.max_skipped_steps is 2)"
+    assert finished.everything.count(message) == 1
+    assert "no model was written. Lower optimizer.lr (1000000000000000.0)" in finished.stderr
+    assert "Traceback" not in finished.everything and "Model: " not in finished.everything
+
+    second = run.folder.with_name("tiny-2")
+    assert {entry.name for entry in second.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    steps = [line for line in metrics(second) if "loss" in line]
+    assert steps[0]["loss"] == metrics(run.folder)[1]["loss"], "the same seed, data and weights"
+    assert [line["loss"] for line in steps[1:]] == [None, None], "JSON has no NaN"
+    assert before == {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}
+
+
+# --- no run at all -----------------------------------------------------------------------------------------------
+
+
+def test_help(place: Path) -> None:
+    finished = launch([sys.executable, str(SCRIPT), "--help"], place)
+    assert (finished.code, finished.stdout, finished.stderr) == (0, help_text(), "")
+
+
+def test_dry_run_prints_blocks_always_on_parts_and_bytes_and_trains_nothing(place: Path) -> None:
+    finished = launch(deepspeed("tiny.yaml", "--dry-run", "model.dtype=bf16", "always_on.head=false"), place)
+    assert finished.code == 0, finished.everything
+    said = finished.stdout
+    # A block: q and o 32 x 32, k and v 16 x 32, three MLP matrices 64 x 32, two norms.
+    block, embeddings, norm = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32, 261 * 32, 32
+    assert "blocks: 4 at model.layers, 9,280 parameters in the first" in said and block == 9280
+    assert f"always on: embeddings, {embeddings:,} parameters (model.embed_tokens.weight)" in said
+    assert f"always on: norm, {norm} parameters (model.norm.weight)" in said
+    assert "always on: head" not in said
+    assert f"trained at a time: {2 * block + embeddings + norm:,} parameters; 2 of 4 blocks at a time" in said
+    total, trained = 4 * block + 2 * embeddings + norm, 2 * block + embeddings + norm
+    for name, size in (("weights", 2 * total), ("gradients", 2 * trained), ("masters", 4 * trained)):
+        assert re.search(rf"^  {name} +{size / 2 / 1024:.1f} KiB$", said, re.M), (name, said)
+    assert said.count("blocks: 4 at") == 1, "every rank describes the run"
+    assert nothing_was_trained(place)
+
+
+@pytest.mark.parametrize(
+    ("values", "messages"),
+    [
+        pytest.param(
+            ["selector.block=3", "data.train=trian.jsonl"],
+            [
+                "2 problems in the configuration:\n",
+                "  - selector.block: unknown key for selector uniform; nearest: 'selector.blocks'\n",
+                "  - data.train: no such file: 'trian.jsonl'; nearest: 'train.jsonl'\n",
+            ],
+            id="before-torch",
+        ),
+        pytest.param(
+            ["train.micro_batch_size=4"],
+            [
+                "  - train.global_batch_size: 4 is not a multiple of 2 ranks x train.micro_batch_size 4 = 8; "
+                "nearest valid: train.global_batch_size=8, or train.micro_batch_size=2\n"
+            ],
+            id="with-the-ranks",
+        ),
+        pytest.param(
+            ["data.train=odd.jsonl"],
+            ["odd.jsonl:2: no known shape: the row has {text}; known are {question, answer}, {prompt, completion}"],
+            id="with-the-data",
+        ),
+        pytest.param(
+            ["selector.blocks=5"],
+            ["  - selector.blocks: 5; allowed: 1 to 4, the number of blocks of this model\n"],
+            id="with-the-model",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_refused_once_and_leaves_nothing(
+    place: Path, values: list[str], messages: list[str]
+) -> None:
+    rows = '{"question": "One and one?", "answer": "Two"}\n{"text": "free"}\n'
+    (place / "odd.jsonl").write_text(rows)
+    finished = launch(deepspeed("tiny.yaml", *values), place)
+    assert finished.code == 2, finished.everything
+    for message in messages:
+        assert finished.everything.count(message) == 1, finished.everything
+    assert "Traceback" not in finished.everything
+    assert nothing_was_trained(place)
+
+
+@pytest.fixture
+def endless(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run that is in the middle of its training, and the file that its output goes to."""
+    output = place / "output.txt"
+    with output.open("w") as file:
+        values = ["train.steps=1000000", "schedule.warmup_steps=null", "eval.every=null"]
+        process = start(deepspeed("tiny.yaml", *values), place, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            written = place / "runs" / "tiny" / "metrics.jsonl"
+            end = time.monotonic() + 120
+            while not (written.exists() and '"step": 3,' in written.read_text()):
+                assert process.poll() is None and time.monotonic() < end, output.read_text()
+                time.sleep(0.1)
+            yield process, output
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+# Rank 0, because DeepSpeed's launcher blames the last rank whoever died.
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="ranks watch each other through Linux's pidfd_open")
+def test_a_killed_rank_ends_the_job_which_says_which_one_it_was(
+    endless: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, output = endless
+    victim = rank_process(process.pid, 0)
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    said = output.read_text()
+    assert said.count("ended before the run did") == 1, said
+    assert f"\nrank 0 (process {victim}) ended before the run did" in said
+    assert not (output.parent / "runs" / "tiny" / "model").exists()

@@ -1,0 +1,231 @@
+"""trainer/model.py: what is built or loaded, partitioned or not, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from tests import distributed
+from tests.models import tiny_llama
+from trainer import model as models
+from trainer.blocks import find
+from trainer.config.schema import ModelConfig
+from trainer.data.tokenizer import bytes_tokenizer
+from trainer.model import ModelError, attention, on_meta
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TOKENS = len(bytes_tokenizer())
+
+
+def settings(stage: int = 2) -> dict[str, Any]:
+    """What DeepSpeed needs to partition while a model is created."""
+    return {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": False}}
+
+
+def load(stage: int = 2, *, seed: int = 0, **config: Any) -> PreTrainedModel:
+    chosen = ModelConfig(**{"dtype": "fp32", **config})
+    return models.load(chosen, bytes_tokenizer(), seed=seed, deepspeed=settings(stage))
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Full weights, gathered where they are partitioned."""
+    full = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            full[name] = parameter.detach().clone()
+    return full
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Hugging Face folder that fits the byte-level tokenizer."""
+    tiny_llama(layers=2, vocab=TOKENS, seed=5).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+# --- what is built -----------------------------------------------------------------------------------------------
+
+
+def test_random_weights_follow_from_the_seed() -> None:
+    assert same(weights(load(random=LLAMA)), weights(load(random=LLAMA)))
+    assert not same(weights(load(random=LLAMA)), weights(load(random=LLAMA, seed=1)))
+
+
+def test_a_random_model_takes_its_vocabulary_and_marks_from_the_tokenizer() -> None:
+    config = load(random=LLAMA).config
+    assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (261, 256, 257)
+    assert (
+        load(random=LLAMA | {"vocab_size": 300, "eos_token_id": 1}).config.to_dict().items()
+        >= {
+            "vocab_size": 300,
+            "eos_token_id": 1,
+        }.items()
+    )
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_weights_have_the_training_type_and_rotary_frequencies_fp32(
+    folder: Path, name: str, dtype: torch.dtype
+) -> None:
+    for model in (load(dtype=name, random=LLAMA), load(dtype=name, path=str(folder))):
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert {b.dtype for b in model.buffers()} == {torch.float32}  # in bf16, position 1000 would turn by radians
+        assert not model.config.use_cache
+
+
+def test_a_folder_is_loaded_as_it_is(folder: Path) -> None:
+    assert same(weights(load(path=str(folder), seed=9)), weights(tiny_llama(layers=2, vocab=TOKENS, seed=5)))
+
+
+def test_checkpointing_leaves_the_embeddings_without_gradients() -> None:
+    """transformers' own hook would make every backward run down to the first block."""
+    model = load(random=LLAMA, activation_checkpointing=True).train()
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    assert model.is_gradient_checkpointing
+    seen: list[bool] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    logits = model(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits
+    assert seen == [False] and logits.requires_grad
+
+
+def test_the_dry_run_s_model_has_the_same_structure_and_no_storage(folder: Path) -> None:
+    for choice in ({"random": LLAMA}, {"path": str(folder)}):
+        dry, real = on_meta(ModelConfig(**choice, dtype="fp32"), bytes_tokenizer()), load(**choice)
+        assert {p.device.type for p in dry.parameters()} == {"meta"}
+        assert {n: (p.shape, p.dtype) for n, p in dry.named_parameters()} == {
+            n: (p.shape, p.dtype) for n, p in real.named_parameters()
+        }
+
+
+def partitioned(rank: int, folder: Path) -> dict[str, bool]:
+    """Under ZeRO-3 on two ranks against the whole model; runs in each rank."""
+    found = {}
+    for name, choice in (("random", {"random": LLAMA}), ("folder", {"path": str(folder)})):
+        whole, pieces = load(**choice), load(3, **choice)
+        parameters = list(pieces.parameters())
+        half = all(p.ds_tensor.numel() == -(-p.ds_numel // 2) and p.numel() == 0 for p in parameters)
+        found[f"{name}: a rank holds half of each parameter"] = half
+        found[f"{name}: same blocks"] = [b.numel for b in find(whole).blocks] == [b.numel for b in find(pieces).blocks]
+    found["random: the seed decides"] = same(weights(load(3, random=LLAMA)), weights(load(3, random=LLAMA)))
+    found["folder: same weights as the whole model"] = same(weights(load(path=str(folder))), weights(pieces))
+    try:
+        load(3, path=str(without(folder, "model.norm.weight", "model.layers.1.mlp.up_proj.weight", rank)))
+    except ModelError as error:
+        found["missing weights are named"] = "lacks 2 weights, for instance model.layers.1.mlp.up" in str(error)
+    large = bytes_tokenizer()
+    large.add_tokens(["one more"])
+    try:
+        models.load(ModelConfig(path=str(folder), dtype="fp32"), large, seed=0, deepspeed=settings(3))
+    except ModelError as error:
+        found["vocabulary"] = "model.tokenizer: 262 tokens, but the model embeds 261" in str(error)
+    # Outside `load` nothing is partitioned any more.
+    found["no trace is left"] = not hasattr(next(tiny_llama().parameters()), "ds_id")
+    return found
+
+
+def without(folder: Path, *names_and_rank: Any) -> Path:
+    """A copy of `folder`, one per rank, whose file lacks the named weights."""
+    *names, rank = names_and_rank
+    copy = folder.with_name(f"incomplete-{rank}")
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    for name in names:
+        del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_zero3_loads_partitioned_what_is_loaded_whole_otherwise(folder: Path) -> None:
+    for found in distributed.run(partitioned, folder, ranks=2):
+        assert len(found) == 9
+        assert [what for what, holds in found.items() if not holds] == []
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def missing_folder(folder: Path) -> dict[str, Any]:
+    return {"path": str(folder / "nowhere")}
+
+
+def no_weights(folder: Path) -> dict[str, Any]:
+    (folder / "model.safetensors").unlink()
+    return {"path": str(folder)}
+
+
+def some_weights(folder: Path) -> dict[str, Any]:
+    return {"path": str(without(folder, "model.norm.weight", "lm_head.weight", 0))}
+
+
+def truncated_weights(folder: Path) -> dict[str, Any]:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    return {"path": str(folder)}
+
+
+def broken_configuration(folder: Path) -> dict[str, Any]:
+    (folder / "config.json").write_text('{"model_type": ')
+    return {"path": str(folder)}
+
+
+def random(**fields: Any) -> Callable[[Path], dict[str, Any]]:
+    return lambda folder: {"random": LLAMA | fields}
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (missing_folder, r"model\.path: cannot read a model configuration from '.*/nowhere'"),
+        (broken_configuration, r"model\.path: cannot read a model configuration from '.*/llama'"),
+        (no_weights, r"model\.path: cannot load '.*/llama': .*no file named model\.safetensors"),
+        (truncated_weights, r"model\.path: cannot load '.*/llama'"),
+        (
+            some_weights,
+            r"model\.path: '.*' lacks 2 weights, for instance lm_head\.weight, model\.norm\.weight: is this fold",
+        ),
+        (random(model_type="lama"), r"model\.random: transformers refuses .*lama"),
+        (random(num_attention_heads=5), r"model\.random: transformers refuses .*'num_attention_heads': 5"),
+        (random(model_type="t5"), r"model\.random: transformers cannot build a causal language model of type 't5'"),
+        (random(vocab_size=100), r"model\.tokenizer: 261 tokens, but the model embeds 100: set model\.tokenizer"),
+    ],
+)
+def test_refused_with_the_key_to_change(folder: Path, choice: Callable[[Path], dict[str, Any]], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        load(**choice(folder))
+    assert len(str(error.value)) < 700, "transformers lists hundreds of models"
+
+
+@pytest.mark.parametrize("choice", [{"random": LLAMA | {"vocab_size": 260}}, {"random": LLAMA | {"model_type": "t5"}}])
+def test_the_dry_run_refuses_the_same(choice: dict[str, Any]) -> None:
+    with pytest.raises(ModelError):
+        on_meta(ModelConfig(**choice), bytes_tokenizer())
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and is_flash_attn_2_available(), reason="this machine has it")
+def test_flash_attention_is_refused_where_it_is_missing() -> None:
+    with pytest.raises(ModelError, match=r"model\.attention: flash_attention_2, but .* set model\.attention to sdpa"):
+        load(random=LLAMA, attention="flash_attention_2")
+    assert attention(ModelConfig(random=LLAMA)) == "sdpa"
+    assert load(random=LLAMA, attention="eager").config._attn_implementation == "eager"
