@@ -62,9 +62,9 @@ def model_state(
     if stage == 3:
         mine, active = (sum(-(-n // ranks) for n in numels) for numels in (parameters, held))
         own_masters = weight_bytes == 4 and not offload
-        return ModelState(
-            weight_bytes * mine, gradient_bytes * active, 0 if own_masters else 4 * active, 8 * active, offload
-        )
+        # Offloading keeps the accumulated partition and, beside it, the gradient of the fp32 master.
+        gradients = gradient_bytes * active + (4 * active if offload else 0)
+        return ModelState(weight_bytes * mine, gradients, 0 if own_masters else 4 * active, 8 * active, offload)
     active = sum(-(-sum(group) // ranks) for group in groups)
     return ModelState(weight_bytes * sum(parameters), 4 * active if offload else 0, 4 * active, 8 * active, offload)
 

@@ -114,8 +114,8 @@ def always_on(structure: Structure, parts: Iterable[str]) -> dict[str, dict[str,
             raise BlockError(f"always_on: unknown part '{part}'{_nearest(part, PARTS)}; allowed: {', '.join(PARTS)}")
     if structure.tied and ("embeddings" in chosen) != ("head" in chosen):
         raise BlockError(
-            f"always_on: embeddings={'embeddings' in chosen} and head={'head' in chosen}, but this model ties them to one "
-            "weight: set always_on.embeddings and always_on.head to the same value"
+            f"always_on: embeddings={'embeddings' in chosen} and head={'head' in chosen}, but this model ties them "
+            "to one weight: set always_on.embeddings and always_on.head to the same value"
         )
     selected = {part: structure.outside[part] for part in PARTS if part in chosen and structure.outside[part]}
     for part in chosen:

@@ -29,6 +29,7 @@ def watch_ranks() -> Iterator[None]:
     watcher.start()
     try:
         yield
+        dist.barrier()  # who finishes first must not be taken for dead
     finally:
         os.close(leave)  # wakes the watcher
         watcher.join()

@@ -166,14 +166,17 @@ class Sparse:
             raise ValueError(f"{type(self.selector).__name__} measures: give attach() probe_batches and loss_function")
         if self._sparse_rule and engine.gradient_clipping() > 0:
             raise ValueError(
-                f"gradient_clipping is {engine.gradient_clipping()}, but {type(self.update).__name__} keeps gradients that "
-                "DeepSpeed's norm does not see: set gradient_clipping to 0"
+                f"gradient_clipping is {engine.gradient_clipping()}, but {type(self.update).__name__} keeps gradients "
+                "that DeepSpeed's norm does not see: set gradient_clipping to 0"
             )
         registration = register(engine, self.groups())
         if registration.rebuilt:
             logger.warning(
-                "the engine was built with other trainable parameters than the first active set and has been shrunk; call "
-                "trainer.prepare before deepspeed.initialize to avoid that peak (masters, moments and gradients of all of them)"
+                "the engine was built with other trainable parameters than the first active set and has been shrunk. "
+                "Call trainer.prepare before deepspeed.initialize to avoid that peak: masters and gradients of %d "
+                "parameters instead of %d",
+                registration.numel_before,
+                sum(structure_of.full_numel(p) for p in self.trainable_parameters()),
             )
         self._engine, self._registration = engine, registration
         self._local = LocalGradients(self.update, registration)

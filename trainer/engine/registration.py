@@ -128,8 +128,8 @@ def register(engine: DeepSpeedEngine, groups: Sequence[Parameters]) -> Registrat
     if optimizer is engine.basic_optimizer and engine.zero_optimization_stage() == 0:
         return _Stage0(engine, groups)
     raise RegistrationError(
-        f"cannot switch layers under {type(optimizer).__name__} (ZeRO stage {engine.zero_optimization_stage()}): use ZeRO "
-        "stage 1, 2 or 3, or stage 0 in fp32. For stage 1 in bf16 set data_types.grad_accum_dtype to bf16 in the "
+        f"cannot switch layers under {type(optimizer).__name__} (ZeRO stage {engine.zero_optimization_stage()}): "
+        "use ZeRO stage 1, 2 or 3, or stage 0 in fp32. For stage 1 in bf16 set data_types.grad_accum_dtype to bf16 in the "
         "DeepSpeed configuration"
     )
 
@@ -145,6 +145,7 @@ class Registration(ABC):
         self.groups: list[dict[str, nn.Parameter]] = [dict(group) for group in groups]
         self._check_names()
         self._check_supported()
+        self.numel_before = sum(_full_numel(p) for group in self._live_groups() for p in group)
         self.rebuilt = not self._matches(self.groups)
         if self.rebuilt:
             self._rebuild()
@@ -170,7 +171,7 @@ class Registration(ABC):
 
     @abstractmethod
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
-        """The weights of any parameter that this rank stores, flat: all of them below stage 3, its partition in stage 3."""
+        """The weights of a parameter that this rank stores, flat: all of them below stage 3, else its partition."""
 
     def owned_range(self, parameter: nn.Parameter) -> Tensor:
         """The part of a parameter outside the optimizer that this rank updates: rank r has elements [r c, (r + 1) c)
@@ -271,8 +272,8 @@ class Registration(ABC):
         unknown = [k for k, v in state.items() if k not in MOMENTS and torch.is_tensor(v) and v.numel() != 1]
         if unknown:
             raise RegistrationError(
-                f"the optimizer {type(self.engine.basic_optimizer).__name__} keeps {', '.join(unknown)}, which no bank understands: "
-                f"use bank.name=discard, or an optimizer whose state is {', '.join(MOMENTS)}"
+                f"the optimizer {type(self.engine.basic_optimizer).__name__} keeps {', '.join(unknown)}, which no "
+                f"bank understands: use bank.name=discard, or an optimizer whose state is {', '.join(MOMENTS)}"
             )
         return state
 
@@ -315,8 +316,8 @@ class Registration(ABC):
         missing = [n for n in missing if n != "lp_param_buffer"]
         if missing:
             raise RegistrationError(
-                f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}; Strata's switch was read in {READ_IN_VERSION}: "
-                f"install deepspeed=={READ_IN_VERSION}"
+                f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}; Strata's switch was read in "
+                f"{READ_IN_VERSION}: install deepspeed=={READ_IN_VERSION}"
             )
 
     def _rebuild(self) -> None:
@@ -755,7 +756,7 @@ class _Stage1And2(Registration):
     def _replace_buffers(
         self, index: int, leaving: list[nn.Parameter], entering: list[nn.Parameter], ids: list[int]
     ) -> None:
-        """Blocks of different shapes: the slot's buffers and their layout are made anew, as DeepSpeed's __init__ does."""
+        """Blocks of different shapes: new buffers and a new layout for the slot, as in DeepSpeed's __init__."""
         zero = self.optimizer
         for parameter in leaving:
             parameter.data = parameter.data.clone()

@@ -22,7 +22,7 @@ class Fixed(Selector):
         chosen = {i % num_blocks for i in self.blocks}
         if outside or not chosen or len(chosen) != len(self.blocks):
             raise ValueError(
-                f"selector.blocks: {list(self.blocks)}; allowed: distinct indices from {-num_blocks} to {num_blocks - 1}, "
-                f"at least one, for this model of {num_blocks} blocks"
+                f"selector.blocks: {list(self.blocks)}; allowed: distinct indices from {-num_blocks} to "
+                f"{num_blocks - 1}, at least one, for this model of {num_blocks} blocks"
             )
         return tuple(sorted(chosen))
