@@ -12,6 +12,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -21,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainer.entry import prepare_process  # noqa: E402
+
+prepare_process()  # before torch is imported
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
@@ -122,6 +127,7 @@ class Watch:
         self.live_after_switch: list[int] = []
         self.bank_bytes: list[int] = []
         self.memory_pass = False
+        self.switches = 0  # of the memory pass; every tenth is looked at, because scanning all objects is slow
         self._tracker: Tracker | None = None
         self._before = 0
         self._started = 0.0
@@ -131,7 +137,7 @@ class Watch:
     def _enter(self, *_: Any) -> None:
         self._before = self.sparse.interval
         due = self.sparse.steps // self.args.interval != self._before
-        if self.memory_pass and due:
+        if self.memory_pass and due and self.switches % 10 == 9:
             self._tracker = Tracker()
             self._tracker.__enter__()
         get_accelerator().synchronize()
@@ -147,8 +153,10 @@ class Watch:
         if self.sparse.interval == self._before:
             return
         if self.memory_pass:
-            self.live_after_switch.append(live_bytes(exclude=self.sparse.bank))
+            self.switches += 1
             self.bank_bytes.append(self.sparse.bank.num_bytes)
+            if self.switches == 1 or self.switches % 10 == 0:
+                self.live_after_switch.append(live_bytes(exclude=self.sparse.bank))
         else:
             self.switch_seconds.append(seconds)
 
@@ -267,7 +275,7 @@ def memory_pass(watch: Watch, args: argparse.Namespace, start: int) -> dict[str,
     watch.sparse.selector.interval = args.interval = 2
     step_peaks = []
     number = start
-    while len(watch.live_after_switch) < args.switches + 1:
+    while watch.switches < 10 * math.ceil(args.switches / 10):
         steady = watch.sparse.steps % 2 == 1 and len(step_peaks) < 3
         if steady:
             with Tracker() as tracker:
@@ -276,7 +284,6 @@ def memory_pass(watch: Watch, args: argparse.Namespace, start: int) -> dict[str,
         else:
             watch.step(number)
         number += 1
-    # The first switch of this pass may find the bank still filling; memory apart from it must not change.
     return {
         "live_bytes_first": watch.live_after_switch[0],
         "live_bytes_last": watch.live_after_switch[-1],

@@ -65,7 +65,7 @@ def write_inputs(folder: Path) -> None:
 def deepspeed(*arguments: str, ranks: int = 2) -> list[str]:
     """The command of DeepSpeed's launcher, on a free port."""
     return [
-        _command("deepspeed"),
+        "deepspeed",
         "--num_accelerators",
         str(ranks),
         "--master_port",
@@ -77,7 +77,7 @@ def deepspeed(*arguments: str, ranks: int = 2) -> list[str]:
 
 def torchrun(*arguments: str, ranks: int = 2) -> list[str]:
     return [
-        _command("torchrun"),
+        "torchrun",
         "--nproc_per_node",
         str(ranks),
         "--master_port",
@@ -88,10 +88,10 @@ def torchrun(*arguments: str, ranks: int = 2) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """A user's: the CPU, no network, commands beside this Python to be found, and nothing of an outer launcher."""
+    """A user's: the CPU, no network, commands from beside this Python, and nothing of an outer launcher."""
     inherited = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
-    # Last, because DeepSpeed's operators are compiled anew whenever another `ninja` comes first.
-    path = f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"
+    # First, as in tests/distributed.py: DeepSpeed's operators are compiled anew whenever another `ninja` is found.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return inherited | {"PATH": path, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
@@ -147,10 +147,6 @@ def _parent(pid: int) -> int:
     match = re.search(r"^PPid:\s+(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1])
-
-
-def _command(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
 
 
 def _free_port() -> int:

@@ -41,12 +41,12 @@ def test_another_rank_speaks_where_rank_0_has_not_ended_the_job(
 )
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], share: int) -> None:
     monkeypatch.setattr(os, "environ", dict(variables))
-    entry.share_cores()
+    entry.prepare_process()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     assert os.environ["OMP_NUM_THREADS"] == str(max(1, cores // share))
 
 
 def test_the_user_s_number_of_threads_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    entry.share_cores()
+    entry.prepare_process()
     assert os.environ["OMP_NUM_THREADS"] == "7"

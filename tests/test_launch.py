@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -9,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.launching import (
+    RECIPES,
     SCRIPT,
     Finished,
     deepspeed,
@@ -26,10 +30,11 @@ from tests.launching import (
     metrics,
     rank_process,
     start,
+    torchrun,
     write_inputs,
 )
 from trainer.config import RunConfig, help_text, load
-from trainer.data import Prepared, prepare
+from trainer.data import prepare, tokenize_file
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.selectors import build
 
@@ -60,8 +65,8 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def evaluation_data(run: Run) -> Prepared:
-    return prepare(
+def evaluation_samples(run: Run) -> Iterable[Mapping[str, Any]]:
+    prepared = prepare(
         train=run.place / "train.jsonl",
         eval=None,
         eval_fraction=0.2,
@@ -71,13 +76,14 @@ def evaluation_data(run: Run) -> Prepared:
         cache=run.place / "cache-of-test",
         seed=0,
     )
+    assert prepared.eval is not None
+    return prepared.eval
 
 
-def loss_by_hand(model: nn.Module, data: Prepared) -> float:
-    """Mean loss over the target tokens of the evaluation samples, one sample at a time."""
-    assert data.eval is not None
+def loss_by_hand(model: nn.Module, samples: Iterable[Mapping[str, Any]]) -> float:
+    """Mean loss over the target tokens of `samples`, one sample at a time."""
     total, count = 0.0, 0
-    for sample in data.eval:
+    for sample in samples:
         ids, labels = (torch.tensor(sample[key]).long() for key in ("input_ids", "labels"))
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0]
@@ -135,7 +141,7 @@ def test_the_saved_model_has_the_last_evaluation_loss(run: Run) -> None:
     assert model.dtype == torch.float32
     last = metrics(run.folder)[-1]
     assert last["step"] == 6
-    assert loss_by_hand(model, evaluation_data(run)) == pytest.approx(last["eval_loss"], abs=1e-4)
+    assert loss_by_hand(model, evaluation_samples(run)) == pytest.approx(last["eval_loss"], abs=1e-4)
 
 
 def test_the_report_says_what_trained_how_far_the_loss_fell_and_where_the_model_is(run: Run) -> None:
@@ -273,3 +279,156 @@ def test_a_killed_rank_ends_the_job_which_says_which_one_it_was(
     assert said.count("ended before the run did") == 1, said
     assert f"\nrank 0 (process {victim}) ended before the run did" in said
     assert not (output.parent / "runs" / "tiny" / "model").exists()
+
+
+# --- other launchers, other outputs ------------------------------------------------------------------------------
+
+
+def numbers(run_folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock says."""
+    timed = {"tokens_per_second", "step_seconds"}
+    return [{key: value for key, value in line.items() if key not in timed} for line in metrics(run_folder)]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_same(run: Run, place: Path) -> None:
+    finished = launch(torchrun("tiny.yaml"), place)
+    assert finished.code == 0, finished.everything
+    assert numbers(place / "runs" / "tiny") == numbers(run.folder)
+
+
+@pytest.mark.slow
+def test_one_process_without_a_launcher_trains_the_same(run: Run, place: Path) -> None:
+    finished = launch([sys.executable, str(SCRIPT), "tiny.yaml"], place)
+    assert finished.code == 0, finished.everything
+    alone, together = numbers(place / "runs" / "tiny"), numbers(run.folder)
+    assert [line.get("active_blocks") for line in alone] == [line.get("active_blocks") for line in together]
+    for key in ("loss", "eval_loss", "grad_norm"):
+        found = [line[key] for line in alone if key in line]
+        assert found == pytest.approx([line[key] for line in together if key in line], rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_step_ruins_the_model_writes_none(place: Path) -> None:
+    """No step was skipped: the weights were finite, the evaluation after them was not."""
+    values = ["train.steps=1", "optimizer.lr=1e15", "schedule.warmup_steps=0", "eval.every=null"]
+    finished = launch([sys.executable, str(SCRIPT), "tiny.yaml", *values], place)
+    assert finished.code == 2, finished.everything
+    assert "\nstopped at step 1: the loss is nan; no model was written." in finished.stderr
+    folder = place / "runs" / "tiny"
+    assert {entry.name for entry in folder.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert numbers(folder)[-1] == {"step": 1, "eval_loss": None}
+
+
+@pytest.mark.slow
+def test_tensorboard_holds_the_metrics_in_the_run_s_own_folder(place: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    earlier = place / "runs" / "tiny"
+    earlier.mkdir(parents=True)
+    (earlier / "config.yaml").write_text("")
+    finished = launch([sys.executable, str(SCRIPT), "tiny.yaml", "monitor.tensorboard=true"], place)
+    assert finished.code == 0, finished.everything
+    folder = place / "runs" / "tiny-2"
+    events = EventAccumulator(str(folder / "tensorboard" / "strata")).Reload()
+    losses = {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
+    assert {event.step: event.value for event in events.Scalars("Train/loss")} == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("Eval/loss")] == [0, 4, 6]
+    assert [entry.name for entry in earlier.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_dry_run_of_each_recipe(run: Run, place: Path, recipe: Path) -> None:
+    own = [f"model.path={run.folder / 'model'}", "data.train=train.jsonl", "data.eval_fraction=0.1"]
+    values = [] if recipe.stem == "quickstart" else own
+    finished = launch([sys.executable, str(SCRIPT), str(recipe), *values, "output=runs/tiny", "--dry-run"], place)
+    assert finished.code == 0, finished.everything
+    assert "each of 1 ranks holds, under ZeRO stage 3" in finished.stdout
+    assert nothing_was_trained(place)
+
+
+# --- real data ---------------------------------------------------------------------------------------------------
+
+GSM8K = SCRIPT.parent.parent.parent / "shared" / "data" / "gsm8k"
+GSM8K_LENGTH = 288  # bytes: a short row, of which there are 471 to train and 74 to evaluate on
+GSM8K_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": GSM8K_LENGTH,
+}
+GSM8K_RUN = [
+    "method=lisa",
+    f"model.random={json.dumps(GSM8K_LLAMA)}",
+    "model.dtype=fp32",
+    "selector.blocks=2",
+    "selector.interval=10",
+    "optimizer.lr=1e-3",
+    "schedule.warmup_steps=20",
+    "train.steps=200",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "eval.micro_batch_size=8",
+    "data.train=train.jsonl",
+    "data.eval=test.jsonl",
+    f"data.max_length={GSM8K_LENGTH}",
+    "data.overflow=error",
+    "deepspeed=zero3",
+]
+# What is always on trains as in the other run. The blocks' rate is so small that adding an update to a weight gives
+# that weight again, which the guard would stop.
+EMBEDDINGS_ONLY = ["optimizer.lr=1e-30", "optimizer.lr_always_on=1e-3", "train.guard_every=0"]
+
+
+def copy_short_rows(folder: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl"):
+        lines = (GSM8K / name).read_text(encoding="utf-8").splitlines()
+        texts = [(line, json.loads(line)) for line in lines]
+        short = [
+            line
+            for line, row in texts
+            if len(f"Question: {row['question']}\nAnswer: {row['answer']}".encode()) < GSM8K_LENGTH
+        ]
+        (folder / name).write_text("\n".join(short), encoding="utf-8")
+
+
+def blocks_of(model_folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Weights by block."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(model_folder / "model.safetensors").items():
+        if match := re.match(r"model\.layers\.(\d+)\.", name):
+            found.setdefault(int(match[1]), {})[name] = tensor
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"needs GSM8K in {GSM8K}")
+def test_lisa_learns_more_of_gsm8k_than_embeddings_alone(tmp_path: Path) -> None:
+    """The same weights, samples and steps on two ranks under ZeRO-3, once with blocks and once without."""
+    copy_short_rows(tmp_path)
+    for name, values in (("lisa", []), ("embeddings", EMBEDDINGS_ONLY)):
+        finished = launch(deepspeed(*GSM8K_RUN, *values, f"output=runs/{name}"), tmp_path, deadline=800)
+        assert finished.code == 0, finished.everything
+    lisa, embeddings = tmp_path / "runs" / "lisa", tmp_path / "runs" / "embeddings"
+    assert metrics(lisa)[0] == metrics(embeddings)[0], "the same weights to start from"
+    print([(m[0]["eval_loss"], m[-1]["eval_loss"]) for m in (metrics(lisa), metrics(embeddings))])
+    assert metrics(lisa)[-1]["step"] == metrics(embeddings)[-1]["step"] == 200
+    assert metrics(lisa)[-1]["eval_loss"] < metrics(embeddings)[-1]["eval_loss"] < metrics(lisa)[0]["eval_loss"]
+
+    trained, untrained = blocks_of(lisa / "model"), blocks_of(embeddings / "model")
+    drawn = {index for line in metrics(lisa) for index in line.get("active_blocks", [])}
+    assert len(drawn) > 2
+    for index, weights in trained.items():
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, untrained[index][name]) == (index not in drawn), name
+            assert "norm" not in name or bool((untrained[index][name] == 1).all()), "a weight moved at rate 1e-30"
+
+    model = AutoModelForCausalLM.from_pretrained(lisa / "model").eval()
+    assert 4.5e6 < model.num_parameters() < 5.5e6
+    samples, _ = tokenize_file(tmp_path / "test.jsonl", bytes_tokenizer(), max_length=GSM8K_LENGTH, overflow="error")
+    assert loss_by_hand(model, samples) == pytest.approx(metrics(lisa)[-1]["eval_loss"], abs=1e-4)

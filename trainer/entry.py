@@ -30,7 +30,7 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     except ConfigError as error:
         return refuse(str(error), rank)
 
-    share_cores()
+    prepare_process()
     from trainer.blocks import BlockError
     from trainer.data.rows import DataError
     from trainer.model import ModelError
@@ -47,12 +47,17 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     return 0
 
 
-def share_cores() -> None:
-    """Give each process its part of the machine's cores, where the user has not said otherwise.
+def prepare_process() -> None:
+    """What the environment must hold before torch is imported.
 
-    Must come before torch is imported. DeepSpeed's launcher leaves every rank as many threads as there are cores, and
-    ranks on the CPU then wait for each other's: a step took 15 times as long on two ranks and two busy cores.
+    The path to the tools of this environment: DeepSpeed compiles operators with ninja, and finding another version
+    of it than the last run did compiles them anew. And this process's part of the machine's cores, where the user has
+    not said otherwise: DeepSpeed's launcher leaves every rank as many threads as there are cores, and ranks on the
+    CPU then wait for each other's (a step took 15 times as long on two ranks and two busy cores).
     """
+    tools = str(Path(sys.executable).parent)
+    if tools not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; srun binds each process to cores of its own.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -129,8 +129,8 @@ def register(engine: DeepSpeedEngine, groups: Sequence[Parameters]) -> Registrat
         return _Stage0(engine, groups)
     raise RegistrationError(
         f"cannot switch layers under {type(optimizer).__name__} (ZeRO stage {engine.zero_optimization_stage()}): "
-        "use ZeRO stage 1, 2 or 3, or stage 0 in fp32. For stage 1 in bf16 set data_types.grad_accum_dtype to bf16 in the "
-        "DeepSpeed configuration"
+        "use ZeRO stage 1, 2 or 3, or stage 0 in fp32. For stage 1 in bf16 set data_types.grad_accum_dtype to bf16 "
+        "in the DeepSpeed configuration"
     )
 
 
@@ -325,9 +325,9 @@ class Registration(ABC):
         basic = self.engine.basic_optimizer
         if len(basic.param_groups) != len(self.groups) and hasattr(basic.step, "_wrapped_by_lr_sched"):
             raise RegistrationError(
-                f"this engine's optimizer has {len(basic.param_groups)} groups and a learning-rate scheduler that counts "
-                f"them, switching needs {len(self.groups)}: build the optimizer from sparse.param_groups(), or the "
-                "scheduler after attach"
+                f"this engine's optimizer has {len(basic.param_groups)} groups and a learning-rate scheduler that "
+                f"counts them, switching needs {len(self.groups)}: build the optimizer from sparse.param_groups(), "
+                "or the scheduler after attach"
             )
         settings = [self._settings_of(group) for group in self.groups]
         self._set_requires_grad()
@@ -522,9 +522,12 @@ class _Stage3(Registration):
         zero = self.optimizer
         if any(p.ds_status is ZeroParamStatus.INFLIGHT for p in (*leaving, *entering)):
             zero._partition_all_parameters()  # an evaluation's last prefetch still reads the partitions
-        for parameter in (*leaving, *entering):
-            if parameter.ds_status is ZeroParamStatus.AVAILABLE:
-                parameter.partition()  # a gathered copy may alias the storage that is exchanged here
+        # On one rank a gathered parameter is a view of its partition, and must follow it to its new storage.
+        views = [
+            p
+            for p in (*leaving, *entering)
+            if p.ds_status is ZeroParamStatus.AVAILABLE and p.data_ptr() == p.ds_tensor.data_ptr()
+        ]
         sizes = [p.partition_numel() for p in entering]
         if sizes == [p.partition_numel() for p in leaving]:
             flat, offset = zero.fp16_partitioned_groups_flat[index].detach(), 0
@@ -533,6 +536,8 @@ class _Stage3(Registration):
                 offset += size
         else:
             self._replace_buffers(index, leaving, entering)
+        for parameter in views:
+            parameter.data = parameter.ds_tensor.data.view(parameter.ds_shape)
         zero.fp16_groups[index][:] = entering
         zero.fp16_partitioned_groups[index][:] = [p.ds_tensor for p in entering]
         zero.fp16_partitioned_groups_flat_numel[index] = sum(sizes)
