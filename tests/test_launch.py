@@ -352,33 +352,26 @@ def test_dry_run_of_each_recipe(run: Run, place: Path, recipe: Path) -> None:
 
 GSM8K = SCRIPT.parent.parent.parent / "shared" / "data" / "gsm8k"
 GSM8K_LENGTH = 288  # bytes: a short row, of which there are 471 to train and 74 to evaluate on
-GSM8K_LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": GSM8K_LENGTH,
-}
-GSM8K_RUN = [
-    "method=lisa",
-    f"model.random={json.dumps(GSM8K_LLAMA)}",
-    "model.dtype=fp32",
-    "selector.blocks=2",
-    "selector.interval=10",
-    "optimizer.lr=1e-3",
-    "schedule.warmup_steps=20",
-    "train.steps=200",
-    "train.global_batch_size=4",
-    "train.micro_batch_size=2",
-    "eval.micro_batch_size=8",
-    "data.train=train.jsonl",
-    "data.eval=test.jsonl",
-    f"data.max_length={GSM8K_LENGTH}",
-    "data.overflow=error",
-    "deepspeed=zero3",
-]
+GSM8K_RECIPE = f"""\
+method: lisa
+model:
+  random:
+    model_type: llama
+    hidden_size: 256
+    intermediate_size: 768
+    num_hidden_layers: 6
+    num_attention_heads: 4
+    num_key_value_heads: 2
+    max_position_embeddings: {GSM8K_LENGTH}
+  dtype: fp32
+selector: {{blocks: 2, interval: 10}}
+optimizer: {{lr: 1.0e-3}}
+schedule: {{name: cosine, warmup_steps: 20}}
+train: {{steps: 200, global_batch_size: 4, micro_batch_size: 2}}
+eval: {{micro_batch_size: 8}}
+data: {{train: train.jsonl, eval: test.jsonl, max_length: {GSM8K_LENGTH}, overflow: error}}
+deepspeed: zero3
+"""
 # What is always on trains as in the other run. The blocks' rate is so small that adding an update to a weight gives
 # that weight again, which the guard would stop.
 EMBEDDINGS_ONLY = ["optimizer.lr=1e-30", "optimizer.lr_always_on=1e-3", "train.guard_every=0"]
@@ -411,8 +404,9 @@ def blocks_of(model_folder: Path) -> dict[int, dict[str, torch.Tensor]]:
 def test_lisa_learns_more_of_gsm8k_than_embeddings_alone(tmp_path: Path) -> None:
     """The same weights, samples and steps on two ranks under ZeRO-3, once with blocks and once without."""
     copy_short_rows(tmp_path)
+    (tmp_path / "gsm8k.yaml").write_text(GSM8K_RECIPE)
     for name, values in (("lisa", []), ("embeddings", EMBEDDINGS_ONLY)):
-        finished = launch(deepspeed(*GSM8K_RUN, *values, f"output=runs/{name}"), tmp_path, deadline=800)
+        finished = launch(deepspeed("gsm8k.yaml", *values, f"output=runs/{name}"), tmp_path, deadline=800)
         assert finished.code == 0, finished.everything
     lisa, embeddings = tmp_path / "runs" / "lisa", tmp_path / "runs" / "embeddings"
     assert metrics(lisa)[0] == metrics(embeddings)[0], "the same weights to start from"

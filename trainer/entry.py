@@ -33,6 +33,9 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     prepare_process()
     from trainer.blocks import BlockError
     from trainer.data.rows import DataError
+    from trainer.engine.guard import GuardError
+    from trainer.engine.registration import RegistrationError
+    from trainer.export import ExportError
     from trainer.model import ModelError
     from trainer.train import StoppedError, describe, run
 
@@ -42,8 +45,12 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
                 print(describe(config, ranks))
         else:
             run(config)
-    except (ConfigError, DataError, ModelError, BlockError, StoppedError) as error:
+    except (ConfigError, DataError, ModelError, BlockError, RegistrationError) as error:
         return refuse(str(error), rank)
+    except (StoppedError, GuardError, ExportError) as error:
+        return refuse(str(error), rank)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        return refuse(f"{type(error).__name__}: {error}", rank)
     return 0
 
 

@@ -13,10 +13,11 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     `logits` [batch, length, vocabulary] at a position predict `labels` [batch, length] at the next; labels of -100
     are no targets.
     """
-    vocabulary = logits.shape[-1]
+    # Labels are shifted rather than logits, the largest tensor of a step.
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, vocabulary).float(),
-        labels[:, 1:].reshape(-1),
+        logits.flatten(0, 1).float(),
+        targets.flatten(),
         ignore_index=IGNORED,
         reduction="sum",
     )

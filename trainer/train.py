@@ -50,18 +50,21 @@ def run(config: RunConfig) -> None:
     tokenizer = load_tokenizer(_tokenizer_name(config), trust_remote_code=config.model.trust_remote_code)
     data = _prepare_data(config, tokenizer)  # before there is a process group that could time out waiting
     _initialise_process_group()
-    try:
-        with watch_ranks():
-            _train(config, tokenizer, data)
-    finally:
-        torch.distributed.destroy_process_group()
+    with watch_ranks():
+        _train(config, tokenizer, data)
+    # Only in the end: after a failure it could wait for ranks that will not come.
+    torch.distributed.destroy_process_group()
 
 
 def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     ds = resolve(config, ranks)
+    if config.model.dtype == "bf16" and not get_accelerator().is_bf16_supported():
+        raise ConfigError(["model.dtype: bf16, which this hardware does not have; allowed here: fp32"])
     num_steps = total_steps(config, len(data.train))
+    torch.manual_seed(config.seed)
     model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds)
+    torch.manual_seed(config.seed + rank)  # ranks drop out other units
     sparse = _prepare_model(config, model)
     ds = _size_buckets(ds, sparse, model)
     optimizer = _build_optimizer(config, sparse, offload="offload_optimizer" in ds["zero_optimization"])
@@ -340,6 +343,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     tokenizer = load_tokenizer(_tokenizer_name(config), trust_remote_code=config.model.trust_remote_code)
     data = _prepare_data(config, tokenizer)
     ds = resolve(config, ranks)
+    models.attention(config.model)
     model = models.on_meta(config.model, tokenizer)
     sparse = _prepare_model(config, model)
     _size_buckets(ds, sparse, model)
@@ -350,6 +354,7 @@ def describe(config: RunConfig, ranks: int) -> str:
         stage=stage,
         ranks=ranks,
         weight_bytes=2 if config.model.dtype == "bf16" else 4,
+        gradient_bytes=2 if ds["data_types"]["grad_accum_dtype"] in ("bf16", "bfloat16") else 4,
         offload="offload_optimizer" in ds["zero_optimization"],
     )
     lines = [dump(config).rstrip(), ""]

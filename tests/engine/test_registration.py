@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import deepspeed
@@ -27,6 +29,8 @@ def _names(rank: int) -> list[str]:
             sparse = trainer.prepare(model, selector=make_selector(cell))
             engine = make_engine(cell, model, sparse)
             missing += [f"{stage}: {n}" for n in PRIVATE_NAMES[label] if not hasattr(engine.optimizer, n)]
+            if offload and stage < 3:
+                missing += [f"{stage}: {n}" for n in PRIVATE_NAMES["offload"] if not hasattr(engine.optimizer, n)]
             missing += [f"engine: {n}" for n in PRIVATE_NAMES["engine"] if not hasattr(engine, n)]
             engine.destroy()
     return missing
@@ -34,6 +38,13 @@ def _names(rank: int) -> list[str]:
 
 def test_every_private_name_is_where_it_was_read() -> None:
     assert distributed.run(_names, ranks=1) == [[]]
+
+
+def test_the_list_of_private_names_is_complete() -> None:
+    source = inspect.getsource(registration)
+    used = set(re.findall(r"\bzero\.(\w+)", source)) | set(re.findall(r"self\.optimizer\.(\w+)", source))
+    public = {"__dict__", "destroy"}
+    assert used - public <= {name for names in PRIVATE_NAMES.values() for name in names}
 
 
 def _refused(rank: int, settings: dict[str, Any]) -> list[str]:

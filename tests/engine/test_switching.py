@@ -312,6 +312,9 @@ class TopGradientEntries(UpdateRule):
     def receive(self, name: str, gradient: Tensor) -> None:
         self.received[name] = self.received[name] + gradient if name in self.received else gradient.clone()
 
+    def discard(self, name: str) -> None:
+        self.received.pop(name, None)
+
     def step(self, name: str, weights: Tensor, *, lr: float) -> None:
         gradient = self.received.pop(name)
         if name not in self.chosen:
@@ -472,7 +475,7 @@ def _guarded(rank: int, kind: str) -> str:
     [
         ("ranks", ["rank 0: interval 1, active blocks", "rank 1: interval 1, active blocks"]),
         ("moved", ["rank 1", "is frozen but its weights moved"]),
-        ("still", ["is active but none of its sampled masters moved"]),
+        ("still", ["were active but none of their sampled masters moved"]),
         ("unfrozen", ["does not require gradients"]),
     ],
 )

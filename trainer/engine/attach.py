@@ -38,14 +38,15 @@ def prepare(
     selector: Selector,
     update: UpdateRule | None = None,
     bank: Bank | str = "discard",
-    always_on: Iterable[str] = structure_of.PARTS,
+    always_on: Iterable[str] | None = None,
     substrate: Literal["full", "adapter"] = "full",
     blocks: str | None = None,
 ) -> Sparse:
     """Freeze `model` to the first active set, so that DeepSpeed allocates state for that and nothing more.
 
     Call it before `deepspeed.initialize`. `always_on` names the parts outside the blocks that train in every interval
-    (`embeddings`, `head`, `norm`); `blocks` the module path of the block list where it is ambiguous.
+    (`embeddings`, `head`, `norm`; by default all of them, and none with adapters); `blocks` is the module path of the
+    block list where it is ambiguous.
 
     Raises `trainer.blocks.BlockError` where the model's structure does not allow the choice, and `ValueError` from the
     selector, for instance for more blocks than there are.
@@ -55,7 +56,7 @@ def prepare(
         selector=selector,
         update=update or Dense(),
         bank=banks.build(bank) if isinstance(bank, str) else bank,
-        always_on=always_on,
+        always_on=(structure_of.PARTS if substrate == "full" else ()) if always_on is None else always_on,
         substrate=substrate,
         blocks=blocks,
     )
@@ -94,6 +95,8 @@ class Sparse:
         self._registration: Registration | None = None
         self._prober: Prober | None = None
         self._observed_at = -1
+        # Of the first group's learning rate; other than 1 where no block has a group and always-on parts differ.
+        self._rate_of_blocks = 1.0
         model.requires_grad_(False)
         for parameter in self.trainable_parameters():
             parameter.requires_grad_(True)
@@ -126,6 +129,8 @@ class Sparse:
         Matrices decay by `weight_decay`, vectors (norms, biases) do not. `lr` and `lr_always_on` (for the always-on
         parts) default to the optimizer's.
         """
+        if lr and lr_always_on and not any(label.startswith("slot") for label, _ in self._labels()):
+            self._rate_of_blocks = lr / lr_always_on
         groups = []
         for (label, decayed), parameters in zip(self._labels(), self.groups(), strict=True):
             group: dict[str, Any] = {
@@ -184,7 +189,7 @@ class Sparse:
         self._guard = Guard(registration, self.blocks, every=guard_every, expect_motion=not self._sparse_rule)
         if probe_batches is not None and loss_function is not None:
             self._prober = Prober(engine, self.blocks, batches=probe_batches, loss_function=loss_function)
-        self._guard.after_switch(interval=0, step=0, active=self.active, expected=self._expected(), problem=None)
+        self._guard.after_switch(interval=0, step=0, active=self.active, expected=self._expected())
         engine.register_forward_pre_hook(self._before_forward)
         self._wrap_step(engine)
 
@@ -210,7 +215,7 @@ class Sparse:
     def _switch(self, interval: int, step: int) -> None:
         """Replace the active set. Blocks that stay keep their slot and with it their state, under every bank."""
         registration = self._registered()
-        problem = self._guard.before_switch()
+        moved, problem = self._guard.before_switch()
         drawn = self.selector.select(interval, len(self.blocks))
         entering = [index for index in drawn if index not in self._slots]
         for slot, index in enumerate(self._slots):
@@ -218,15 +223,18 @@ class Sparse:
                 self._refill(registration, slot, entering.pop(0))
         self._local.replace(self._outside_optimizer())
         self.interval = interval
+        if self._guard.due(step):
+            self.bank.wait()  # the guard looks at masters that may still be on their way in
         self._guard.after_switch(
-            interval=interval, step=step, active=self.active, expected=self._expected(), problem=problem
+            interval=interval, step=step, active=self.active, expected=self._expected(), moved=moved, problem=problem
         )
 
     def _refill(self, registration: Registration, slot: int, index: int) -> None:
         numbers = range(slot * len(self._classes), (slot + 1) * len(self._classes))
         self._slots[slot] = index
         for number, parameters in zip(numbers, self._block_groups(index), strict=True):
-            self.bank.put(registration.slices(number))
+            if self.bank.keeps:
+                self.bank.put(registration.slices(number))
             registration.refill(number, parameters)
             if self.bank.holds(list(parameters)):
                 registration.materialise_state(number, *self.bank.layout(list(parameters)))
@@ -237,18 +245,19 @@ class Sparse:
 
         def step(*args: Any, **kwargs: Any) -> None:
             self.bank.wait()
+            boundary = engine.is_gradient_accumulation_boundary()
+            # Before the step, which moves the schedule on.
+            learning_rate = engine.basic_optimizer.param_groups[0]["lr"] * self._rate_of_blocks
             inner(*args, **kwargs)
             self._registered().after_step()
+            if boundary:
+                self._local.finish(applied=engine.was_step_applied(), learning_rate=learning_rate)
             if engine.was_step_applied():
-                self._after_step(engine)
+                self._guard.note_learning_rate(learning_rate)
+                for index in self._slots:
+                    self.times_active[index] += 1
 
         engine.step = step  # type: ignore[method-assign]
-
-    def _after_step(self, engine: DeepSpeedEngine) -> None:
-        self._local.step(engine.get_lr()[0])
-        self._guard.note_learning_rates()
-        for index in self._slots:
-            self.times_active[index] += 1
 
     # --- groups ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,7 +19,9 @@ from trainer.engine.registration import Slice
 
 
 class Bank(ABC):
-    """Keeps the optimizer state of blocks while they are frozen."""
+    """Keeps the optimizer state of blocks while they are frozen; `keeps` is False for a bank that drops it."""
+
+    keeps = True
 
     @abstractmethod
     def put(self, slices: Sequence[Slice]) -> None:
@@ -48,6 +51,8 @@ class Bank(ABC):
 class Discard(Bank):
     """Forget: a block starts each interval with fresh moments, and its master from its weights (LISA, BAdam)."""
 
+    keeps = False
+
     def put(self, slices: Sequence[Slice]) -> None:
         return None
 
@@ -64,15 +69,15 @@ class Discard(Bank):
 class Cpu(Bank):
     """Keep masters and moments in host memory (page-locked where there is an accelerator) and bring them back exactly.
 
-    At most 12 bytes for each inactive parameter that was ever active. On an accelerator the copies run on a stream
-    of their own, beside the next forward and backward; `wait` orders the optimizer step after them.
+    At most 12 bytes for each inactive parameter that was ever active (torch's page-locked allocator rounds each
+    tensor up to a power of two beyond that). On an accelerator the way in runs on a stream of its own, beside the next
+    forward and backward, and `wait` orders the optimizer step after it; the way out must be over before the buffers
+    that it reads are filled again.
     """
 
     def __init__(self) -> None:
         self._stored: dict[str, Slice] = {}
-        accelerator = get_accelerator()
-        self._stream = None if accelerator.is_synchronized_device() else accelerator.Stream()
-        self._in_flight: list[Slice] = []  # host buffers that a copy to the device still reads
+        self._stream: Any = None
 
     def put(self, slices: Sequence[Slice]) -> None:
         self._after_compute()
@@ -80,6 +85,7 @@ class Cpu(Bank):
             for piece in slices:
                 tensors = {key: self._to_host(value) for key, value in piece.tensors.items()}
                 self._stored[piece.name] = replace(piece, tensors=tensors)
+        self.wait()
 
     def holds(self, names: Sequence[str]) -> bool:
         return all(name in self._stored for name in names)
@@ -100,14 +106,10 @@ class Cpu(Bank):
                     )
                 for key, value in stored.tensors.items():
                     piece.tensors[key].copy_(value, non_blocking=True)
-                if self._stream is not None:
-                    self._in_flight.append(stored)
 
     def wait(self) -> None:
         if self._stream is not None:
             get_accelerator().current_stream().wait_stream(self._stream)
-            # Host buffers go back to torch's pinned allocator, which itself waits for streams that used them.
-        self._in_flight.clear()
 
     @property
     def num_bytes(self) -> int:
@@ -119,8 +121,11 @@ class Cpu(Bank):
         return host.copy_(value, non_blocking=pinned)
 
     def _after_compute(self) -> None:
-        if self._stream is not None:
-            self._stream.wait_stream(get_accelerator().current_stream())
+        if get_accelerator().is_synchronized_device():
+            return
+        if self._stream is None:  # not before the process has chosen its device
+            self._stream = get_accelerator().Stream()
+        self._stream.wait_stream(get_accelerator().current_stream())
 
 
 REGISTRY: dict[str, type[Bank]] = {"discard": Discard, "cpu": Cpu}

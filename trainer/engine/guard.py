@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from trainer.blocks import Block
 from trainer.engine.registration import Registration
 
-# Weights sampled from each block and rank. Adam moves practically every weight at every step.
-_SAMPLE = 64
+# Elements sampled from each parameter on each rank.
+_SAMPLE = 16
 
 
 class GuardError(RuntimeError):
@@ -32,7 +32,7 @@ class _Snapshot:
     step: int
     active: tuple[int, ...]
     weights: list[Tensor]
-    masters: dict[int, list[Tensor]]
+    masters: dict[int, Tensor]
 
 
 class Guard:
@@ -46,33 +46,34 @@ class Guard:
         self._registration = registration
         self._blocks = blocks
         self._every = every
-        self._expect_motion = expect_motion  # a sparse rule may leave the sampled weights alone
+        self._expect_motion = expect_motion  # a sparse rule may leave what is sampled alone
         self._snapshot: _Snapshot | None = None
         self._lr_seen = False
         self._last_check = 0
-        # The largest parameter of each block stands for it.
-        self._witness = [max(b.parameters.values(), key=lambda p: getattr(p, "ds_numel", p.numel())) for b in blocks]
 
-    def note_learning_rates(self) -> None:
+    def note_learning_rate(self, rate: float) -> None:
         """Call after each applied step: without a learning rate nothing is expected to move."""
-        groups = self._registration.engine.basic_optimizer.param_groups
-        self._lr_seen = self._lr_seen or any(group["lr"] > 0 for group in groups)
+        self._lr_seen = self._lr_seen or rate > 0
 
-    def before_switch(self) -> str | None:
-        """What moved that should not have, or did not and should have, on this rank since the last snapshot."""
-        before, self._snapshot = self._snapshot, None
+    def due(self, step: int) -> bool:
+        """Whether the switch before `step` takes a sample."""
+        return bool(self._every) and (step == 0 or step - self._last_check >= self._every)
+
+    def before_switch(self) -> tuple[list[int] | None, str | None]:
+        """Since the last sample, on this rank: for each block 1 if it moved as it should (or need not have), and what
+        moved that should not have. (None, None) without a sample."""
+        before = self._snapshot
         if before is None:
-            return None
+            return None, None
         problems = []
         for block, old, new in zip(self._blocks, before.weights, self._sample_weights(), strict=True):
             if block.index not in before.active and not torch.equal(old, new):
                 problems.append(f"block {block.index} is frozen but its weights moved")
-        for index, old in before.masters.items():
-            new = self._sample_masters((index,))[index]
-            still = all(torch.equal(a, b) for a, b in zip(old, new, strict=True)) and sum(t.numel() for t in old)
-            if self._expect_motion and self._lr_seen and still:
-                problems.append(f"block {index} is active but none of its sampled masters moved")
-        return f"since step {before.step}: " + "; ".join(problems) if problems else None
+        moved = [1] * len(self._blocks)
+        if self._expect_motion and self._lr_seen:
+            for index, new in self._sample_masters(before.active).items():
+                moved[index] = int(not torch.equal(new, before.masters[index]))
+        return moved, f"since step {before.step}: " + "; ".join(problems) if problems else None
 
     def after_switch(
         self,
@@ -81,19 +82,29 @@ class Guard:
         step: int,
         active: tuple[int, ...],
         expected: list[list[nn.Parameter]],
-        problem: str | None,
+        moved: list[int] | None = None,
+        problem: str | None = None,
     ) -> None:
-        """Compare everything at once, with one small all-reduce; raises `GuardError` on all ranks alike."""
+        """Compare everything at once, with one small all-reduce; raises `GuardError` on all ranks alike.
+
+        A block counts as moved if it did on any rank: a rank may hold only weights that had no gradient.
+        """
         problem = problem or self._registered_problem(expected)
         digest = hashlib.blake2b(repr((interval, active)).encode(), digest_size=6).digest()
         number = int.from_bytes(digest, "little")  # 48 bits: exact in int64 with either sign
         device = get_accelerator().current_device_name()
-        votes = torch.tensor([number, -number, int(problem is not None)], dtype=torch.int64, device=device)
+        ballot = [number, -number, int(problem is not None), *(moved or [])]
+        votes = torch.tensor(ballot, dtype=torch.int64, device=device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        highest, lowest, any_problem = (int(v) for v in votes.tolist())
-        if highest != -lowest or any_problem:
+        highest, lowest, any_problem, *moved_anywhere = votes.tolist()
+        still = [index for index, any_rank in enumerate(moved_anywhere) if not any_rank]
+        if still and self._snapshot is not None:
+            since = f"since step {self._snapshot.step}"
+            problem = problem or f"{since}: blocks {still} were active but none of their sampled masters moved"
+        if highest != -lowest or any_problem or still:
             self._raise_together(interval, active, problem)
-        if self._every and step - self._last_check >= self._every:
+        self._snapshot = None
+        if self.due(step):
             self._last_check = step
             self._lr_seen = False
             self._snapshot = _Snapshot(step, active, self._sample_weights(), self._sample_masters(active))
@@ -119,16 +130,15 @@ class Guard:
         raise GuardError("the guard stopped training:\n" + "\n".join(lines))
 
     def _sample_weights(self) -> list[Tensor]:
-        return [self._registration.local_shard(p)[:_SAMPLE].clone() for p in self._witness]
+        shard = self._registration.local_shard
+        return [torch.cat([shard(p)[:_SAMPLE] for p in block.parameters.values()]) for block in self._blocks]
 
-    def _sample_masters(self, active: tuple[int, ...]) -> dict[int, list[Tensor]]:
-        """Masters rather than weights: bf16 weights may round a small step away."""
-        wanted = {id(self._witness[i]): i for i in active}
-        samples: dict[int, list[Tensor]] = {}
+    def _sample_masters(self, active: tuple[int, ...]) -> dict[int, Tensor]:
+        """By block. Masters rather than weights: bf16 weights may round a small step away."""
+        owner = {id(p): index for index in active for p in self._blocks[index].parameters.values()}
+        samples: dict[int, list[Tensor]] = {index: [] for index in active}
         for number, group in enumerate(self._registration.groups):
-            if not any(id(p) in wanted for p in group.values()):
-                continue
-            for parameter, piece in zip(group.values(), self._registration.slices(number), strict=True):
-                if id(parameter) in wanted:
-                    samples.setdefault(wanted[id(parameter)], []).append(piece.tensors["master"][:_SAMPLE].clone())
-        return samples
+            if any(id(p) in owner for p in group.values()):
+                for parameter, master in zip(group.values(), self._registration.masters(number), strict=True):
+                    samples[owner[id(parameter)]].append(master[:_SAMPLE])
+        return {index: torch.cat(pieces) for index, pieces in samples.items() if pieces}

@@ -6,10 +6,11 @@ hands this rank's to the rule and frees the dense gradient at once, block by blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from trainer.engine.registration import Registration
@@ -24,6 +25,7 @@ class LocalGradients:
         self._registration = registration
         self._active: dict[str, nn.Parameter] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._infinite: Tensor | None = None
 
     def replace(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Freeze what is not in `parameters` and train what is; what is in both is left alone."""
@@ -43,20 +45,35 @@ class LocalGradients:
         for name in entering:
             self._rule.enter(name, self._registration.owned_range(parameters[name]))
 
-    def step(self, learning_rate: float) -> None:
-        """Let the rule update its parameters, and share the result with the other ranks."""
+    def finish(self, *, applied: bool, learning_rate: float) -> None:
+        """At the end of an optimizer step: update, or forget if DeepSpeed or any rank's gradients forbid it."""
+        if not self._active:
+            return
+        if applied and self._finite_everywhere():
+            self._step(learning_rate)
+        else:
+            for name in self._active:
+                self._rule.discard(name)
+        self._infinite = None
+
+    def _finite_everywhere(self) -> bool:
+        device = get_accelerator().current_device_name()
+        votes = torch.zeros((), device=device) if self._infinite is None else self._infinite.float()
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return not bool(votes)
+
+    def _step(self, learning_rate: float) -> None:
         with torch.no_grad():
             for name, parameter in self._active.items():
                 self._rule.step(name, self._registration.owned_range(parameter), lr=learning_rate)
                 self._registration.publish(parameter)
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """What the rule trains now."""
-        return self._active.values()
-
     def _receive(self, name: str, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
-        self._rule.receive(name, _reduce_to_owner(gradient, self._registration.owned_range(parameter).numel()))
+        mine = _reduce_to_owner(gradient, self._registration.owned_range(parameter).numel())
+        infinite = ~torch.isfinite(mine).all()
+        self._infinite = infinite if self._infinite is None else self._infinite | infinite
+        self._rule.receive(name, mine)
 
 
 def _reduce_to_owner(gradient: Tensor, length: int) -> Tensor:

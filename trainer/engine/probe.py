@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from trainer.blocks import Block
@@ -37,9 +38,11 @@ class Prober:
         """One number for each trial of `measurement`, the same on every rank."""
         batch = next(self._batches)
         module = self._engine.module
-        was_training = module.training
+        modes = [(child, child.training) for child in module.modules()]
+        accelerator = get_accelerator()
+        devices = [] if accelerator.device_name() == "cpu" else [accelerator.current_device()]
         totals = []
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad():
             try:
                 module.eval()
                 for trial in measurement.trials:
@@ -51,7 +54,8 @@ class Prober:
                         )
                     )
             finally:
-                module.train(was_training)
+                for child, training in modes:
+                    child.training = training
         sums = torch.stack(totals)
         dist.all_reduce(sums)
         return tuple((sums[:, 0] / sums[:, 1].clamp(min=1)).tolist())

@@ -10,7 +10,7 @@ Adam moments; everything else is bookkeeping that says which parameter lies wher
 groups of its own (a *slot*). A switch copies the leaving block's weights out of the slot's flat buffer into storage
 of their own, the entering block's weights in, and corrects the bookkeeping. Nothing is rebuilt: the optimizer, its
 groups, the always-on state, ZeRO-3's module hooks and its fetch trace stay the objects that they were, no collective
-runs, and at most one parameter more than before is alive at any moment.
+runs, and at most one parameter more than before is alive at any moment (where blocks differ in shape: one group).
 """
 
 from __future__ import annotations
@@ -39,52 +39,39 @@ logger = logging.getLogger(__name__)
 READ_IN_VERSION = "0.19.8"
 # Attributes that the switch reads or writes, by stage.
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
-    "stage 3": (
-        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
-        "_grad_acc_hooks",
-        "_leaf_module_hooks",
-        "fp16_groups",
-        "fp16_partitioned_groups",
-        "fp16_partitioned_groups_flat",
-        "fp16_partitioned_groups_flat_id",
-        "fp16_partitioned_groups_flat_numel",
-        "fp32_partitioned_groups_flat",
-        "grad_partitions_flat_buffer",
-        "grad_position",
-        "groups_padding",
-        "lp_param_buffer",
-        "offload_optimizer",
-        "offload_param",
-        "param_dict",
-        "params_already_reduced",
-        "swap_optimizer",
+    "stage 3": tuple(
+        """
+        _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition _grad_acc_hooks _leaf_module_hooks
+        _max_expected_hooks_seen _partition_all_parameters fp16_groups fp16_partitioned_groups
+        fp16_partitioned_groups_flat fp16_partitioned_groups_flat_id fp16_partitioned_groups_flat_numel
+        fp32_partitioned_groups_flat get_param_id grad_partitions_flat_buffer grad_position groups_padding
+        initialize_ds_offload ipg_buckets lp_param_buffer offload_optimizer offload_param optimizer param_dict
+        parameter_offload params_already_reduced reduce_ready_partitions_and_remove_grads reenter_backward_if_needed
+        should_refresh_expected_hook_count sub_group_to_group_id swap_optimizer
+        update_hook_state_and_maybe_run_epilogue
+        """.split()
     ),
-    "stage 1 or 2": (
-        "_grad_acc_hooks",
-        "_param_slice_mappings",
-        "averaged_gradients",
-        "bit16_groups",
-        "bit16_groups_flat",
-        "cpu_offload",
-        "first_offset",
-        "groups_padding",
-        "is_param_in_current_partition",
-        "offload_gradient_dict",
-        "parallel_partitioned_bit16_groups",
-        "param_dict",
-        "param_id",
-        "params_already_reduced",
-        "params_in_partition",
-        "params_not_in_partition",
-        "partition_size",
-        "real_dp_process_group",
-        "round_robin_bit16_groups",
-        "round_robin_bit16_indices",
-        "round_robin_bit16_meta",
-        "round_robin_bit16_offsets",
-        "round_robin_bit16_padding",
-        "round_robin_gradients",
-        "single_partition_of_fp32_groups",
+    "stage 1 or 2": tuple(
+        """
+        _get_offload_gradient_dict _grad_acc_hooks _hp_optimizer_states_linked _max_expected_hooks_seen
+        _param_slice_mappings _update_model_bit16_weights averaged_gradients bit16_groups bit16_groups_flat
+        cpu_offload first_offset flatten_dense_tensors_aligned get_data_parallel_partitions get_grad_position
+        get_param_id get_partition_info groups_padding has_moe_layers initialize_gradient_partitioning_data_structures
+        is_param_in_current_partition nccl_start_alignment_factor offload_gradient_dict optimizer
+        parallel_partitioned_bit16_groups param_dict param_id param_names parameter_alignment params_already_reduced
+        params_in_partition params_not_in_partition partition_size process_gradients real_dp_process_group
+        reenter_backward_if_needed reset_partition_gradient_structures round_robin_bit16_groups
+        round_robin_bit16_indices round_robin_bit16_meta round_robin_bit16_offsets round_robin_bit16_padding
+        round_robin_gradients should_refresh_expected_hook_count single_partition_of_fp32_groups
+        update_hook_state_and_maybe_run_epilogue
+        """.split()
+    ),
+    # Of stages 1 and 2 with offload_optimizer.
+    "offload": tuple(
+        """
+        accumulated_grads_in_cpu grad_position param_buffer_of_bit16_for_cpu_offload_groups
+        temp_grad_buffer_for_cpu_offload temp_grad_buffer_for_gpu_offload
+        """.split()
     ),
     "engine": ("_backward_post_hook", "_configure_zero_optimizer"),
 }
@@ -144,6 +131,7 @@ class Registration(ABC):
         self.optimizer = engine.optimizer
         self.groups: list[dict[str, nn.Parameter]] = [dict(group) for group in groups]
         self._check_names()
+        self._check_common()
         self._check_supported()
         self.numel_before = sum(_full_numel(p) for group in self._live_groups() for p in group)
         self.rebuilt = not self._matches(self.groups)
@@ -228,15 +216,17 @@ class Registration(ABC):
         self.groups[index] = dict(parameters)
         self._reset_state(index)
 
+    def masters(self, index: int) -> list[Tensor]:
+        """This rank's fp32 masters of group `index`, parameter by parameter, flat."""
+        flat = self._master(index).detach().view(-1)
+        return [flat.narrow(0, offset, stop - start) for offset, start, stop in self._ranges(index)]
+
     def slices(self, index: int) -> list[Slice]:
         """This rank's live optimizer state of group `index`, parameter by parameter."""
         flat = self._master(index)
         state = self.optimizer_state(index)
-        group = self.engine.basic_optimizer.param_groups[index]
         tensors = {"master": flat.detach()} | {k: v for k, v in state.items() if k in MOMENTS}
         scalars = {k: float(v) for k, v in state.items() if k not in MOMENTS}
-        if "step" in group:  # DeepSpeed's FusedAdam counts by group
-            scalars["group_step"] = float(group["step"])
         return [
             Slice(
                 name=name,
@@ -259,12 +249,10 @@ class Registration(ABC):
             if key not in state:
                 state[key] = torch.zeros_like(flat, requires_grad=False)
         for key, value in scalars.items():
-            if key == "group_step":
-                self.engine.basic_optimizer.param_groups[index]["step"] = int(value)
-            elif torch.is_tensor(state.get(key)):
+            if torch.is_tensor(state.get(key)):
                 state[key].fill_(value)
             else:
-                state[key] = self._scalar(value)
+                state[key] = self._scalar(value, index)
 
     def optimizer_state(self, index: int) -> dict[str, Any]:
         """The basic optimizer's state of group `index`; empty before its first step."""
@@ -279,8 +267,6 @@ class Registration(ABC):
 
     def _reset_state(self, index: int) -> None:
         basic = self.engine.basic_optimizer
-        if "step" in basic.param_groups[index]:
-            basic.param_groups[index]["step"] = 0
         flat = self._master(index)
         state = basic.state.get(flat)
         if not state:
@@ -294,10 +280,14 @@ class Registration(ABC):
         else:
             basic.state.pop(flat)
 
-    def _scalar(self, value: float) -> Any:
-        # torch's optimizers count steps in a tensor, DeepSpeed's CPUAdam in an int.
-        is_torch = type(self.engine.basic_optimizer).__module__.startswith("torch.")
-        return torch.tensor(value, dtype=torch.float32) if is_torch else int(value)
+    def _scalar(self, value: float, index: int) -> Any:
+        """A step count as the optimizer keeps it: torch in a tensor, on the device if fused; DeepSpeed in an int."""
+        basic = self.engine.basic_optimizer
+        if not type(basic).__module__.startswith("torch."):
+            return int(value)
+        group = basic.param_groups[index]
+        on_device = group.get("fused") or group.get("capturable")
+        return torch.tensor(value, dtype=torch.float32, device=self.engine.device if on_device else "cpu")
 
     # --- attaching ---------------------------------------------------------------------------------------------
 
@@ -309,11 +299,34 @@ class Registration(ABC):
         live = [[id(p) for p in group] for group in self._live_groups()]
         return live == [[id(p) for p in group.values()] for group in groups]
 
+    def _check_common(self) -> None:
+        """Refuse what every ZeRO stage of DeepSpeed has and no switch understands."""
+        zero, basic = self.optimizer, self.engine.basic_optimizer
+        if getattr(zero, "optimizer", basic) is not basic:
+            raise RegistrationError(
+                f"DeepSpeed steps a {type(zero.optimizer).__name__} of its own in place of the {type(basic).__name__} "
+                "that it was given: use torch.optim.AdamW or DeepSpeedCPUAdam"
+            )
+        for name, harmless, key in (
+            ("zenflow", False, "zero_optimization.zenflow"),
+            ("use_muon", False, "optimizer Muon"),
+            ("partial_offload", 1.0, "zero_optimization.offload_optimizer.ratio below 1"),
+            ("zero_hpz_partition_size", 1, "zero_optimization.zero_hpz_partition_size"),
+            ("zero_quantized_nontrainable_weights", False, "zero_optimization.zero_quantized_nontrainable_weights"),
+            ("low_precision_master_weights_and_grads", False, "bf16_master_weights_and_grads"),
+            ("bf16_master_weights_and_gradients", False, "bf16_master_weights_and_grads"),
+            ("fp16_master_weights_and_gradients", False, "fp16_master_weights_and_grads"),
+        ):
+            value = getattr(zero, name, harmless)
+            # Without offload the ratio stands at 0 and means nothing.
+            if value and value != harmless and not (name == "partial_offload" and not zero.offload_optimizer):
+                raise RegistrationError(f"{key} (here {value}) cannot be switched: leave it out")
+
     def _check_names(self) -> None:
         missing = [n for n in PRIVATE_NAMES.get(self.stage, ()) if not hasattr(self.optimizer, n)]
         missing += [n for n in PRIVATE_NAMES["engine"] if not hasattr(self.engine, n)]
-        # Created by the optimizer's options rather than always:
-        missing = [n for n in missing if n != "lp_param_buffer"]
+        if getattr(self.optimizer, "cpu_offload", False):
+            missing += [n for n in PRIVATE_NAMES["offload"] if not hasattr(self.optimizer, n)]
         if missing:
             raise RegistrationError(
                 f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}; Strata's switch was read in "
@@ -323,7 +336,13 @@ class Registration(ABC):
     def _rebuild(self) -> None:
         """Replace the optimizer's groups by ours, which are others, around the same basic optimizer."""
         basic = self.engine.basic_optimizer
-        if len(basic.param_groups) != len(self.groups) and hasattr(basic.step, "_wrapped_by_lr_sched"):
+        if self.engine.global_steps:
+            raise RegistrationError(
+                f"this engine has trained {self.engine.global_steps} steps with other groups, and their optimizer "
+                "state would be lost: attach before the first step"
+            )
+        scheduled = self.engine.lr_scheduler is not None or hasattr(basic.step, "_wrapped_by_lr_sched")
+        if len(basic.param_groups) != len(self.groups) and scheduled:
             raise RegistrationError(
                 f"this engine's optimizer has {len(basic.param_groups)} groups and a learning-rate scheduler that "
                 f"counts them, switching needs {len(self.groups)}: build the optimizer from sparse.param_groups(), "
@@ -331,9 +350,10 @@ class Registration(ABC):
             )
         settings = [self._settings_of(group) for group in self.groups]
         self._set_requires_grad()
-        self._release_flat_buffers()
+        held = [parameter for group in self._live_groups() for parameter in group]
         self._dispose()
         basic.state.clear()
+        self._own_storage(held)  # after masters and moments are gone: what is cloned here must not raise the peak
         basic.param_groups[:] = [
             {**chosen, "params": list(group.values())} for chosen, group in zip(settings, self.groups, strict=True)
         ]
@@ -375,8 +395,8 @@ class Registration(ABC):
             for parameter in group.values():
                 parameter.requires_grad_(True)
 
-    def _release_flat_buffers(self) -> None:
-        """Give every registered parameter storage of its own, so that the old flat buffers can be freed."""
+    def _own_storage(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give parameters that lie in a flat buffer storage of their own, so that the buffer can be freed."""
 
     def after_step(self) -> None:
         """Drop what recomputation left on DeepSpeed's module stack.
@@ -412,6 +432,9 @@ class _Stage0(Registration):
         for parameter in leaving:
             self.engine.basic_optimizer.state.pop(parameter, None)
 
+    def masters(self, index: int) -> list[Tensor]:
+        return [p.detach().view(-1) for p in self.groups[index].values()]
+
     def _reset_state(self, index: int) -> None:
         return None  # the state of what left is gone, what entered has none
 
@@ -432,7 +455,7 @@ class _Stage0(Registration):
         for parameter in self.groups[index].values():
             state = self.engine.basic_optimizer.state[parameter]
             state.update({key: torch.zeros_like(parameter, requires_grad=False) for key in moments})
-            state.update({key: self._scalar(value) for key, value in scalars.items()})
+            state.update({key: self._scalar(value, index) for key, value in scalars.items()})
 
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
         return parameter.data.view(-1)
@@ -673,10 +696,9 @@ class _Stage3(Registration):
             super()._build()
         del self._offload
 
-    def _release_flat_buffers(self) -> None:
-        for group in self.optimizer.fp16_groups:
-            for parameter in group:
-                parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
+    def _own_storage(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
 
 
 class _Stage1And2(Registration):
@@ -688,6 +710,8 @@ class _Stage1And2(Registration):
         super().__init__(engine, groups)
         self._hooks: list[list[Any]] = [[] for _ in self.groups]
         # DeepSpeed installs gradient hooks only for some settings; without them it reduces at the boundary.
+        # Ids of parameters that a slot has had and has not now, where blocks differ in their number.
+        self._spare_ids: list[list[int]] = [[] for _ in self.groups]
         self._uses_hooks = bool(self.optimizer._grad_acc_hooks)
         for handle in self.optimizer._grad_acc_hooks:
             handle.remove()
@@ -728,9 +752,10 @@ class _Stage1And2(Registration):
     def _exchange(self, index: int, leaving: list[nn.Parameter], entering: list[nn.Parameter]) -> None:
         zero = self.optimizer
         same = [p.shape for p in leaving] == [p.shape for p in entering]
-        ids = [zero.param_id.pop(id(p)) for p in leaving]
+        ids = [zero.param_id.pop(id(p)) for p in leaving] + self._spare_ids[index]
         ids += range(len(zero.params_already_reduced), len(zero.params_already_reduced) + len(entering) - len(ids))
         zero.params_already_reduced += [False] * (max(ids) + 1 - len(zero.params_already_reduced))
+        self._spare_ids[index] = ids[len(entering) :]
         for position, (parameter, key) in enumerate(zip(entering, ids, strict=False)):
             zero.param_id[id(parameter)] = key
             zero.param_dict[key] = parameter
@@ -869,10 +894,9 @@ class _Stage1And2(Registration):
         expected = count_used_parameters_in_backward(registered) if refresh else zero._max_expected_hooks_seen
         zero.update_hook_state_and_maybe_run_epilogue(expected)
 
-    def _release_flat_buffers(self) -> None:
-        for group in self.optimizer.bit16_groups:
-            for parameter in group:
-                parameter.data = parameter.data.clone()
+    def _own_storage(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
 
 
 def _exchange_storage(leaving: Tensor, entering: Tensor, place: Tensor) -> None:

@@ -32,6 +32,9 @@ class UpdateRule(ABC):
     def step(self, name: str, weights: Tensor, *, lr: float) -> None:
         """Update this rank's `weights` (flat) in place with what was received, and forget it."""
 
+    def discard(self, name: str) -> None:
+        """Forget what was received: the step was skipped for infinite or NaN gradients, on this or another rank."""
+
     def leave(self, name: str) -> None:
         """The parameter `name` is frozen again."""
 

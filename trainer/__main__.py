@@ -1,0 +1,32 @@
+"""`python -m trainer COMMAND ...`: the commands of an installed Strata."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from trainer.config.errors import hint
+from trainer.entry import EXIT_REFUSED
+from trainer.entry import main as train
+
+COMMANDS = {"train": train}
+USAGE = """Usage: python -m trainer COMMAND [argument ...]
+
+  train RECIPE.yaml [key=value ...] [--dry-run] [--help]   what launch/train.py does; start it with a launcher for
+                                                           several ranks: torchrun -m trainer train RECIPE.yaml
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that `argv` begins with; 0, or 2 for one that there is not."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else EXIT_REFUSED
+    if argv[0] not in COMMANDS:
+        print(f"unknown command {argv[0]!r}{hint(argv[0], COMMANDS)}\n\n{USAGE}", end="", file=sys.stderr)
+        return EXIT_REFUSED
+    return COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
