@@ -410,7 +410,6 @@ def test_lisa_learns_more_of_gsm8k_than_embeddings_alone(tmp_path: Path) -> None
         assert finished.code == 0, finished.everything
     lisa, embeddings = tmp_path / "runs" / "lisa", tmp_path / "runs" / "embeddings"
     assert metrics(lisa)[0] == metrics(embeddings)[0], "the same weights to start from"
-    print([(m[0]["eval_loss"], m[-1]["eval_loss"]) for m in (metrics(lisa), metrics(embeddings))])
     assert metrics(lisa)[-1]["step"] == metrics(embeddings)[-1]["step"] == 200
     assert metrics(lisa)[-1]["eval_loss"] < metrics(embeddings)[-1]["eval_loss"] < metrics(lisa)[0]["eval_loss"]
 

@@ -141,7 +141,7 @@ def partitioned(rank: int, folder: Path) -> dict[str, bool]:
     except ModelError as error:
         found["vocabulary"] = "model.tokenizer: 262 tokens, but the model embeds 261" in str(error)
     # Outside `load` nothing is partitioned any more.
-    found["no trace is left"] = not hasattr(next(tiny_llama().parameters()), "ds_id")
+    found["no trace is left"] = not hasattr(next(load(random=LLAMA).parameters()), "ds_id")
     return found
 
 
