@@ -111,6 +111,7 @@ def interrupt(rank: int, engine: Any, folder: Path) -> list[str]:
         if rank == 0 and tokenizer is half:
             with pytest.raises(OSError, match="No space left"):
                 export(engine, tokenizer, folder)
+            (folder.with_name("interrupted.partial") / "stale.json").write_text("{}")
             dist.barrier()  # the other ranks wait for the writer
         else:
             export(engine, tokenizer, folder)
@@ -178,6 +179,7 @@ def test_an_interrupted_export_leaves_no_model_and_an_earlier_one_alone(exported
     first, second, third = exported.interrupted
     assert first == "interrupted.partial"
     assert second == "interrupted", "a later export clears up"
+    assert not (folder / "interrupted" / "stale.json").exists()
     assert third == "interrupted interrupted.partial"
     assert AutoModelForCausalLM.from_pretrained(folder / "interrupted").config.num_hidden_layers == 6
 
