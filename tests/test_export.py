@@ -104,10 +104,10 @@ def logits_of(model: Any) -> Tensor:
 
 
 def interrupt(rank: int, engine: Any, folder: Path) -> list[str]:
-    """An export that fails half way, and what lies there then; a second one that does not; a third that fails."""
+    """What lies there after each of four exports, of which the first and the third fail half way."""
     half = NoSpaceTokenizer(tokenizer_object=bytes_tokenizer().backend_tokenizer)
     left = []
-    for tokenizer in (half, bytes_tokenizer(), half):
+    for tokenizer in (half, bytes_tokenizer(), half, bytes_tokenizer()):
         if rank == 0 and tokenizer is half:
             with pytest.raises(OSError, match="No space left"):
                 export(engine, tokenizer, folder)
@@ -176,11 +176,12 @@ def test_the_folder_brings_its_tokenizer_and_generates_with_a_cache(exported: Ex
 
 
 def test_an_interrupted_export_leaves_no_model_and_an_earlier_one_alone(exported: Exported, folder: Path) -> None:
-    first, second, third = exported.interrupted
+    first, second, third, fourth = exported.interrupted
     assert first == "interrupted.partial"
     assert second == "interrupted", "a later export clears up"
     assert not (folder / "interrupted" / "stale.json").exists()
     assert third == "interrupted interrupted.partial"
+    assert fourth == "interrupted"
     assert AutoModelForCausalLM.from_pretrained(folder / "interrupted").config.num_hidden_layers == 6
 
 
