@@ -1,10 +1,12 @@
-"""Bytes of a run by formula, from shapes alone. The dry run and the benchmarks print these figures."""
+"""Bytes and FLOPs of a run by formula, from shapes alone. The dry run and the benchmarks print these figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from trainer.blocks import Block, full_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +80,60 @@ def measured_state(held: Mapping[str, Iterable[Tensor]], *, offload: bool = Fals
         totals[kind] = sum(size for pointer, size in storages.items() if pointer not in seen)
         seen |= storages.keys()
     return ModelState(**totals, offload=offload)
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What the products of a block's forward depend on: `linear`, the sum of in x out over the weights that a token
+    meets, and `attention`, heads x head dimension."""
+
+    linear: int
+    attention: int
+
+
+def block_shape(block: Block, config: Any) -> BlockShape:
+    """From the shapes of a block's weights and a transformers configuration.
+
+    Matrices are met by every token. Weights of three dimensions are stacked experts [experts, ...], of which a token
+    meets `config.num_experts_per_tok`. An attention layer is assumed wherever the configuration has heads.
+    """
+    config = config.get_text_config()
+    shapes = [full_shape(p) for p in block.module.parameters()]
+    linear = sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)
+    linear += sum(config.num_experts_per_tok * shape[1] * shape[2] for shape in shapes if len(shape) == 3)
+    heads = config.num_attention_heads
+    return BlockShape(linear, heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
+
+
+def step_flops(
+    blocks: Sequence[BlockShape],
+    *,
+    head: int,
+    batch: int,
+    length: int,
+    active: Collection[int],
+    embeddings: bool,
+    train_head: bool,
+    checkpointing: bool,
+    attention_backward: float = 2.0,
+) -> int:
+    """The least FLOPs of one forward and backward over `batch` sequences of `length` tokens, product by product.
+
+    `head` is hidden size x vocabulary; `active` are the blocks whose weights all train. Forward runs through all.
+    Gradients of activations are needed down to the lowest active block, or through all blocks if the embeddings train;
+    gradients of weights for what trains; recomputation, where backward goes. A multiplication and an addition count as
+    two. `attention_backward` is 2 for eager attention and 2.5 for fused kernels, which compute the scores again.
+    """
+    tokens = batch * length
+    linear = [2 * tokens * block.linear for block in blocks]
+    attention = [4 * tokens * length * block.attention for block in blocks]
+    passed = range(0 if embeddings else min(active), len(blocks))
+    total = sum(linear) + sum(attention) + 2 * tokens * head
+    total += sum(linear[i] + attention_backward * attention[i] for i in passed) + 2 * tokens * head
+    total += sum(linear[i] for i in active) + 2 * tokens * head * train_head
+    if checkpointing:
+        total += sum(linear[i] + attention[i] for i in passed)
+    return round(total)
 
 
 def readable(num_bytes: float) -> str:

@@ -70,8 +70,8 @@ def find(model: nn.Module, *, path: str | None = None, substrate: Literal["full"
     """Find the blocks of `model` and sort every other parameter into embeddings, head and norm.
 
     `path` names the block list (for instance `model.layers`) where the structure is ambiguous. With substrate
-    `full` all weights of a block may train; with `adapter` those that require gradients now, which is what PEFT
-    leaves trainable.
+    `full` all weights may train; with `adapter` those that require gradients now, which is what PEFT leaves
+    trainable, inside blocks and outside (`modules_to_save`).
 
     Raises `BlockError` if no list of blocks, or more than one, is found, or if a block has nothing to train.
     """
@@ -89,12 +89,15 @@ def find(model: nn.Module, *, path: str | None = None, substrate: Literal["full"
         if not block.parameters:
             raise BlockError(
                 f"{block.path} has no parameters to train under substrate '{substrate}'; every block needs some"
+                + (": adapters that require gradients (was this model prepared before?)" * (substrate == "adapter"))
             )
     _refuse_shared_parameters(blocks)
 
     input_embeddings, head = _call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")
     inside = {id(p) for child in children.children() for p in child.parameters()}
     outside = _sort_outside(model, path, inside, input_embeddings, head)
+    if substrate == "adapter":  # PEFT's modules_to_save train, what they stand for does not
+        outside = {part: {n: p for n, p in found.items() if p.requires_grad} for part, found in outside.items()}
     tied = bool(
         input_embeddings is not None
         and head is not None

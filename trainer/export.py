@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import deepspeed
@@ -12,7 +13,10 @@ from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+_HEARTBEAT_SECONDS = 10
 
 
 class ExportError(RuntimeError):
@@ -29,29 +33,47 @@ def export(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: 
     engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
     speaks = dist.get_rank() == 0
     copies: dict[int, Tensor] = {}
-    owners: dict[str, int] = {}
+    weights: dict[str, Tensor] = {}  # tied names share one tensor, which is written once
     for name, tensor in model.state_dict(keep_vars=True).items():
-        owners[name] = id(tensor)
-        if id(tensor) in copies:
-            continue
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            copies[id(tensor)] = tensor.detach().cpu().clone() if speaks else tensor
-    if speaks:
-        weights = {name: copies[owner] for name, owner in owners.items()}  # tied names share one, and are written once
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        was_caching, model.config.use_cache = model.config.use_cache, True  # training only switched it off
-        model.save_pretrained(partial, state_dict=dict(weights))  # it empties what it is given
-        model.config.use_cache = was_caching
-        tokenizer.save_pretrained(partial)
-        _verify(partial, weights, owners)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    dist.barrier()
+        if id(tensor) not in copies:
+            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                copies[id(tensor)] = tensor.detach().cpu().clone() if speaks else tensor
+        weights[name] = copies[id(tensor)]
+    with ThreadPoolExecutor(max_workers=1) as background:
+        written = background.submit(_write, model, weights, tokenizer, folder) if speaks else None
+        _wait_together(written, engine.device)
+    if written is not None:
+        written.result()  # raises what writing raised
 
 
-def _verify(folder: Path, weights: dict[str, Tensor], owners: dict[str, int]) -> None:
-    """Reopen what was written. Of tied tensors (equal `owners`) one name is enough."""
+def _wait_together(written: Future[None] | None, device: torch.device) -> None:
+    """Until rank 0 has `written`. In short collectives: a large model takes longer than one may last."""
+    done = torch.zeros((), device=device)
+    while not done:
+        if written is not None:
+            wait([written], timeout=_HEARTBEAT_SECONDS)
+            done.fill_(written.done())
+        dist.broadcast(done, src=0)
+
+
+def _write(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    was_caching, model.config.use_cache = model.config.use_cache, True  # training only switched it off
+    model.save_pretrained(partial, state_dict=dict(weights))  # it empties what it is given
+    model.config.use_cache = was_caching
+    tokenizer.save_pretrained(partial)
+    # On disk experts stand one by one, as in the checkpoints that other tools read.
+    _verify(partial, revert_weight_conversion(model, dict(weights)))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _verify(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Reopen what was written. Of names that share a tensor one is enough."""
+    owners = {name: id(tensor) for name, tensor in weights.items()}
     found = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:

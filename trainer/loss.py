@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import logging
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer.blocks import full_shape
 from trainer.data.batches import IGNORED
+
+logger = logging.getLogger(__name__)
+
+# The widest tile of logits of TRL's fused head is [4096 tokens, 32768 entries]: narrower vocabularies gain nothing.
+FUSED_FROM_VOCABULARY = 32768
+# Of the loss; bf16 logits have eight bits of mantissa.
+_AGREEMENT = 0.02
+
+
+class LossError(ValueError):
+    """The objective that was asked for cannot be computed for this model."""
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -21,3 +39,66 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
         ignore_index=IGNORED,
         reduction="sum",
     )
+
+
+class Objective:
+    """What a causal language model is trained on.
+
+    With `fused` the output head and the cross-entropy run tile by tile over the vocabulary (TRL's
+    `add_fused_lm_head`), forward and backward, so that the logits of a micro-batch never exist as a whole. With
+    `router_loss` a mixture of experts is also trained on its load-balancing loss (Switch Transformer,
+    https://arxiv.org/abs/2101.03961, eq. 4), at the coefficient in its configuration (`router_aux_loss_coef`).
+    """
+
+    def __init__(self, model: PreTrainedModel, *, fused: bool = False, router_loss: bool = True) -> None:
+        config = model.config.get_text_config()
+        self.fused = fused
+        self.router_coefficient = float(getattr(config, "router_aux_loss_coef", None) or 0.0) if router_loss else 0.0
+        if fused:
+            from trl.trainer.utils import add_fused_lm_head  # seconds to import
+
+            add_fused_lm_head(model)
+
+    def __call__(self, engine: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(cross-entropy summed over the targets of `batch`, weighted load-balancing loss or None), fp32 scalars.
+
+        `batch` holds `labels` [batch, length] and the model's inputs.
+        """
+        inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
+        balancing = self.router_coefficient > 0 and engine.training
+        if balancing:
+            inputs["output_router_logits"] = True
+        if self.fused:
+            output = engine(**inputs, labels=batch["labels"], fused_lm_head=True)
+            loss = -output.log_probs.sum()
+        else:
+            output = engine(**inputs)
+            loss = summed_loss(output.logits, batch["labels"])
+        return loss, self.router_coefficient * output.aux_loss.float() if balancing else None
+
+
+def choose_fused(wanted: str, model: PreTrainedModel) -> bool:
+    """Whether to fuse head and loss: `on`, `off`, or `auto`, which fuses large vocabularies."""
+    vocabulary = full_shape(model.get_output_embeddings().weight)[0]
+    return wanted == "on" or (wanted == "auto" and vocabulary >= FUSED_FROM_VOCABULARY)
+
+
+@torch.no_grad()
+def check_fused(engine: Any, objective: Objective) -> None:
+    """Compare the fused loss with the plain one on a few tokens. Collective.
+
+    Architectures scale, cap or rescale their logits in ways that a fused head must know of. Raises `LossError`.
+    """
+    vocabulary = engine.module.config.get_text_config().vocab_size
+    ids = (torch.arange(32, device=engine.device) * 7919 % vocabulary).view(2, 16)
+    was_training = engine.training
+    engine.eval()
+    fused, _ = objective(engine, {"input_ids": ids, "labels": ids})
+    plain = summed_loss(engine(input_ids=ids).logits, ids)
+    engine.train(was_training)
+    if not torch.isclose(fused, plain, rtol=_AGREEMENT):
+        raise LossError(
+            f"train.fused_loss: the fused loss is {fused:.4f}, but this model's logits give {plain:.4f}: "
+            f"{type(engine.module).__name__} changes its logits in a way that the fused head does not know; "
+            "set train.fused_loss=off"
+        )

@@ -97,12 +97,15 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
 
     evaluate_after(0)
     skipped = 0
+    # ZeRO refuses steps with infinite or NaN gradients; stage 0 (the fp32 reference) takes them, weights and all.
+    may_skip = config.train.max_skipped_steps if engine.zero_optimization_stage() else 0
     for step in range(num_steps):
         result = train_step(engine, feed.micro_batches(batches.indices(step)))
         meter.add(result)
         skipped = 0 if result.applied else skipped + 1
-        if skipped > config.train.max_skipped_steps:
-            allowed = f"(train.max_skipped_steps is {config.train.max_skipped_steps})"
+        if skipped > may_skip:
+            allowed = f"(train.max_skipped_steps is {config.train.max_skipped_steps}"
+            allowed += ")" if may_skip == config.train.max_skipped_steps else ", which ZeRO stage 0 cannot do)"
             raise _stopped(step, f"{skipped} steps in a row had NaN or infinite loss or gradients {allowed}", config)
         if (step + 1) % config.train.log_every == 0 or step + 1 == num_steps:
             progress.step(step + 1, active=sparse.active, lr=engine.get_lr()[0], **meter.read(engine))
@@ -124,7 +127,7 @@ class StepResult:
 
     loss_sum: torch.Tensor
     targets: torch.Tensor
-    tokens: int
+    tokens: torch.Tensor  # without padding
     applied: bool
 
 
@@ -134,9 +137,12 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[dict[str, torch.Tens
     DeepSpeed averages over ranks, so each rank's sum is scaled by ranks / global count; ranks, accumulation and
     padding then make no difference to the result.
     """
-    own = sum(count_targets(batch["labels"]) for batch in micro_batches)
-    targets = torch.tensor(float(own), device=engine.device)
-    dist.all_reduce(targets)
+    counts = torch.zeros(2, dtype=torch.float64)
+    for batch in micro_batches:
+        counts += torch.tensor([count_targets(batch["labels"]), int(batch["attention_mask"].sum())])
+    counts = counts.to(engine.device, torch.float32)
+    dist.all_reduce(counts)
+    targets, tokens = counts.unbind()
     scale = engine.world_size / targets.clamp(min=1)
     loss_sum = torch.zeros((), device=engine.device)
     for batch in micro_batches:
@@ -147,12 +153,10 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[dict[str, torch.Tens
         engine.step()
         loss_sum += loss.detach()
     dist.all_reduce(loss_sum)
-    tokens = engine.world_size * sum(batch["input_ids"].numel() for batch in micro_batches)
     return StepResult(loss_sum, targets, tokens, _applied(engine, loss_sum))
 
 
 def _applied(engine: DeepSpeedEngine, loss_sum: torch.Tensor) -> bool:
-    """ZeRO refuses steps with infinite or NaN gradients itself; stage 0 (the fp32 reference) does not look."""
     if engine.zero_optimization_stage() == 0:
         return engine.was_step_applied() and bool(torch.isfinite(loss_sum))
     return engine.was_step_applied()
@@ -225,7 +229,7 @@ class _Meter:
         values = {
             "loss": loss,
             "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-            "tokens_per_second": sum(r.tokens for r in self._results) / seconds,
+            "tokens_per_second": sum(float(r.tokens) for r in self._results) / seconds,
             "step_seconds": seconds / len(self._results),
         }
         if get_accelerator().device_name() != "cpu":
@@ -411,7 +415,9 @@ def _report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_s
 
 
 def _stopped(step: int, reason: str, config: RunConfig) -> StoppedError:
+    clipping = config.train.gradient_clipping
+    clip = f"lower train.gradient_clipping ({clipping})" if clipping else "set train.gradient_clipping (0: none)"
     return StoppedError(
-        f"stopped at step {step + 1}: {reason}; no model was written. Lower optimizer.lr ({config.optimizer.lr}) or "
-        f"train.gradient_clipping ({config.train.gradient_clipping}), or look at the data"
+        f"stopped at step {step + 1}: {reason}; no model was written. Lower optimizer.lr ({config.optimizer.lr}), "
+        f"{clip}, or look at the data"
     )

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import trainer
-from tests.models import tiny_llama
+from tests.models import FAMILIES, tiny_llama, tiny_model
 from trainer.selectors import build
 
 # Adam's eps is large and the rate small, so that a changed summation order stays at 1e-7 (measured: 6e-5 at lr 1e-2).
@@ -39,6 +40,8 @@ class Cell:
     always_on: tuple[str, ...] = ("embeddings", "head", "norm")
     dtype: str = "fp32"
     evaluate: bool = False
+    family: str | None = None  # of tests.models.FAMILIES; None: a Llama of six blocks
+    lora: int = 0  # rank of adapters, which then train in place of the weights; the head is in PEFT's modules_to_save
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
@@ -66,22 +69,30 @@ def learning_rate(cell: Cell, step: int) -> float:
 
 
 def build_model(cell: Cell) -> torch.nn.Module:
+    if cell.family is not None:
+        return tiny_model(cell.family).train()
     model = tiny_llama(tied=cell.tied, dtype=torch.bfloat16 if cell.dtype == "bf16" else torch.float32)
     if cell.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
+    if cell.lora:
+        targets = ["q_proj", "v_proj", "down_proj"]
+        config = LoraConfig(r=cell.lora, target_modules=targets, modules_to_save=["lm_head"], lora_dropout=0.0)
+        model = get_peft_model(model, config)
     return model.train()
 
 
 def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
     """Weights after training in one process with per-parameter Adam state, and the active set of each step."""
     model = build_model(cell)
-    names = {n: p for n, p in model.named_parameters()}
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    path = "base_model.model." * bool(cell.lora) + FAMILIES[cell.family or "llama"][0]
     layers = [
-        {n: p for n, p in names.items() if n.startswith(f"model.layers.{i}.")} for i in range(len(model.model.layers))
+        {n: p for n, p in names.items() if n.startswith(f"{path}.{i}.")} for i in range(len(model.get_submodule(path)))
     ]
-    outside = {n: p for n, p in names.items() if ".layers." not in n}
-    on = {n: p for n, p in outside.items() if _part(n) in cell.always_on}
+    outside = {n: p for n, p in names.items() if not n.startswith(f"{path}.")}
+    # The parts of other families have other names; they all train.
+    on = outside if cell.family or cell.lora else {n: p for n, p in outside.items() if _part(n) in cell.always_on}
     selector = make_selector(cell)
     state: dict[str, dict[str, Tensor]] = {}
     step_counts: dict[str, int] = {}
@@ -100,8 +111,10 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
             p.requires_grad_(name in active)
             p.grad = None
         for micro in range(cell.accumulation):
-            ids = batch(step, micro, ranks=1, rank=0)
-            (model(input_ids=ids, labels=ids).loss / cell.accumulation).backward()
+            # Rank by rank, because the load-balancing loss of experts is a rank's own.
+            for rank in range(cell.ranks):
+                ids = batch(step, micro, ranks=cell.ranks, rank=rank)
+                (model(input_ids=ids, labels=ids).loss / (cell.accumulation * cell.ranks)).backward()
         gradients = {n: p.grad for n, p in active.items()}
         if cell.clipping:
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
@@ -119,7 +132,7 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
                 s["v"].mul_(b2).addcmul_(g, g, value=1 - b2)
                 denominator = (s["v"] / (1 - b2**t)).sqrt().add_(ADAM["eps"])
                 p.addcdiv_(s["m"] / (1 - b1**t), denominator, value=-lr)
-    return {n: p.detach().clone() for n, p in names.items()}, draws
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, draws
 
 
 def _part(name: str) -> str:
@@ -188,7 +201,13 @@ def train_step(cell: Cell, engine: Any, step: int, rank: int) -> None:
 def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
     """The same through `prepare` and `attach`; runs in each rank."""
     model = build_model(cell)
-    sparse = trainer.prepare(model, selector=make_selector(cell), bank=cell.bank, always_on=cell.always_on)
+    sparse = trainer.prepare(
+        model,
+        selector=make_selector(cell),
+        bank=cell.bank,
+        always_on=None if cell.lora else cell.always_on,
+        substrate="adapter" if cell.lora else "full",
+    )
     engine = make_engine(cell, model, sparse)
     sparse.attach(engine, guard_every=1)
     draws = []

@@ -40,6 +40,8 @@ SPECIAL = [
     Cell(evaluate=True, extra={"zero": {"stage3_prefetch_bucket_size": 100_000, "stage3_max_live_parameters": 10**6}}),
     Cell(evaluate=True, stage=2, bank="cpu"),
     Cell(interval=1, blocks=5, bank="cpu"),
+    Cell(lora=4, weight_decay=0.1),
+    Cell(lora=4, weight_decay=0.1, stage=2, bank="cpu", checkpointing=True),
     # Buckets smaller than a gradient, and hooks replaced by a reduction at the boundary.
     Cell(stage=2, extra={"zero": {"reduce_bucket_size": 500, "overlap_comm": True}}, accumulation=2),
     Cell(stage=1, extra={"zero": {"contiguous_gradients": False}}, accumulation=2),

@@ -13,7 +13,7 @@ import trainer
 from tests import distributed
 from tests.engine.parity import Cell, build_model, make_engine, make_selector
 from trainer.engine import registration
-from trainer.engine.registration import PRIVATE_NAMES, RegistrationError
+from trainer.engine.registration import PRIVATE_NAMES, RegistrationError, missing_names
 
 
 def test_the_version_that_was_read_is_installed() -> None:
@@ -28,10 +28,7 @@ def _names(rank: int) -> list[str]:
             model = build_model(cell)
             sparse = trainer.prepare(model, selector=make_selector(cell))
             engine = make_engine(cell, model, sparse)
-            missing += [f"{stage}: {n}" for n in PRIVATE_NAMES[label] if not hasattr(engine.optimizer, n)]
-            if offload and stage < 3:
-                missing += [f"{stage}: {n}" for n in PRIVATE_NAMES["offload"] if not hasattr(engine.optimizer, n)]
-            missing += [f"engine: {n}" for n in PRIVATE_NAMES["engine"] if not hasattr(engine, n)]
+            missing += [f"stage {stage}: {name}" for name in missing_names(engine, label)]
             engine.destroy()
     return missing
 
@@ -43,6 +40,7 @@ def test_every_private_name_is_where_it_was_read() -> None:
 def test_the_list_of_private_names_is_complete() -> None:
     source = inspect.getsource(registration)
     used = set(re.findall(r"(?<![.\w])zero\.(\w+)", source)) | set(re.findall(r"self\.optimizer\.(\w+)", source))
+    used |= set(re.findall(r"(?<![.\w])coordinator\.(\w+)", source))
     public = {"__dict__", "destroy"}
     assert used - public <= {name for names in PRIVATE_NAMES.values() for name in names}
 

@@ -441,6 +441,58 @@ def test_a_measuring_selector_sees_right_losses_and_leaves_no_trace() -> None:
         assert same
 
 
+# --- who calls what ---------------------------------------------------------------------------------------------
+
+
+def _callers(rank: int) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[str]]:
+    cell = Cell(stage=2, interval=2)
+    engine, sparse = start(cell, selector=Cyclic(blocks=1, interval=2, order="ascending"))
+    sets, refused = [], []
+
+    def train(forward: Any) -> None:
+        engine.backward(forward(input_ids=ids, labels=ids).loss)
+        engine.step()
+
+    for step in range(4):
+        ids = batch(step, 0, ranks=cell.ranks, rank=rank)
+        train(engine.forward)
+        sets.append(sparse.active)
+    engine.eval()
+    engine(input_ids=ids)  # with gradients, at the border of an interval
+    evaluated = sparse.active
+    for forward in (engine, engine.module):  # in evaluation mode, and past the engine
+        with pytest.raises(RuntimeError, match="no switch has happened") as error:
+            train(forward)
+        refused.append(str(error.value))
+        engine.train()
+    return sets, evaluated, refused
+
+
+def test_switches_follow_the_engine_s_forward_in_training_mode_and_nothing_else() -> None:
+    (sets, evaluated, refused), _ = distributed.run(_callers, ranks=2)
+    assert sets == [(0,), (0,), (1,), (1,)]
+    assert evaluated == (1,)
+    assert all("step 4 begins interval 2" in text and "engine.train()" in text for text in refused)
+
+
+class LateMeasurer(WorstToLose):
+    def needs(self, step: int) -> Measurement | None:
+        return super().needs(step) if step else None
+
+
+def _late(rank: int) -> None:
+    cell = Cell(stage=2, interval=2)
+    engine, _ = start(cell, selector=LateMeasurer(interval=2, seed=0))
+    for step in range(4):
+        train_step(cell, engine, step, rank)
+    with pytest.raises(ValueError, match="LateMeasurer measures"):
+        train_step(cell, engine, 4, rank)
+
+
+def test_a_selector_that_measures_later_is_not_left_without_answers() -> None:
+    distributed.run(_late, ranks=1)
+
+
 # --- the guard -------------------------------------------------------------------------------------------------
 
 

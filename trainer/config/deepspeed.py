@@ -15,8 +15,9 @@ from trainer.config.errors import ConfigError, hint
 from trainer.config.run_size import Batch, resolve_batch
 from trainer.config.schema import RunConfig
 
-PRESET_FOLDER = Path(__file__).resolve().parent.parent.parent / "ds_configs"
+PRESET_FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 AUTO = "auto"
+_MISSING = object()
 
 # DeepSpeed prints a line of its own every `steps_per_print` steps; the loop has its own bar.
 _NEVER = 10**9
@@ -95,11 +96,13 @@ def _source(name: str) -> str:
 def _key_problems(values: Mapping[str, Any], source: str) -> list[str]:
     problems = []
     for block, known in BLOCKS.items():
-        found = _get(values, block) if block else values
-        if found is None:
+        found = _get(values, block, _MISSING) if block else values
+        if found is _MISSING:
             continue
         if not isinstance(found, Mapping):
-            problems.append(f"deepspeed: {block} is {found!r} in {source}; it must be an object of keys and values")
+            problems.append(
+                f"deepspeed: {block} is {json.dumps(found)} in {source}; it must be an object of keys and values"
+            )
             continue
         prefix = f"{block}." if block else ""
         problems += [
@@ -262,16 +265,12 @@ def _offload_problems(values: Mapping[str, Any], stage: int, source: str) -> lis
         return []
     device = offload["device"]
     found = f"deepspeed: zero_optimization.offload_optimizer.device is {json.dumps(device)} in {source}"
-    if device not in ("cpu", "nvme"):
-        return [f"{found}; allowed: none, cpu, nvme"]
+    if device == "nvme":
+        return [f'{found}, which cannot be switched; write "cpu"']
+    if device != "cpu":
+        return [f"{found}; allowed: none, cpu"]
     if stage == 0:
         return [f"{found} but the stage is 0; offloading needs stage 1, 2 or 3"]
-    if device == "nvme" and stage != 3:
-        return [
-            f'{found} but the stage is {stage}, where DeepSpeed silently takes the CPU; use stage 3, or write "cpu"'
-        ]
-    if device == "nvme" and not offload.get("nvme_path"):
-        return [f"{found} but nvme_path is missing; set zero_optimization.offload_optimizer.nvme_path to a folder"]
     return []
 
 

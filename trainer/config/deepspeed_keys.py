@@ -171,6 +171,10 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "tensor_parallel": ((), _UNTESTED),
     "compile.deepcompile": ((False,), "it compiles one fixed set of trainable parameters"),
     "weight_quantization": ((), "blocks that are frozen now train later and need their exact weights"),
+    "zero_optimization.compute_grad_norm": (
+        (True,),
+        "clipping and train.max_skipped_steps of the run need the norm",
+    ),
     "zero_optimization.offload_param": ((), "frozen parameters in host memory are not handled yet: remove it"),
     "zero_optimization.round_robin_gradients": ((False,), "it reorders the flat partition that banks keep slices of"),
     "zero_optimization.zenflow": ((), _UNTESTED),

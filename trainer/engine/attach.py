@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from trainer import blocks as structure_of
 from trainer.blocks import Block
 from trainer.engine import bank as banks
 from trainer.engine.bank import Bank
+from trainer.engine.depth import FetchOrder
 from trainer.engine.guard import Guard
 from trainer.engine.local_gradients import LocalGradients
 from trainer.engine.probe import LossFunction, Prober
@@ -45,8 +47,8 @@ def prepare(
     """Freeze `model` to the first active set, so that DeepSpeed allocates state for that and nothing more.
 
     Call it before `deepspeed.initialize`. `always_on` names the parts outside the blocks that train in every interval
-    (`embeddings`, `head`, `norm`; by default all of them, and none with adapters); `blocks` is the module path of the
-    block list where it is ambiguous.
+    (`embeddings`, `head`, `norm`; by default all of them, and with adapters what requires gradients there, as PEFT's
+    `modules_to_save` do); `blocks` is the module path of the block list where it is ambiguous.
 
     Raises `trainer.blocks.BlockError` where the model's structure does not allow the choice, and `ValueError` from the
     selector, for instance for more blocks than there are.
@@ -56,7 +58,7 @@ def prepare(
         selector=selector,
         update=update or Dense(),
         bank=banks.build(bank) if isinstance(bank, str) else bank,
-        always_on=(structure_of.PARTS if substrate == "full" else ()) if always_on is None else always_on,
+        always_on=structure_of.PARTS if always_on is None and substrate == "full" else always_on,
         substrate=substrate,
         blocks=blocks,
     )
@@ -76,12 +78,14 @@ class Sparse:
         selector: Selector,
         update: UpdateRule,
         bank: Bank,
-        always_on: Iterable[str],
+        always_on: Iterable[str] | None,
         substrate: Literal["full", "adapter"],
         blocks: str | None,
     ) -> None:
         self.structure = structure_of.find(model, path=blocks, substrate=substrate)
         self.blocks: tuple[Block, ...] = self.structure.blocks
+        if always_on is None:
+            always_on = [part for part, found in self.structure.outside.items() if found]
         self.always_on = structure_of.always_on(self.structure, always_on)
         self.selector = selector
         self.update = update
@@ -166,9 +170,10 @@ class Sparse:
         """
         if self._engine is not None:
             raise RuntimeError("already attached: prepare the model once for each engine")
-        measures = self.selector.needs(0) is not None
-        if measures and (probe_batches is None or loss_function is None):
-            raise ValueError(f"{type(self.selector).__name__} measures: give attach() probe_batches and loss_function")
+        if (probe_batches is None) != (loss_function is None):
+            raise ValueError("attach() got one of probe_batches and loss_function: it takes both or neither")
+        if self.selector.needs(0) is not None and probe_batches is None:
+            raise self._cannot_measure()
         if self._sparse_rule and engine.gradient_clipping() > 0:
             raise ValueError(
                 f"gradient_clipping is {engine.gradient_clipping()}, but {type(self.update).__name__} keeps gradients "
@@ -184,19 +189,21 @@ class Sparse:
                 sum(structure_of.full_numel(p) for p in self.trainable_parameters()),
             )
         self._engine, self._registration = engine, registration
+        self._fetch_order = FetchOrder(self.blocks)
         self._local = LocalGradients(self.update, registration)
         self._local.replace(self._outside_optimizer())
         self._guard = Guard(registration, self.blocks, every=guard_every, expect_motion=not self._sparse_rule)
         if probe_batches is not None and loss_function is not None:
             self._prober = Prober(engine, self.blocks, batches=probe_batches, loss_function=loss_function)
         self._guard.after_switch(interval=0, step=0, active=self.active, expected=self._expected())
-        engine.register_forward_pre_hook(self._before_forward)
+        self._wrap_forward(engine)
         self._wrap_step(engine)
 
     # --- during training ---------------------------------------------------------------------------------------
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+    def _before_forward(self) -> None:
+        # Of the module: `engine.eval()` leaves the engine's own flag alone.
+        if not (self._attached().module.training and torch.is_grad_enabled()):
             return  # evaluation sees the set that has just trained
         step = self.steps
         self._measure(step)
@@ -204,12 +211,18 @@ class Sparse:
             self._switch(step // self.selector.interval, step)
 
     def _measure(self, step: int) -> None:
-        if self._prober is None or step == self._observed_at:
+        if step == self._observed_at:
             return
         self._observed_at = step
         wanted = self.selector.needs(step)
-        if wanted is not None:
-            self.selector.observe(wanted, self._prober.measure(wanted))
+        if wanted is None:
+            return
+        if self._prober is None:
+            raise self._cannot_measure()
+        self.selector.observe(wanted, self._prober.measure(wanted))
+
+    def _cannot_measure(self) -> ValueError:
+        return ValueError(f"{type(self.selector).__name__} measures: give attach() probe_batches and loss_function")
 
     @torch.no_grad()
     def _switch(self, interval: int, step: int) -> None:
@@ -222,6 +235,9 @@ class Sparse:
             if index not in drawn:
                 self._refill(registration, slot, entering.pop(0))
         self._local.replace(self._outside_optimizer())
+        order = self._fetch_order.after_switch(registration.fetch_order(), lowest=self.active[0])
+        if order is not None:
+            registration.expect_fetch_order(order)
         self.interval = interval
         if self._guard.due(step):
             self.bank.wait()  # the guard looks at masters that may still be on their way in
@@ -240,12 +256,29 @@ class Sparse:
                 registration.materialise_state(number, *self.bank.layout(list(parameters)))
                 self.bank.take(registration.slices(number))
 
+    def _wrap_forward(self, engine: DeepSpeedEngine) -> None:
+        inner = engine.forward  # not a module hook: those are passed over by whoever calls `engine.forward` itself
+
+        @wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._before_forward()
+            return inner(*args, **kwargs)
+
+        engine.forward = forward  # type: ignore[method-assign]
+
     def _wrap_step(self, engine: DeepSpeedEngine) -> None:
         inner = engine.step
 
+        @wraps(inner)
         def step(*args: Any, **kwargs: Any) -> None:
+            if self.steps // self.selector.interval != self.interval:
+                raise RuntimeError(
+                    f"step {self.steps} begins interval {self.steps // self.selector.interval}, but no switch has "
+                    "happened: train through engine(...) or engine.forward(...), in training mode (engine.train())"
+                )
             self.bank.wait()
-            boundary = engine.is_gradient_accumulation_boundary()
+            # A loop that manages accumulation itself calls this at boundaries only.
+            boundary = not engine.managed_gradient_accumulation() or engine.is_gradient_accumulation_boundary()
             # Before the step, which moves the schedule on.
             learning_rate = engine.basic_optimizer.param_groups[0]["lr"] * self._rate_of_blocks
             inner(*args, **kwargs)

@@ -2,8 +2,8 @@
 
 This is the only file that uses DeepSpeed's private names. All of them were read in DeepSpeed 0.19.8
 (`runtime/zero/stage3.py`, `runtime/zero/stage_1_and_2.py`, `runtime/zero/parameter_offload.py`,
-`runtime/engine.py`); `PRIVATE_NAMES` lists them, `attach` refuses a DeepSpeed in which one is missing, and
-`tests/engine/test_registration.py` fails when one moves.
+`runtime/zero/partitioned_param_coordinator.py`, `runtime/engine.py`); `PRIVATE_NAMES` lists them, `attach` refuses a
+DeepSpeed in which one is missing, and `tests/engine/test_registration.py` fails when one moves.
 
 How it works. ZeRO keeps, for each optimizer group, one flat buffer of weights and one flat fp32 master with its
 Adam moments; everything else is bookkeeping that says which parameter lies where. Strata gives every active block
@@ -15,6 +15,7 @@ runs, and at most one parameter more than before is alive at any moment (where b
 
 from __future__ import annotations
 
+import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, ZeRoTraceMode
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import get_z3_leaf_modules, link_hp_params
@@ -74,6 +76,14 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
         """.split()
     ),
     "engine": ("_backward_post_hook", "_configure_zero_optimizer"),
+    # Of stage 3, by which it prefetches.
+    "coordinator": tuple(
+        """
+        _PartitionedParameterCoordinator__params_to_release _PartitionedParameterCoordinator__step_id
+        _PartitionedParameterCoordinator__submodule_order _PartitionedParameterCoordinator__trace_mode
+        _invalidate_trace is_invalid_trace record_module
+        """.split()
+    ),
 }
 # Optimizer state with one value per weight. It is zeroed in place and banked; anything else is not understood.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -101,6 +111,19 @@ class Slice:
     scalars: dict[str, float] = field(default_factory=dict)
 
 
+def missing_names(engine: DeepSpeedEngine, stage: str) -> list[str]:
+    """The private names of a stage that this engine's objects do not have."""
+    optimizer = engine.optimizer
+    holders: dict[str, Any] = {"engine": engine, stage: optimizer}
+    if getattr(optimizer, "cpu_offload", False):
+        holders["offload"] = optimizer
+    if hasattr(optimizer, "parameter_offload"):
+        holders["coordinator"] = optimizer.parameter_offload.get_param_coordinator()
+    return [
+        name for kind, holder in holders.items() for name in PRIVATE_NAMES.get(kind, ()) if not hasattr(holder, name)
+    ]
+
+
 def register(engine: DeepSpeedEngine, groups: Sequence[Parameters]) -> Registration:
     """Take over the optimizer of `engine`, so that `groups[i]` can be refilled later.
 
@@ -108,6 +131,8 @@ def register(engine: DeepSpeedEngine, groups: Sequence[Parameters]) -> Registrat
     holder of its optimizer stays valid. Raises `RegistrationError` for an engine that cannot be switched.
     """
     optimizer = engine.optimizer
+    if engine.fp16_enabled():
+        raise RegistrationError("fp16 engines cannot be switched yet: use bf16 or fp32")
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
         return _Stage3(engine, groups)
     if type(optimizer) is DeepSpeedZeroOptimizer:
@@ -191,6 +216,13 @@ class Registration(ABC):
             "masters": self._masters(),
             "moments": [value for entry in state for key, value in entry.items() if key in MOMENTS],
         }
+
+    def fetch_order(self) -> list[nn.Module]:
+        """Modules in the order in which a recorded step fetched them; empty without such a recording."""
+        return []
+
+    def expect_fetch_order(self, order: Sequence[nn.Module]) -> None:
+        """Prefetch along `order` from the next step on."""
 
     def _stored(self, parameter: nn.Parameter) -> Tensor:
         return parameter.data
@@ -323,10 +355,7 @@ class Registration(ABC):
                 raise RegistrationError(f"{key} (here {value}) cannot be switched: leave it out")
 
     def _check_names(self) -> None:
-        missing = [n for n in PRIVATE_NAMES.get(self.stage, ()) if not hasattr(self.optimizer, n)]
-        missing += [n for n in PRIVATE_NAMES["engine"] if not hasattr(self.engine, n)]
-        if getattr(self.optimizer, "cpu_offload", False):
-            missing += [n for n in PRIVATE_NAMES["offload"] if not hasattr(self.optimizer, n)]
+        missing = missing_names(self.engine, self.stage)
         if missing:
             raise RegistrationError(
                 f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}; Strata's switch was read in "
@@ -479,6 +508,12 @@ class _Stage3(Registration):
             raise RegistrationError(
                 "offload_param cannot be switched yet: set zero_optimization.offload_param.device to none"
             )
+        self._release_cache = self._find_release_cache()
+        if self._release_cache is None:
+            raise RegistrationError(
+                f"DeepSpeed {deepspeed.__version__} keeps its release cache elsewhere: "
+                f"install deepspeed=={READ_IN_VERSION}"
+            )
 
     def _live_groups(self) -> list[list[nn.Parameter]]:
         return self.optimizer.fp16_groups
@@ -617,11 +652,15 @@ class _Stage3(Registration):
                 partitions[parameter.ds_id] = view.zero_()
             return
         del old_views
+        # Nothing of the old buffer may be alive when the new one is allocated: it holds all groups' gradients.
         everything = [p for group in zero.fp16_groups for p in group]
         old = zero.grad_partitions_flat_buffer
+        dtype, device, pinned = old.dtype, old.device, old.is_pinned()
         partitions.clear()
-        buffer = torch.zeros(sum(p.partition_numel() for p in everything), dtype=old.dtype, device=old.device)
-        zero.grad_partitions_flat_buffer = buffer.pin_memory() if old.is_pinned() else buffer
+        del old
+        zero.grad_partitions_flat_buffer = None
+        buffer = torch.zeros(sum(p.partition_numel() for p in everything), dtype=dtype, device=device)
+        zero.grad_partitions_flat_buffer = buffer.pin_memory() if pinned else buffer
         offset = 0
         for parameter in everything:
             partitions[parameter.ds_id] = zero.grad_partitions_flat_buffer.narrow(
@@ -680,6 +719,32 @@ class _Stage3(Registration):
         leaves = {id(p.ds_z3_leaf_module) for p in registered if hasattr(p, "ds_z3_leaf_module")}
         return count_used_parameters_in_backward(plain) + len(leaves)
 
+    # The trace by which ZeRO-3 prefetches (`PartitionedParameterCoordinator`, partitioned_param_coordinator.py 0.19.8).
+
+    def fetch_order(self) -> list[nn.Module]:
+        return list(self._coordinator._PartitionedParameterCoordinator__submodule_order)
+
+    def expect_fetch_order(self, order: Sequence[nn.Module]) -> None:
+        """As if `order` had just been recorded; the next forward compares it between ranks and completes it."""
+        coordinator = self._coordinator
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        self._release_cache.cache_clear()  # it remembers what each position of the old order released
+        coordinator._PartitionedParameterCoordinator__trace_mode = ZeRoTraceMode.RECORD
+        for position, module in enumerate(order):
+            coordinator._PartitionedParameterCoordinator__step_id = position
+            coordinator.record_module(module)
+
+    def _find_release_cache(self) -> Any:
+        """The lru_cache around what the coordinator releases at a position of the trace, inside another decorator."""
+        decorated = type(self._coordinator)._PartitionedParameterCoordinator__params_to_release
+        inside = [decorated, *inspect.getclosurevars(decorated).nonlocals.values()]
+        return next((function for function in inside if hasattr(function, "cache_clear")), None)
+
+    @property
+    def _coordinator(self) -> PartitionedParameterCoordinator:
+        return self.optimizer.parameter_offload.get_param_coordinator()
+
     # A rebuild keeps ZeRO-3's parameter_offload: its module hooks and its fetch trace know nothing of groups, and a
     # second set of hooks breaks recomputation under activation checkpointing (0.19.8).
 
@@ -709,9 +774,9 @@ class _Stage1And2(Registration):
     def __init__(self, engine: DeepSpeedEngine, groups: Sequence[Parameters]) -> None:
         super().__init__(engine, groups)
         self._hooks: list[list[Any]] = [[] for _ in self.groups]
-        # DeepSpeed installs gradient hooks only for some settings; without them it reduces at the boundary.
         # Ids of parameters that a slot has had and has not now, where blocks differ in their number.
         self._spare_ids: list[list[int]] = [[] for _ in self.groups]
+        # DeepSpeed installs gradient hooks only for some settings; without them it reduces at the boundary.
         self._uses_hooks = bool(self.optimizer._grad_acc_hooks)
         for handle in self.optimizer._grad_acc_hooks:
             handle.remove()

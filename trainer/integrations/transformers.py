@@ -10,7 +10,7 @@ Read in transformers 5.23, accelerate 1.15 and TRL 1.16.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 _OWN_PARAMETERS = {"params", "model", "optimizer_dict"}
 
 
-def layerwise(trainer: Trainer, sparse: Sparse, *, guard_every: int = 50) -> None:
+def layerwise(trainer: Trainer, sparse: Sparse, **attach: Any) -> None:
     """Let `trainer` train its model a few blocks at a time; `sparse` is what `prepare` made of that model.
 
     Call it once, after the trainer is built and before `train()`. Optimizer, schedule, clipping and accumulation stay
-    those of `trainer.args`; DeepSpeed sees the first active set only. `guard_every` is that of `Sparse.attach`.
+    those of `trainer.args`; DeepSpeed sees the first active set only. `attach` are keyword arguments of `Sparse.attach`
+    (`guard_every`, and `probe_batches` and `loss_function` for selectors that measure).
 
     Raises `ValueError`, and leaves the trainer as it was, for arguments that layer-wise training cannot honour.
     `train()` itself raises `RuntimeError` when it is to resume from a checkpoint, and when it is called again.
@@ -46,16 +47,16 @@ def layerwise(trainer: Trainer, sparse: Sparse, *, guard_every: int = 50) -> Non
     # Activation checkpointing comes with a hook by which embeddings require gradients, and backward would always run
     # down to the first block. PEFT and TRL install it early, `train()` again, and then the first is out of reach.
     trainer.model.disable_input_require_grads()
-    trainer.add_callback(LayerwiseCallback(trainer, sparse, guard_every=guard_every))
+    trainer.add_callback(LayerwiseCallback(trainer, sparse, attach))
 
 
 class LayerwiseCallback(TrainerCallback):
     """Attaches `sparse` to the DeepSpeed engine that `trainer` has built when training begins; see `layerwise`."""
 
-    def __init__(self, trainer: Trainer, sparse: Sparse, *, guard_every: int) -> None:
+    def __init__(self, trainer: Trainer, sparse: Sparse, attach: Mapping[str, Any]) -> None:
         self.trainer = trainer
         self.sparse = sparse
-        self.guard_every = guard_every
+        self.attach = attach
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,7 +69,7 @@ class LayerwiseCallback(TrainerCallback):
                 "args.eval_on_start"
             )
         self.trainer.model.disable_input_require_grads()
-        self.sparse.attach(wrapper.engine, guard_every=self.guard_every)
+        self.sparse.attach(wrapper.engine, **self.attach)
 
 
 def _groups(trainer: Trainer, sparse: Sparse) -> Iterator[dict[str, Any]]:
