@@ -6,14 +6,17 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config.errors import hint
-from trainer.entry import EXIT_REFUSED
+from trainer.entry import EXIT_REFUSED, prepare
 from trainer.entry import main as train
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "prepare": prepare}
 USAGE = """Usage: python -m trainer COMMAND [argument ...]
 
   train RECIPE.yaml [key=value ...] [--dry-run] [--help]   what launch/train.py does; start it with a launcher for
                                                            several ranks: torchrun -m trainer train RECIPE.yaml
+  prepare RECIPE.yaml [key=value ...] [--show N]           tokenises the data into the cache, where training finds it,
+                                                           and says what became of it; no accelerator is needed.
+                                                           --show N prints N samples of every source
 """
 
 

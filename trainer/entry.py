@@ -12,6 +12,13 @@ from trainer.config import ConfigError, help_text, load, parse_command_line
 from trainer.config.deepspeed import resolve
 
 EXIT_REFUSED = 2
+PREPARE_USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N]
+
+Tokenises the data of a recipe into its cache (data.cache), where training with the same data, tokenizer and settings
+finds it, and says what became of every source. --show N prints the first N samples of each, with the tokens that are
+trained on in green, or in ⟦brackets⟧ where the output is no terminal (FORCE_COLOR=1 colours all the same).
+`python -m trainer train --help` lists the settings.
+"""
 # Launchers kill the job about a second after the first process leaves; rank 0, who speaks, must be that process.
 _PATIENCE_SECONDS = 10
 
@@ -32,7 +39,7 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
 
     prepare_process()
     from trainer.blocks import BlockError
-    from trainer.data.rows import DataError
+    from trainer.data.errors import DataError
     from trainer.engine.guard import GuardError
     from trainer.engine.registration import RegistrationError
     from trainer.export import ExportError
@@ -51,6 +58,35 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
         return refuse(str(error), rank)
     except OSError as error:  # a full disk, a folder that cannot be written
         return refuse(f"{type(error).__name__}: {error}", rank)
+    return 0
+
+
+def prepare(argv: Sequence[str]) -> int:
+    """Tokenise the data of the recipe in `argv` and say what became of it; returns the exit code, as `main` does."""
+    try:
+        command = parse_command_line(argv, options=("--show", "--help"))
+        if command.show_help:
+            print(PREPARE_USAGE, end="")
+            return 0
+        config = load(command.config_path, command.overrides)
+    except ConfigError as error:
+        return refuse(str(error), rank=0)
+
+    prepare_process()
+    from trainer.data import prepare_run
+    from trainer.data.errors import DataError
+    from trainer.data.show import describe, shown
+    from trainer.data.tokenizer import load_tokenizer, tokenizer_name
+
+    try:
+        tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
+        data = prepare_run(config, tokenizer)
+    except DataError as error:
+        return refuse(str(error), rank=0)
+    except OSError as error:
+        return refuse(f"{type(error).__name__}: {error}", rank=0)
+    colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
+    print("\n".join(shown(data, tokenizer, command.show, colour=colour) + describe(data, config.data.max_length)))
     return 0
 
 

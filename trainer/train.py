@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from trainer.accounting import model_state, readable
 from trainer.blocks import PARTS, full_numel
 from trainer.config import ConfigError, RunConfig, dump, total_steps, warmup_steps
 from trainer.config.deepspeed import resolve, size_buckets
-from trainer.data import Prepared, prepare
-from trainer.data.batches import Batches, collate, count_targets, eval_batches
-from trainer.data.tokenizer import load_tokenizer, padding_id
+from trainer.data import Prepared, prepare_run
+from trainer.data.batches import Batches, collate, count_targets, count_tokens, eval_batches
+from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
 from trainer.engine.attach import Sparse
 from trainer.engine.attach import prepare as prepare_model
 from trainer.export import export
@@ -47,8 +48,8 @@ class StoppedError(RuntimeError):
 def run(config: RunConfig) -> None:
     """Train as `config` says and leave the run folder behind. Runs in every rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    tokenizer = load_tokenizer(_tokenizer_name(config), trust_remote_code=config.model.trust_remote_code)
-    data = _prepare_data(config, tokenizer)  # before there is a process group that could time out waiting
+    tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
+    data = prepare_run(config, tokenizer)  # before there is a process group that could time out waiting
     _initialise_process_group()
     with watch_ranks():
         _train(config, tokenizer, data)
@@ -76,14 +77,17 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     engine.train()
 
     batches = Batches(
-        len(data.train),
+        data.sizes,
+        weights=data.weights,
+        fingerprint=data.fingerprint,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         rank=rank,
         ranks=ranks,
     )
-    feed = _Feed(data, pad_id=padding_id(tokenizer), device=engine.device)
+    flat = models.attention(config.model) == "flash_attention_2"  # how it keeps packed samples apart
+    feed = _Feed(data, pad_id=padding_id(tokenizer), flat=flat)
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank)
     progress.say(f"run folder {folder}: {_one_line(sparse, config, num_steps)}")
     evaluations: dict[int, float] = {}
@@ -124,7 +128,7 @@ class StepResult:
 
     loss_sum: torch.Tensor
     targets: torch.Tensor
-    tokens: int
+    tokens: torch.Tensor
     applied: bool
 
 
@@ -134,20 +138,20 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[dict[str, torch.Tens
     DeepSpeed averages over ranks, so each rank's sum is scaled by ranks / global count; ranks, accumulation and
     padding then make no difference to the result.
     """
-    own = sum(count_targets(batch["labels"]) for batch in micro_batches)
-    targets = torch.tensor(float(own), device=engine.device)
-    dist.all_reduce(targets)
+    own = [(count_targets(batch["labels"]), count_tokens(batch)) for batch in micro_batches]
+    counts = torch.tensor(own, dtype=torch.float32, device=engine.device).sum(dim=0)
+    dist.all_reduce(counts)
+    targets, tokens = counts
     scale = engine.world_size / targets.clamp(min=1)
     loss_sum = torch.zeros((), device=engine.device)
     for batch in micro_batches:
         batch = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-        logits = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = summed_loss(logits, batch["labels"])
+        labels = batch.pop("labels")
+        loss = summed_loss(engine(**batch).logits, labels)
         engine.backward(loss * scale, scale_wrt_gas=False)
         engine.step()
         loss_sum += loss.detach()
     dist.all_reduce(loss_sum)
-    tokens = engine.world_size * sum(batch["input_ids"].numel() for batch in micro_batches)
     return StepResult(loss_sum, targets, tokens, _applied(engine, loss_sum))
 
 
@@ -166,8 +170,8 @@ def evaluate(engine: DeepSpeedEngine, feed: _Feed, config: RunConfig) -> float:
     for batch in feed.eval_batches(config, rank=dist.get_rank(), ranks=dist.get_world_size()):
         count = count_targets(batch["labels"])
         batch = {key: value.to(engine.device) for key, value in batch.items()}
-        logits = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        sums += torch.stack([summed_loss(logits, batch["labels"]).double(), sums.new_tensor(count)])
+        labels = batch.pop("labels")
+        sums += torch.stack([summed_loss(engine(**batch).logits, labels).double(), sums.new_tensor(count)])
     engine.train()
     dist.all_reduce(sums)
     return float(sums[0] / sums[1])
@@ -176,13 +180,12 @@ def evaluate(engine: DeepSpeedEngine, feed: _Feed, config: RunConfig) -> float:
 class _Feed:
     """Samples to padded batches on the host."""
 
-    def __init__(self, data: Prepared, *, pad_id: int, device: torch.device) -> None:
+    def __init__(self, data: Prepared, *, pad_id: int, flat: bool) -> None:
         self._data = data
-        self._pad_id = pad_id
-        self._device = device
+        self._collate = partial(collate, pad_id=pad_id, flat=flat)
 
     def micro_batches(self, indices: list[list[int]]) -> list[dict[str, torch.Tensor]]:
-        return [collate([self._data.train[i] for i in chosen], pad_id=self._pad_id) for chosen in indices]
+        return [self._collate([self._data.train[i] for i in chosen]) for chosen in indices]
 
     def eval_batches(self, config: RunConfig, *, rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
         assert self._data.eval is not None
@@ -192,7 +195,7 @@ class _Feed:
             len(self._data.eval), micro_batch_size=size, rank=rank, ranks=ranks, max_samples=config.eval.max_samples
         ):
             # A rank without samples left goes through the forward all the same: under ZeRO-3 it is collective.
-            batch = collate([self._data.eval[i] for i in chosen or [0]], pad_id=self._pad_id)
+            batch = self._collate([self._data.eval[i] for i in chosen or [0]])
             if not chosen:
                 batch["labels"].fill_(-100)
             batches.append(batch)
@@ -225,7 +228,7 @@ class _Meter:
         values = {
             "loss": loss,
             "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-            "tokens_per_second": sum(r.tokens for r in self._results) / seconds,
+            "tokens_per_second": sum(float(r.tokens) for r in self._results) / seconds,
             "step_seconds": seconds / len(self._results),
         }
         if get_accelerator().device_name() != "cpu":
@@ -235,23 +238,6 @@ class _Meter:
 
 
 # --- building the parts ------------------------------------------------------------------------------------------
-
-
-def _tokenizer_name(config: RunConfig) -> str:
-    return config.model.tokenizer or config.model.path or "bytes"
-
-
-def _prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    return prepare(
-        train=config.data.train,
-        eval=config.data.eval,
-        eval_fraction=config.data.eval_fraction,
-        tokenizer=tokenizer,
-        max_length=config.data.max_length,
-        overflow=config.data.overflow,
-        cache=Path(config.data.cache).expanduser() if config.data.cache else _output(config).parent / "cache",
-        seed=config.seed,
-    )
 
 
 def _initialise_process_group() -> None:
@@ -340,8 +326,8 @@ def _move_tensorboard(ds: dict[str, Any], config: RunConfig, folder: Path) -> No
 
 def describe(config: RunConfig, ranks: int) -> str:
     """The dry run: the model on the meta device, its blocks, and what each rank will hold. Trains nothing."""
-    tokenizer = load_tokenizer(_tokenizer_name(config), trust_remote_code=config.model.trust_remote_code)
-    data = _prepare_data(config, tokenizer)
+    tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
+    data = prepare_run(config, tokenizer)
     ds = resolve(config, ranks)
     models.attention(config.model)
     model = models.on_meta(config.model, tokenizer)
@@ -358,7 +344,8 @@ def describe(config: RunConfig, ranks: int) -> str:
         offload="offload_optimizer" in ds["zero_optimization"],
     )
     lines = [dump(config).rstrip(), ""]
-    lines.append(f"data: {len(data.train)} samples to train on, {data.train_report.target_tokens:,} target tokens")
+    report, rows = data.train_report, f" in {len(data.train)} packed rows" if config.data.packing else ""
+    lines.append(f"data: {report.samples} samples{rows} to train on, {report.target_tokens:,} target tokens")
     lines.append(f"steps: {total_steps(config, len(data.train))} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
     lines.append(
@@ -391,7 +378,7 @@ def _one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
 
 def _report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, folder: Path) -> str:
     always_on = ", ".join(sparse.always_on) or "nothing"
-    lines = [f"\nTrained {num_steps} steps on {len(data.train)} samples; always on: {always_on}."]
+    lines = [f"\nTrained {num_steps} steps on {data.train_report.samples} samples; always on: {always_on}."]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[max(evaluations)]
         lines.append(
