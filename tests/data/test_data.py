@@ -35,21 +35,6 @@ CHAT = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return bytes_tokenizer()
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows, name="train.jsonl"):
-        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-        (tmp_path / name).write_bytes(b"".join(line + b"\n" for line in lines))
-        return tmp_path / name
-
-    return write
-
-
 def tokenize(path, tokenizer, max_length=1000, overflow="truncate"):
     opened = open_source(DataSource(path=str(path)))
     rows = read_rows(opened.path, opened.records())
