@@ -179,8 +179,8 @@ class DataSource(Section):
 class TrainSource(DataSource):
     weight: Positive | None = Field(
         None,
-        description="Share of this source among the samples seen, relative to the other weights; for all sources or "
-        "none. null: every sample once per epoch.",
+        description="Share of this source among the samples (packed rows) seen, relative to the other weights; for all "
+        "sources or none. null: every sample once per epoch.",
     )
 
 
