@@ -34,7 +34,8 @@ from tests.launching import (
     write_inputs,
 )
 from trainer.config import RunConfig, help_text, load
-from trainer.data import prepare, tokenize_file
+from trainer.config.schema import TrainSource
+from trainer.data import prepare
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.selectors import build
 
@@ -67,12 +68,13 @@ def place(tmp_path: Path) -> Path:
 
 def evaluation_samples(run: Run) -> Iterable[Mapping[str, Any]]:
     prepared = prepare(
-        train=run.place / "train.jsonl",
-        eval=None,
+        train=[TrainSource(path=str(run.place / "train.jsonl"))],
+        eval=(),
         eval_fraction=0.2,
         tokenizer=bytes_tokenizer(),
         max_length=48,
         overflow="truncate",
+        packing=False,
         cache=run.place / "cache-of-test",
         seed=0,
     )
@@ -223,7 +225,9 @@ def test_dry_run_prints_blocks_always_on_parts_and_bytes_and_trains_nothing(plac
         ),
         pytest.param(
             ["data.train=odd.jsonl"],
-            ["odd.jsonl:2: no known shape: the row has {text}; known are {question, answer}, {prompt, completion}"],
+            [
+                "odd.jsonl:2: column question, answer missing: the row has {text}, but the format is qa {question, answer} by"
+            ],
             id="with-the-data",
         ),
         pytest.param(
@@ -423,5 +427,15 @@ def test_lisa_learns_more_of_gsm8k_than_embeddings_alone(tmp_path: Path) -> None
 
     model = AutoModelForCausalLM.from_pretrained(lisa / "model").eval()
     assert 4.5e6 < model.num_parameters() < 5.5e6
-    samples, _ = tokenize_file(tmp_path / "test.jsonl", bytes_tokenizer(), max_length=GSM8K_LENGTH, overflow="error")
-    assert loss_by_hand(model, samples) == pytest.approx(metrics(lisa)[-1]["eval_loss"], abs=1e-4)
+    prepared = prepare(
+        train=[TrainSource(path=str(tmp_path / "test.jsonl"))],
+        eval=(),
+        eval_fraction=0.0,
+        tokenizer=bytes_tokenizer(),
+        max_length=GSM8K_LENGTH,
+        overflow="error",
+        packing=False,
+        cache=tmp_path / "cache-of-test",
+        seed=0,
+    )
+    assert loss_by_hand(model, prepared.train) == pytest.approx(metrics(lisa)[-1]["eval_loss"], abs=1e-4)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import trainer.data as data
+from tests.data.conftest import prepared
 from trainer.config.schema import DataSource, TrainSource
 from trainer.data import Batches, DataError, Report, collate, count_targets, count_tokens, eval_batches, prepare
 from trainer.data.encode import encode
@@ -534,3 +535,21 @@ def test_prepared_samples_collate_and_count_as_reported(write, tmp_path, tokeniz
     batch = collate([prepared.train[index] for index in range(len(QUESTIONS))], pad_id=256)
     assert count_targets(batch["labels"]) == prepared.train_report.target_tokens
     assert count_tokens(batch) == prepared.train_report.tokens
+
+
+def test_how_a_source_is_read_is_part_of_its_name(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    row = json.dumps({"instruction": "a", "output": "b", "text": "c"})
+    for name in ("a.jsonl", "a.json", "set/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{row}\n{row}\n")
+    sources = [
+        {"path": "a.jsonl", "format": "text"},
+        {"path": "a.jsonl", "format": "alpaca"},
+        {"path": "a.json", "format": "text"},
+        {"path": "set", "format": "text"},
+        {"path": "set", "format": "text", "split": "train[:1]"},
+    ]
+    named = [{**source, "path": str(tmp_path / source["path"])} for source in sources]
+    folders = [folder_of(prepared(tmp_path, tokenizer, source, max_length=300)) for source in named]
+    assert len(set(folders)) == len(folders)
