@@ -17,7 +17,7 @@ from tests.engine.parity import Cell as EngineCell
 from tests.engine.parity import deepspeed_config, full_weights, largest_difference
 from tests.models import tiny_llama
 from trainer.data.batches import IGNORED, Batches, collate, count_targets
-from trainer.loss import summed_loss
+from trainer.loss import Objective, summed_loss
 from trainer.selectors import All
 from trainer.train import train_step
 
@@ -131,7 +131,7 @@ def train(rank: int, ranks: int, cell: Cell) -> tuple[list[float], dict[str, Ten
     for step in range(STEPS):
         batches = micro_batches(step, micro_batch_size=cell.micro_batch_size, rank=rank, ranks=ranks)
         assert len(batches) == accumulation
-        result = train_step(engine, batches)
+        result = train_step(engine, Objective(model), batches)
         assert result.applied
         losses.append(float(result.loss_sum / result.targets))
     weights = full_weights(engine)

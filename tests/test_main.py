@@ -9,7 +9,8 @@ from trainer.__main__ import main
 
 def test_usage_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "train RECIPE.yaml" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "train RECIPE.yaml" in text and "prepare RECIPE.yaml" in text
     assert main([]) == 2
 
 

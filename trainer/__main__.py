@@ -6,19 +6,24 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config.errors import hint
-from trainer.entry import EXIT_REFUSED
+from trainer.entry import EXIT_REFUSED, prepare
 from trainer.entry import main as train
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "prepare": prepare}
 USAGE = """Usage: python -m trainer COMMAND [argument ...]
 
   train RECIPE.yaml [key=value ...] [--dry-run] [--help]   what launch/train.py does; start it with a launcher for
-                                                           several ranks: torchrun -m trainer train RECIPE.yaml
+                                                           several ranks: torchrun --nproc_per_node N -m trainer ...
+  prepare RECIPE.yaml [key=value ...] [--show N]           tokenises the data into the cache, where training finds it,
+                                                           and says what became of it; no accelerator is needed.
+                                                           --show N prints N samples of every source
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that `argv` begins with; 0, or 2 for one that there is not."""
+    while argv and argv[0].startswith("--local"):  # DeepSpeed's launcher puts its own argument first
+        argv = argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else EXIT_REFUSED

@@ -12,6 +12,13 @@ from trainer.config import ConfigError, help_text, load, parse_command_line
 from trainer.config.deepspeed import resolve
 
 EXIT_REFUSED = 2
+PREPARE_USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N]
+
+Tokenises the data of a recipe into its cache (data.cache), where training with the same data, tokenizer and settings
+finds it, and says what became of every source. --show N prints the first N samples of each, with the tokens that are
+trained on in green, or in ⟦brackets⟧ where the output is no terminal (FORCE_COLOR=1 colours all the same).
+`python -m trainer train --help` lists the settings.
+"""
 # Launchers kill the job about a second after the first process leaves; rank 0, who speaks, must be that process.
 _PATIENCE_SECONDS = 10
 
@@ -19,6 +26,8 @@ _PATIENCE_SECONDS = 10
 def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     """Run what `argv` asks for; returns the exit code: 0, or 2 for a request that is refused with a message."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if (task := _unlaunched_task()) is not None:
+        return refuse(*task)
     try:
         command = parse_command_line(argv, default_recipe=str(default_recipe) if default_recipe else None)
         if command.show_help:
@@ -32,10 +41,11 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
 
     prepare_process()
     from trainer.blocks import BlockError
-    from trainer.data.rows import DataError
+    from trainer.data.errors import DataError
     from trainer.engine.guard import GuardError
     from trainer.engine.registration import RegistrationError
     from trainer.export import ExportError
+    from trainer.loss import LossError
     from trainer.model import ModelError
     from trainer.train import StoppedError, describe, run
 
@@ -45,13 +55,60 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
                 print(describe(config, ranks))
         else:
             run(config)
-    except (ConfigError, DataError, ModelError, BlockError, RegistrationError) as error:
+    except (ConfigError, DataError, ModelError, BlockError, LossError, RegistrationError) as error:
         return refuse(str(error), rank)
     except (StoppedError, GuardError, ExportError) as error:
         return refuse(str(error), rank)
     except OSError as error:  # a full disk, a folder that cannot be written
         return refuse(f"{type(error).__name__}: {error}", rank)
     return 0
+
+
+def prepare(argv: Sequence[str]) -> int:
+    """Tokenise the data of the recipe in `argv` and say what became of it; returns the exit code, as `main` does."""
+    try:
+        command = parse_command_line(argv, options=("--show", "--help"))
+        if command.show_help:
+            print(PREPARE_USAGE, end="")
+            return 0
+        config = load(command.config_path, command.overrides)
+    except ConfigError as error:
+        return refuse(str(error), rank=0)
+
+    prepare_process()
+    from trainer.data import prepare_run
+    from trainer.data.errors import DataError
+    from trainer.data.show import describe, shown
+    from trainer.data.tokenizer import load_tokenizer, tokenizer_name
+
+    try:
+        tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
+        data = prepare_run(config, tokenizer)
+    except DataError as error:
+        return refuse(str(error), rank=0)
+    except OSError as error:
+        return refuse(f"{type(error).__name__}: {error}", rank=0)
+    colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
+    print("\n".join(shown(data, tokenizer, command.show, colour=colour) + describe(data, config.data.max_length)))
+    return 0
+
+
+def _unlaunched_task() -> tuple[str, int] | None:
+    """(what is wrong, task) in one of several processes that no launcher made ranks of: each would train by itself."""
+    if "RANK" in os.environ:
+        return None
+    for count, task, name in (
+        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "mpirun"),
+    ):
+        if int(os.environ.get(count, "1")) > 1:
+            message = (
+                f"{name} started {os.environ[count]} processes, but RANK and WORLD_SIZE are not set, so each would "
+                "train alone: start one process per node and let it run torchrun or deepspeed, or set RANK, "
+                "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
+            )
+            return message, int(os.environ.get(task, "0"))
+    return None
 
 
 def prepare_process() -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from trainer.blocks import full_shape
 from trainer.data.batches import IGNORED
-
-logger = logging.getLogger(__name__)
 
 # The widest tile of logits of TRL's fused head is [4096 tokens, 32768 entries]: narrower vocabularies gain nothing.
 FUSED_FROM_VOCABULARY = 32768
 # Of the loss; bf16 logits have eight bits of mantissa.
 _AGREEMENT = 0.02
+# Of what a sample changes by when it sees another one: rounding is far less, a wrong mask as much.
+_AS_IF_ALONE = 0.2
 
 
 class LossError(ValueError):
@@ -48,9 +49,17 @@ class Objective:
     `add_fused_lm_head`), forward and backward, so that the logits of a micro-batch never exist as a whole. With
     `router_loss` a mixture of experts is also trained on its load-balancing loss (Switch Transformer,
     https://arxiv.org/abs/2101.03961, eq. 4), at the coefficient in its configuration (`router_aux_loss_coef`).
+    `deepspeed` is the resolved DeepSpeed dictionary; with `fused` and ZeRO-3 it must be given.
     """
 
-    def __init__(self, model: PreTrainedModel, *, fused: bool = False, router_loss: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        fused: bool = False,
+        router_loss: bool = True,
+        deepspeed: dict[str, Any] | None = None,
+    ) -> None:
         config = model.config.get_text_config()
         self.fused = fused
         self.router_coefficient = float(getattr(config, "router_aux_loss_coef", None) or 0.0) if router_loss else 0.0
@@ -58,6 +67,9 @@ class Objective:
             from trl.trainer.utils import add_fused_lm_head  # seconds to import
 
             add_fused_lm_head(model)
+            # It asks transformers whether the head must be gathered, and transformers asks for this object.
+            stage = deepspeed["zero_optimization"]["stage"] if deepspeed else 0
+            self._zero3 = HfDeepSpeedConfig(deepspeed) if stage == 3 else None
 
     def __call__(self, engine: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """(cross-entropy summed over the targets of `batch`, weighted load-balancing loss or None), fp32 scalars.
@@ -65,7 +77,7 @@ class Objective:
         `batch` holds `labels` [batch, length] and the model's inputs.
         """
         inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
-        balancing = self.router_coefficient > 0 and engine.training
+        balancing = self.router_coefficient > 0 and engine.module.training
         if balancing:
             inputs["output_router_logits"] = True
         if self.fused:
@@ -89,16 +101,45 @@ def check_fused(engine: Any, objective: Objective) -> None:
 
     Architectures scale, cap or rescale their logits in ways that a fused head must know of. Raises `LossError`.
     """
-    vocabulary = engine.module.config.get_text_config().vocab_size
-    ids = (torch.arange(32, device=engine.device) * 7919 % vocabulary).view(2, 16)
-    was_training = engine.training
-    engine.eval()
-    fused, _ = objective(engine, {"input_ids": ids, "labels": ids})
-    plain = summed_loss(engine(input_ids=ids).logits, ids)
-    engine.train(was_training)
+    ids = _some_tokens(engine).view(2, 16)
+    with _evaluating(engine):
+        fused, _ = objective(engine, {"input_ids": ids, "labels": ids})
+        plain = summed_loss(engine(input_ids=ids).logits, ids)
     if not torch.isclose(fused, plain, rtol=_AGREEMENT):
         raise LossError(
             f"train.fused_loss: the fused loss is {fused:.4f}, but this model's logits give {plain:.4f}: "
             f"{type(engine.module).__name__} changes its logits in a way that the fused head does not know; "
             "set train.fused_loss=off"
         )
+
+
+@torch.no_grad()
+def check_packing(engine: Any) -> None:
+    """See on a few tokens that this model keeps packed samples apart, as position ids that start anew tell it to.
+
+    Collective. Models that build their attention masks by themselves may not look at position ids. Raises `LossError`.
+    """
+    ids = _some_tokens(engine)[None]
+    straight = torch.arange(32, device=engine.device)[None]
+    with _evaluating(engine):
+        alone = engine(input_ids=ids[:, 16:], position_ids=straight[:, :16]).logits
+        packed = engine(input_ids=ids, position_ids=straight % 16).logits[:, 16:]
+        joined = engine(input_ids=ids, position_ids=straight).logits[:, 16:]
+    if (packed - alone).norm() > _AS_IF_ALONE * (joined - alone).norm():
+        raise LossError(
+            f"data.packing: true, but {type(engine.module).__name__} lets packed samples attend to each other; "
+            "set data.packing=false"
+        )
+
+
+def _some_tokens(engine: Any) -> Tensor:
+    """32 token ids, all different in vocabularies that have as many."""
+    return torch.arange(32, device=engine.device) * 7919 % engine.module.config.get_text_config().vocab_size
+
+
+@contextmanager
+def _evaluating(engine: Any) -> Iterator[None]:
+    was_training = engine.module.training
+    engine.eval()
+    yield
+    engine.train(was_training)

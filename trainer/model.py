@@ -51,7 +51,8 @@ def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     """The model without any weights, for the dry run. Raises `ModelError`."""
     architecture = _architecture(config, tokenizer)
     with torch.device("meta"):
-        model = _from_config(config, architecture, {"dtype": DTYPES[config.dtype]})
+        options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config)}
+        model = _from_config(config, architecture, options)
     _check_vocabulary(_embedded(model), tokenizer)
     return model
 
@@ -92,7 +93,7 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
 def _from_config(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code, **options)
-    except (AssertionError, ImportError, TypeError, ValueError) as error:  # not a decoder, a kernel that it lacks, ...
+    except Exception as error:  # not a decoder, a kernel or activation that it lacks: ValueError, KeyError, ...
         key = "model.path" if config.path is not None else "model.random"
         raise ModelError(
             f"{key}: transformers cannot build a causal language model of type '{architecture.model_type}': "

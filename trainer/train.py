@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +27,23 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from trainer import model as models
 from trainer import selectors, updates
 from trainer.accounting import model_state, readable
-from trainer.blocks import PARTS, full_numel
+from trainer.blocks import PARTS, full_numel, full_shape
 from trainer.config import ConfigError, RunConfig, dump, total_steps, warmup_steps
 from trainer.config.deepspeed import resolve, size_buckets
-from trainer.data import Prepared, prepare
-from trainer.data.batches import Batches, collate, count_targets, eval_batches
-from trainer.data.tokenizer import load_tokenizer, padding_id
+from trainer.data import Prepared, prepare_run
+from trainer.data.batches import Batches, collate, count_targets, count_tokens, eval_batches
+from trainer.data.show import describe as describe_data
+from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
 from trainer.engine.attach import Sparse
 from trainer.engine.attach import prepare as prepare_model
 from trainer.export import export
-from trainer.loss import summed_loss
+from trainer.loss import Objective, check_fused, check_packing, choose_fused
 from trainer.progress import Progress
 from trainer.rank_watch import watch_ranks
 
 logger = logging.getLogger(__name__)
+
+_OF_A_RUN = ("config.yaml", "metrics.jsonl", "model", "tensorboard", "checkpoints")
 
 
 class StoppedError(RuntimeError):
@@ -47,8 +53,8 @@ class StoppedError(RuntimeError):
 def run(config: RunConfig) -> None:
     """Train as `config` says and leave the run folder behind. Runs in every rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    tokenizer = load_tokenizer(_tokenizer_name(config), trust_remote_code=config.model.trust_remote_code)
-    data = _prepare_data(config, tokenizer)  # before there is a process group that could time out waiting
+    tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
+    data = prepare_run(config, tokenizer)  # before there is a process group that could time out waiting
     _initialise_process_group()
     with watch_ranks():
         _train(config, tokenizer, data)
@@ -59,40 +65,51 @@ def run(config: RunConfig) -> None:
 def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     ds = resolve(config, ranks)
-    if config.model.dtype == "bf16" and not get_accelerator().is_bf16_supported():
-        raise ConfigError(["model.dtype: bf16, which this hardware does not have; allowed here: fp32"])
+    _check_hardware(config)
     num_steps = total_steps(config, len(data.train))
     torch.manual_seed(config.seed)
     model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds)
+    _check_length(config, model)
     torch.manual_seed(config.seed + rank)  # ranks drop out other units
     sparse = _prepare_model(config, model)
     ds = _size_buckets(ds, sparse, model)
     optimizer = _build_optimizer(config, sparse, offload="offload_optimizer" in ds["zero_optimization"])
     scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
-    folder = _start_folder(config)
-    _move_tensorboard(ds, config, folder)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds)
-    sparse.attach(engine, guard_every=config.train.guard_every)
-    engine.train()
+    fused = choose_fused(config.train.fused_loss, model)
+    objective = Objective(model, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
+    with _start_folder(config) as folder:
+        _move_tensorboard(ds, config, folder)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds)
+        sparse.attach(engine, guard_every=config.train.guard_every)
+        engine.train()
+        if fused:
+            check_fused(engine, objective)
+        if config.data.packing:
+            check_packing(engine)
 
     batches = Batches(
-        len(data.train),
+        data.sizes,
+        weights=data.weights,
+        fingerprint=data.fingerprint,
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         rank=rank,
         ranks=ranks,
     )
-    feed = _Feed(data, pad_id=padding_id(tokenizer), device=engine.device)
+    flat = models.attention(config.model) == "flash_attention_2"  # how it keeps packed samples apart
+    feed = _Feed(data, pad_id=padding_id(tokenizer), flat=flat)
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank)
     progress.say(f"run folder {folder}: {_one_line(sparse, config, num_steps)}")
+    for line in describe_data(data, config.data.max_length):
+        progress.say(line)
     evaluations: dict[int, float] = {}
     meter = _Meter()
 
     def evaluate_after(step: int) -> None:
         if data.eval is not None and step not in evaluations:
             with meter.paused():
-                evaluations[step] = evaluate(engine, feed, config)
+                evaluations[step] = evaluate(engine, objective, feed, config)
             progress.evaluation(step, evaluations[step])
 
     evaluate_after(0)
@@ -100,7 +117,8 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     # ZeRO refuses steps with infinite or NaN gradients; stage 0 (the fp32 reference) takes them, weights and all.
     may_skip = config.train.max_skipped_steps if engine.zero_optimization_stage() else 0
     for step in range(num_steps):
-        result = train_step(engine, feed.micro_batches(batches.indices(step)))
+        lr = engine.get_lr()[0]  # of this step; the engine's next one after it
+        result = train_step(engine, objective, feed.micro_batches(batches.indices(step)))
         meter.add(result)
         skipped = 0 if result.applied else skipped + 1
         if skipped > may_skip:
@@ -108,7 +126,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
             allowed += ")" if may_skip == config.train.max_skipped_steps else ", which ZeRO stage 0 cannot do)"
             raise _stopped(step, f"{skipped} steps in a row had NaN or infinite loss or gradients {allowed}", config)
         if (step + 1) % config.train.log_every == 0 or step + 1 == num_steps:
-            progress.step(step + 1, active=sparse.active, lr=engine.get_lr()[0], **meter.read(engine))
+            progress.step(step + 1, active=sparse.active, lr=lr, **meter.read(engine))
         if config.eval.every and (step + 1) % config.eval.every == 0:
             evaluate_after(step + 1)
     evaluate_after(num_steps)
@@ -131,25 +149,25 @@ class StepResult:
     applied: bool
 
 
-def train_step(engine: DeepSpeedEngine, micro_batches: list[dict[str, torch.Tensor]]) -> StepResult:
+def train_step(
+    engine: DeepSpeedEngine, objective: Objective, micro_batches: list[dict[str, torch.Tensor]]
+) -> StepResult:
     """One optimizer step: the mean loss over the target tokens of all ranks and micro-batches.
 
     DeepSpeed averages over ranks, so each rank's sum is scaled by ranks / global count; ranks, accumulation and
-    padding then make no difference to the result.
+    padding then make no difference to the result. A router's loss is a mean over micro-batches instead.
     """
-    counts = torch.zeros(2, dtype=torch.float64)
-    for batch in micro_batches:
-        counts += torch.tensor([count_targets(batch["labels"]), int(batch["attention_mask"].sum())])
-    counts = counts.to(engine.device, torch.float32)
+    own = [(count_targets(batch["labels"]), count_tokens(batch)) for batch in micro_batches]
+    counts = torch.tensor(own, dtype=torch.float64, device=engine.device).sum(dim=0)
     dist.all_reduce(counts)
-    targets, tokens = counts.unbind()
+    targets, tokens = counts.float()
     scale = engine.world_size / targets.clamp(min=1)
     loss_sum = torch.zeros((), device=engine.device)
     for batch in micro_batches:
         batch = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
-        logits = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = summed_loss(logits, batch["labels"])
-        engine.backward(loss * scale, scale_wrt_gas=False)
+        loss, router_loss = objective(engine, batch)
+        extra = 0.0 if router_loss is None else router_loss / len(micro_batches)
+        engine.backward(loss * scale + extra, scale_wrt_gas=False)
         engine.step()
         loss_sum += loss.detach()
     dist.all_reduce(loss_sum)
@@ -163,15 +181,15 @@ def _applied(engine: DeepSpeedEngine, loss_sum: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, feed: _Feed, config: RunConfig) -> float:
+def evaluate(engine: DeepSpeedEngine, objective: Objective, feed: _Feed, config: RunConfig) -> float:
     """Mean loss over the target tokens of the evaluation data, over all ranks."""
     engine.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for batch in feed.eval_batches(config, rank=dist.get_rank(), ranks=dist.get_world_size()):
         count = count_targets(batch["labels"])
         batch = {key: value.to(engine.device) for key, value in batch.items()}
-        logits = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        sums += torch.stack([summed_loss(logits, batch["labels"]).double(), sums.new_tensor(count)])
+        loss, _ = objective(engine, batch)
+        sums += torch.stack([loss.double(), sums.new_tensor(count)])
     engine.train()
     dist.all_reduce(sums)
     return float(sums[0] / sums[1])
@@ -180,13 +198,12 @@ def evaluate(engine: DeepSpeedEngine, feed: _Feed, config: RunConfig) -> float:
 class _Feed:
     """Samples to padded batches on the host."""
 
-    def __init__(self, data: Prepared, *, pad_id: int, device: torch.device) -> None:
+    def __init__(self, data: Prepared, *, pad_id: int, flat: bool) -> None:
         self._data = data
-        self._pad_id = pad_id
-        self._device = device
+        self._collate = partial(collate, pad_id=pad_id, flat=flat)
 
     def micro_batches(self, indices: list[list[int]]) -> list[dict[str, torch.Tensor]]:
-        return [collate([self._data.train[i] for i in chosen], pad_id=self._pad_id) for chosen in indices]
+        return [self._collate([self._data.train[i] for i in chosen]) for chosen in indices]
 
     def eval_batches(self, config: RunConfig, *, rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
         assert self._data.eval is not None
@@ -196,7 +213,7 @@ class _Feed:
             len(self._data.eval), micro_batch_size=size, rank=rank, ranks=ranks, max_samples=config.eval.max_samples
         ):
             # A rank without samples left goes through the forward all the same: under ZeRO-3 it is collective.
-            batch = collate([self._data.eval[i] for i in chosen or [0]], pad_id=self._pad_id)
+            batch = self._collate([self._data.eval[i] for i in chosen or [0]])
             if not chosen:
                 batch["labels"].fill_(-100)
             batches.append(batch)
@@ -241,21 +258,23 @@ class _Meter:
 # --- building the parts ------------------------------------------------------------------------------------------
 
 
-def _tokenizer_name(config: RunConfig) -> str:
-    return config.model.tokenizer or config.model.path or "bytes"
+def _check_hardware(config: RunConfig) -> None:
+    """bf16 in the hardware; what torch calls supported includes emulation, several times slower than fp32."""
+    on_cuda = get_accelerator().device_name() == "cuda"
+    if config.model.dtype == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise ConfigError([f"model.dtype: bf16, which {name} does not have; allowed here: fp32"])
 
 
-def _prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    return prepare(
-        train=config.data.train,
-        eval=config.data.eval,
-        eval_fraction=config.data.eval_fraction,
-        tokenizer=tokenizer,
-        max_length=config.data.max_length,
-        overflow=config.data.overflow,
-        cache=Path(config.data.cache).expanduser() if config.data.cache else _output(config).parent / "cache",
-        seed=config.seed,
-    )
+def _check_length(config: RunConfig, model: torch.nn.Module) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            [
+                f"data.max_length: {config.data.max_length} tokens, but the model has {positions} positions "
+                f"(max_position_embeddings); allowed: 1 to {positions}"
+            ]
+        )
 
 
 def _initialise_process_group() -> None:
@@ -298,7 +317,7 @@ def _size_buckets(ds: dict[str, Any], sparse: Sparse, model: torch.nn.Module) ->
         ds,
         largest_parameter=max(full_numel(p) for p in candidates),
         largest_group=max([block.numel for block in sparse.blocks] + outside),
-        hidden=model.config.hidden_size,
+        hidden=full_shape(model.get_input_embeddings().weight)[-1],
     )
 
 
@@ -317,20 +336,38 @@ def _output(config: RunConfig) -> Path:
     return Path(config.output).expanduser()
 
 
-def _start_folder(config: RunConfig) -> Path:
-    """The run folder, with the resolved configuration in it; a folder that holds a run is never written over."""
-    chosen: list[Any] = [None]
-    if dist.get_rank() == 0:
-        folder = _output(config)
-        number = 1
-        while (folder / "config.yaml").exists():
-            number += 1
-            folder = _output(config).with_name(f"{_output(config).name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-        chosen = [str(folder)]
+@contextmanager
+def _start_folder(config: RunConfig) -> Iterator[Path]:
+    """The run folder, with the resolved configuration in it; a folder that holds a run is never written over.
+
+    Where what happens inside is refused, the folder goes again.
+    """
+    chosen: list[Any] = [_reserve_folder(config) if dist.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(chosen)
-    return Path(chosen[0])
+    folder = Path(chosen[0])
+    try:
+        yield folder
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _reserve_folder(config: RunConfig) -> Path:
+    wanted = _output(config)
+    for number in itertools.count(1):
+        # A name of its own also for "." and "..".
+        folder = wanted if number == 1 else wanted.resolve().with_name(f"{wanted.resolve().name}-{number}")
+        if any((folder / name).exists() for name in _OF_A_RUN):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(folder / "config.yaml", "x", encoding="utf-8") as file:  # or another job was faster
+                file.write(dump(config))
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")
 
 
 def _move_tensorboard(ds: dict[str, Any], config: RunConfig, folder: Path) -> None:
@@ -344,11 +381,12 @@ def _move_tensorboard(ds: dict[str, Any], config: RunConfig, folder: Path) -> No
 
 def describe(config: RunConfig, ranks: int) -> str:
     """The dry run: the model on the meta device, its blocks, and what each rank will hold. Trains nothing."""
-    tokenizer = load_tokenizer(_tokenizer_name(config), trust_remote_code=config.model.trust_remote_code)
-    data = _prepare_data(config, tokenizer)
+    tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
+    data = prepare_run(config, tokenizer)
     ds = resolve(config, ranks)
-    models.attention(config.model)
+    _check_hardware(config)
     model = models.on_meta(config.model, tokenizer)
+    _check_length(config, model)
     sparse = _prepare_model(config, model)
     _size_buckets(ds, sparse, model)
     stage = ds["zero_optimization"]["stage"]
@@ -362,7 +400,7 @@ def describe(config: RunConfig, ranks: int) -> str:
         offload="offload_optimizer" in ds["zero_optimization"],
     )
     lines = [dump(config).rstrip(), ""]
-    lines.append(f"data: {len(data.train)} samples to train on, {data.train_report.target_tokens:,} target tokens")
+    lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines.append(f"steps: {total_steps(config, len(data.train))} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
     lines.append(
@@ -395,7 +433,7 @@ def _one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
 
 def _report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, folder: Path) -> str:
     always_on = ", ".join(sparse.always_on) or "nothing"
-    lines = [f"\nTrained {num_steps} steps on {len(data.train)} samples; always on: {always_on}."]
+    lines = [f"\nTrained {num_steps} steps on {data.train_report.samples} samples; always on: {always_on}."]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[max(evaluations)]
         lines.append(

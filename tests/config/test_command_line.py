@@ -18,6 +18,12 @@ def test_default_recipe() -> None:
     assert parse_command_line(["b.yaml"], default_recipe="quick.yaml").config_path == "b.yaml"
 
 
+def test_another_command_has_options_of_its_own() -> None:
+    assert parse_command_line(["run.yaml", "--show", "3"], options=("--show",)) == Command("run.yaml", show=3)
+    with pytest.raises(ConfigError, match="--dry-run: unknown option; allowed: --show"):
+        parse_command_line(["--dry-run"], options=("--show",))
+
+
 def test_a_path_may_hold_an_equals_sign() -> None:
     assert parse_command_line(["./lr=1/run.yaml"]).config_path == "./lr=1/run.yaml"
 

@@ -141,7 +141,7 @@ def test_dump_loads_back_to_an_equal_configuration(folder: Path, method: str) ->
     )
     text = dump(original)
     assert load(write(folder / "config.yaml", text), []) == original
-    assert f"name: {original.selector.name}" in text and f"train: {folder / 'train.jsonl'}" in text
+    assert f"name: {original.selector.name}" in text and f"path: {folder / 'train.jsonl'}" in text
     assert "modèle" in text
 
 
@@ -165,8 +165,8 @@ def test_paths_of_a_file_point_into_the_current_directory_first_and_its_own_fold
     text = "data: {train: both.jsonl, eval: only.jsonl}\nmodel: {path: llama}\ndeepspeed: ds.json\n"
     path = write(recipes / "run.yaml", text)
     loaded = load(path, settings(without=("data.train", "model.random")))
-    assert loaded.data.train == str(folder / "both.jsonl")
-    assert loaded.data.eval == str(recipes / "only.jsonl")
+    assert [source.path for source in loaded.data.train] == [str(folder / "both.jsonl")]
+    assert [source.path for source in loaded.data.eval] == [str(recipes / "only.jsonl")]
     assert loaded.model.path == str(recipes / "llama")
     assert loaded.deepspeed == str(recipes / "ds.json")
     # An override was typed in the current directory.
@@ -203,10 +203,33 @@ def test_data_files(folder: Path) -> None:
     found = problems("data.train=trian.jsonl", "data.eval=empty.jsonl")
     assert found == [
         "data.train: no such file: 'trian.jsonl'; nearest: 'train.jsonl'",
-        f"data.eval: {str(folder / 'empty.jsonl')!r} is empty; it must hold one JSON object per line",
+        f"data.eval: {str(folder / 'empty.jsonl')!r} is empty; it must hold rows",
     ]
     assert "is a folder" in problems("data.train=sub")[0]
-    assert load(None, settings("data.train=nowhere.jsonl"), check_files=False).data.train == "nowhere.jsonl"
+    (unchecked,) = load(None, settings("data.train=nowhere.jsonl"), check_files=False).data.train
+    assert unchecked.path == "nowhere.jsonl"
+
+
+def test_every_source_of_a_mix_is_looked_for(folder: Path) -> None:
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "b.csv").write_text("question,answer\n")
+    (folder / "notes.txt").write_text("x")
+    sources = "[train.jsonl, {path: b.csv, format: qa}, owner/name, 'owner/name:test[:10%]']"
+    path = write(folder / "recipes" / "run.yaml", f"data: {{train: {sources}}}\n")
+    loaded = load(path, settings(without=("data.train",)))
+    assert [(source.path, source.format, source.split) for source in loaded.data.train] == [
+        (str(folder / "train.jsonl"), "auto", None),
+        (str(folder / "recipes" / "b.csv"), "qa", None),
+        ("owner/name", "auto", None),
+        ("owner/name", "auto", "test[:10%]"),
+    ]
+    assert load(write(folder / "saved.yaml", dump(loaded)), []) == loaded
+    assert problems("data.train=[train.jsonl, notes.txt, data/gone.jsonl]") == [
+        f"data.train[1]: {str(folder / 'notes.txt')!r} is no data file by its name; allowed: "
+        ".jsonl | .json | .csv | .parquet | .arrow",
+        f"data.train[2]: no such file: 'data/gone.jsonl' (looked in {folder / 'data'})",
+    ]
+    assert load(None, settings("data.train=recipes")).data.train[0].path == str(folder / "recipes")
 
 
 def test_a_data_file_that_cannot_be_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +327,25 @@ def test_an_override_that_is_no_yaml() -> None:
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: got 1.0; allowed: list of 2, each number >= 0 and < 1"),
         ("optimizer.lr_always_on=0", "optimizer.lr_always_on: got 0; allowed: number > 0 | null"),
         ("data.eval_fraction=1", "data.eval_fraction: got 1; allowed: number >= 0 and < 1"),
-        ("data.train=", "data.train: got null; allowed: text"),
+        ("data.train=", "data.train: got null; allowed: text | {path, format, subset, split, weight} | list of these"),
+        ("data.train=[]", "data.train: got an empty list; name at least one source"),
+        ("data.train=[train.jsonl, 5]", "data.train[1]: got 5; allowed: text | {path, "),
+        ("data.train={path: train.jsonl, wait: 2}", "data.train[0].wait: unknown key; nearest: 'data.train[0].weight'"),
+        ("data.train={path: train.jsonl, weight: 0}", "data.train[0].weight: got 0; allowed: number > 0 | null"),
+        (
+            "data.train={path: train.jsonl, format: aplaca}",
+            "data.train[0].format: got 'aplaca'; allowed: auto | alpaca",
+        ),
+        ("data.train={path: train.jsonl, split: test}", "data.train: split 'test' of the file"),
+        (
+            "data.eval={path: eval.jsonl, weight: 1}",
+            "data.eval[0].weight: unknown key; did you mean data.train[].weight",
+        ),
+        (
+            "data.train=[train.jsonl, {path: eval.jsonl, weight: 2}]",
+            "data.train: weight given for 1 of 2 sources; give",
+        ),
+        ("data.packing=1", "data.packing: got 1; allowed: true | false"),
         ("seed=-1", "seed: got -1; allowed: integer >= 0"),
         ("selector={name: fixed, blocks: [1, 1]}", "selector.blocks: got [1, 1]; each block at most once"),
         ("selector={name: fixed, blocks: []}", "selector.blocks: got an empty list"),
@@ -344,7 +385,7 @@ def test_missing_keys_are_named_in_full() -> None:
         load(None, [])
     assert error.value.problems == [
         "train.global_batch_size: missing; allowed: integer >= 1",
-        "data.train: missing; allowed: text",
+        "data.train: missing; allowed: text | {path, format, subset, split, weight} | list of these",
         "model.path, model.random: neither given; set exactly one of them",
         "train.steps, train.epochs: neither given; set exactly one of them",
     ]

@@ -14,7 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import trainer.data as data
-from trainer.data import Batches, DataError, Report, collate, count_targets, eval_batches, prepare, tokenize_file
+from tests.data.conftest import prepared
+from trainer.config.schema import DataSource, TrainSource
+from trainer.data import Batches, DataError, Report, collate, count_targets, count_tokens, eval_batches, prepare
+from trainer.data.encode import encode
+from trainer.data.rows import read_rows
+from trainer.data.sources import open_source
 from trainer.data.tokenizer import bytes_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,23 +36,12 @@ CHAT = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return bytes_tokenizer()
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows, name="train.jsonl"):
-        lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-        (tmp_path / name).write_bytes(b"".join(line + b"\n" for line in lines))
-        return tmp_path / name
-
-    return write
-
-
 def tokenize(path, tokenizer, max_length=1000, overflow="truncate"):
-    return tokenize_file(path, tokenizer, max_length=max_length, overflow=overflow)
+    opened = open_source(DataSource(path=str(path)))
+    rows = read_rows(opened.path, opened.records())
+    samples = []
+    report = encode(opened.path, rows, tokenizer, max_length=max_length, overflow=overflow, keep=samples.append)
+    return samples, report
 
 
 def texts(sample, tokenizer):
@@ -126,8 +120,8 @@ def test_a_template_without_marks_is_patched_by_trl_or_refused(write):
 
 
 def test_a_row_that_the_template_refuses_is_named(write, tokenizer):
-    with pytest.raises(DataError, match=r"train\.jsonl:2: .*unknown role 'tool'"):
-        tokenize(write(CHAT, {"messages": [*CHAT["messages"], {"role": "tool", "content": "x"}]}), tokenizer)
+    with pytest.raises(DataError, match=r"train\.jsonl:2: .*unknown role 'critic'"):
+        tokenize(write(CHAT, {"messages": [*CHAT["messages"], {"role": "critic", "content": "x"}]}), tokenizer)
 
 
 def test_the_first_token_is_no_target_even_where_it_has_a_label(write):
@@ -135,7 +129,7 @@ def test_the_first_token_is_no_target_even_where_it_has_a_label(write):
     tokenizer.chat_template = "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
     path = write(*[{"messages": [{"role": "assistant", "content": content}]} for content in ("abc", "d")])
     samples, report = tokenize(path, tokenizer)
-    assert [sample["labels"].tolist() for sample in samples] == [list(b"abc")]
+    assert [sample["labels"].tolist() for sample in samples] == [[-100, *b"bc"]]
     assert report == Report(samples=1, truncated=0, dropped=1, tokens=3, target_tokens=2)
 
 
@@ -149,9 +143,12 @@ def test_the_first_token_is_no_target_even_where_it_has_a_label(write):
         (b'{"question": ', r"not JSON: Expecting value at column 1[34]"),
         (b'{"question": "\xff", "answer": "b"}', r"not UTF-8 text: byte 0xff at column 15"),
         (b'["question"]', r"list \[\"question\"\] where an object is needed"),
-        ({"text": "x", "id": 1}, r"no known shape: the row has {text, id}; known are {question, answer}, {prompt, "),
-        ({"question": "a", "answer": "b", "messages": []}, r"more than one shape"),
-        ({"prompt": "a", "completion": "b"}, r"a row of {prompt, completion}, but line 1 is {question, answer}"),
+        ({"question": "b", "id": 1}, r"column answer missing: the row has {question, id}, but the format is qa "),
+        (
+            {"prompt": "a", "completion": "b"},
+            r"column question, answer missing: the row has {prompt, completion}, but the format is qa "
+            r"{question, answer} by .*train\.jsonl:1; do not mix formats",
+        ),
         ({"question": "a", "answer": ""}, r"answer: empty string where a string is needed"),
         ({"question": "", "answer": "b"}, r"question: empty string"),
         ({"question": "a", "answer": 4}, r"answer: number 4 where a string is needed"),
@@ -173,7 +170,6 @@ def test_a_bad_line_is_named_by_file_and_number(write, tokenizer, line, problem)
         ([{"role": "user"}], r"messages\[0\]: {role} where {role, content} is needed"),
         ([{"role": "user", "content": "a"}], r"messages: no message with role 'assistant'"),
         ([{"role": "assistant", "content": ""}], r"messages\[0\]\.content: empty string"),
-        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], r"messages\[0\]: tool_calls are not supported"),
     ],
 )
 def test_bad_messages_are_named(write, tokenizer, messages, problem):
@@ -198,7 +194,7 @@ def test_an_empty_file_is_refused(write, tokenizer, content):
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "."])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, tokenizer, name):
-    with pytest.raises(DataError, match=r"cannot be read: (No such file|Is a directory)"):
+    with pytest.raises(DataError, match=r"cannot be read: No such file|no data set here"):
         tokenize(tmp_path / name, tokenizer)
 
 
@@ -248,8 +244,14 @@ def test_no_sample_left_is_an_error(write, tokenizer, overflow):
 
 
 def call(train, cache, tokenizer, **changes):
-    settings = {"eval": None, "eval_fraction": 0.0, "max_length": 64, "overflow": "truncate", "seed": 0, **changes}
-    return prepare(train=train, cache=cache, tokenizer=tokenizer, **settings)
+    settings = {"eval": (), "eval_fraction": 0.0, "max_length": 64, "overflow": "truncate", "packing": False, "seed": 0}
+    given = {**settings, **changes}
+    given["eval"] = [DataSource(path=str(path)) for path in given["eval"]]
+    return prepare(train=[TrainSource(path=str(train))], cache=cache, tokenizer=tokenizer, **given)
+
+
+def folder_of(prepared):
+    return Path(prepared.train.cache_files[0]["filename"]).parent
 
 
 def listed(dataset):
@@ -259,32 +261,33 @@ def listed(dataset):
 def test_prepared_samples_equal_the_tokenised_file_and_are_mapped(write, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(data, "ROWS_PER_CHUNK", 4)  # several record batches, the last one not full
     path, other = write(*QUESTIONS), write(*QUESTIONS[:2], name="eval.jsonl")
-    prepared = call(path, tmp_path / "cache", tokenizer, eval=other)
+    prepared = call(path, tmp_path / "cache", tokenizer, eval=[other])
     samples, report = tokenize(path, tokenizer)
     assert listed(prepared.train) == [{name: array.tolist() for name, array in sample.items()} for sample in samples]
     assert prepared.train_report == report
-    assert listed(prepared.eval) == listed(prepared.train)[:2] and prepared.eval_report.samples == 2
-    assert [Path(file["filename"]) for file in prepared.train.cache_files] == [prepared.folder / "train.arrow"]
+    assert listed(prepared.eval) == listed(prepared.train)[:2] and prepared.eval_parts[0].report.samples == 2
+    (file,) = prepared.train.cache_files
+    assert Path(file["filename"]).parents[1] == tmp_path / "cache"
 
 
 def test_a_second_call_reads_what_the_first_one_wrote(write, tmp_path, tokenizer, monkeypatch):
     path = write(*QUESTIONS)
     first = call(path, tmp_path / "cache", tokenizer)
-    monkeypatch.setattr(data, "_tokenize", None)
+    monkeypatch.setattr(data, "encode", None)
     again = call(path, tmp_path / "cache", load_tokenizer("bytes"), seed=1)  # no split, so the seed plays no part
-    assert again.folder == first.folder and listed(again.train) == listed(first.train)
+    assert folder_of(again) == folder_of(first) and listed(again.train) == listed(first.train)
 
 
 def test_how_the_tokenizer_was_last_called_plays_no_part(write, tmp_path):
     tokenizer, path = bytes_tokenizer(), write(*QUESTIONS)
-    folder = call(path, tmp_path / "cache", tokenizer).folder
+    folder = folder_of(call(path, tmp_path / "cache", tokenizer))
     tokenizer("a", truncation=True, max_length=4, padding="max_length")  # the backend remembers both
-    assert call(path, tmp_path / "cache", tokenizer).folder == folder
+    assert folder_of(call(path, tmp_path / "cache", tokenizer)) == folder
 
 
 def test_whatever_changes_the_samples_changes_the_folder(write, tmp_path, tokenizer):
     def folder(path=None, tokenizer=tokenizer, **changes):
-        return call(path or write(*QUESTIONS), tmp_path / "cache", tokenizer, **changes).folder
+        return folder_of(call(path or write(*QUESTIONS), tmp_path / "cache", tokenizer, **changes))
 
     other_template, other_eos = bytes_tokenizer(), bytes_tokenizer()
     other_template.chat_template += " "
@@ -292,12 +295,12 @@ def test_whatever_changes_the_samples_changes_the_folder(write, tmp_path, tokeni
     folders = [
         folder(),
         folder(write(*QUESTIONS[:-1])),
-        folder(eval=write(*QUESTIONS, name="eval.jsonl")),
         folder(eval_fraction=0.2),
         folder(eval_fraction=0.3),
         folder(eval_fraction=0.3, seed=1),
         folder(max_length=63),
         folder(overflow="drop"),
+        folder(packing=True),
         folder(tokenizer=other_template),
         folder(tokenizer=other_eos),
     ]
@@ -319,15 +322,15 @@ def test_every_call_gets_the_same_error_and_nothing_is_left(write, tmp_path, tok
 
 def test_what_a_killed_process_left_is_cleared(write, tmp_path, tokenizer):
     path = write(*QUESTIONS)
-    folder = call(path, tmp_path / "cache", tokenizer).folder
+    folder = folder_of(call(path, tmp_path / "cache", tokenizer))
     leftover = folder.with_name(f"{folder.name}.{socket.gethostname()}.killed")
     folder.rename(leftover)
-    assert call(path, tmp_path / "cache", tokenizer).folder.is_dir() and not leftover.exists()
+    assert folder_of(call(path, tmp_path / "cache", tokenizer)).is_dir() and not leftover.exists()
 
 
 def test_a_faster_host_that_the_lock_did_not_reach_wins(write, tmp_path, tokenizer, monkeypatch):
     path = write(*QUESTIONS)
-    done = call(path, tmp_path / "elsewhere", tokenizer).folder
+    done = folder_of(call(path, tmp_path / "elsewhere", tokenizer))
 
     def rename_too_late(source, target, rename=os.rename):
         shutil.copytree(done, target)
@@ -343,7 +346,7 @@ def test_a_cache_that_cannot_be_written_or_is_damaged_is_named(write, tmp_path, 
     path = write(*QUESTIONS)
     with pytest.raises(DataError, match=r"data\.cache: cannot write to '.*train\.jsonl"):
         call(path, path, tokenizer)
-    folder = call(path, tmp_path / "cache", tokenizer).folder
+    folder = folder_of(call(path, tmp_path / "cache", tokenizer))
     (folder / "train.arrow").write_bytes(b"x")
     with pytest.raises(DataError, match=rf"data\.cache: '.*{folder.name}' is damaged .*delete that folder"):
         call(path, tmp_path / "cache", tokenizer)
@@ -355,17 +358,18 @@ def test_processes_that_come_together_tokenise_once(write, tmp_path):
         "import os, sys, time\n"
         "import trainer.data as data\n"
         "from trainer.data.tokenizer import bytes_tokenizer\n"
-        "def slow(*arguments, build=data._build, **options):\n"
+        "from trainer.config.schema import TrainSource\n"
+        "def slow(*arguments, build=data._Maker._build, **options):\n"
         "    open(f'built-by-{os.getpid()}', 'w').close()\n"
         "    time.sleep(0.5)\n"
         "    build(*arguments, **options)\n"
-        "data._build = slow\n"
+        "data._Maker._build = slow\n"
         "tokenizer = bytes_tokenizer()\n"
         "open(f'ready-{os.getpid()}', 'w').close()\n"
         "while len([name for name in os.listdir() if name.startswith('ready')]) < 2: time.sleep(0.01)\n"
-        "prepared = data.prepare(train='train.jsonl', eval=None, eval_fraction=0.25, tokenizer=tokenizer,\n"
-        "    max_length=64, overflow='error', cache='cache', seed=3)\n"
-        "print(prepared.folder.name, [len(sample['input_ids']) for sample in prepared.train])\n"
+        "prepared = data.prepare(train=[TrainSource(path='train.jsonl')], eval=[], eval_fraction=0.25,\n"
+        "    tokenizer=tokenizer, max_length=64, overflow='error', packing=False, cache='cache', seed=3)\n"
+        "print(prepared.fingerprint, [len(sample['input_ids']) for sample in prepared.train])\n"
     )
     write(*QUESTIONS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -396,15 +400,17 @@ def test_the_split_depends_on_the_seed_alone_and_covers_every_row(write, tmp_pat
     assert len({tuple(sides(seed=seed)[1]) for seed in range(5)}) > 1
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_a_split_with_an_empty_side_is_refused(write, tmp_path, tokenizer, fraction):
-    with pytest.raises(DataError, match=rf"data\.eval_fraction: {fraction} of the 9 rows"):
+@pytest.mark.parametrize(("fraction", "side"), [(0.01, "evaluate"), (0.99, "train")])
+def test_a_split_with_an_empty_side_is_refused(write, tmp_path, tokenizer, fraction, side):
+    with pytest.raises(
+        DataError, match=rf"data\.eval_fraction: {fraction} of (the )?9 rows .*leaves none to {side} on"
+    ):
         call(write(*QUESTIONS), tmp_path / "cache", tokenizer, eval_fraction=fraction)
 
 
 def test_a_fraction_beside_an_evaluation_file_is_refused(write, tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"data\.eval_fraction: 0\.5 beside data\.eval="):
-        call(write(*QUESTIONS), tmp_path / "cache", tokenizer, eval=write(QUESTIONS[0], name="e"), eval_fraction=0.5)
+    with pytest.raises(DataError, match=r"data\.eval_fraction: 0\.5 beside data\.eval;"):
+        call(write(*QUESTIONS), tmp_path / "cache", tokenizer, eval=[write(QUESTIONS[0])], eval_fraction=0.5)
 
 
 # The shipped data set
@@ -427,7 +433,7 @@ def test_the_shipped_instructions_are_short_and_unique(tokenizer):
 
 
 def batches(ranks, rank, *, num_samples=10, size=8, micro=2, seed=0):
-    return Batches(num_samples, seed=seed, global_batch_size=size, micro_batch_size=micro, rank=rank, ranks=ranks)
+    return Batches([num_samples], seed=seed, global_batch_size=size, micro_batch_size=micro, rank=rank, ranks=ranks)
 
 
 def step_of_all(ranks, step, **settings):
@@ -473,7 +479,7 @@ def test_the_order_stays_what_it_was():
     ("settings", "problem"),
     [
         ({"size": 6}, r"train\.global_batch_size: 6 is no multiple of .* 2 x 2"),
-        ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_samples": 0}, r"sizes are \[0\]; at least one sample"),
         ({"rank": 2}, "rank is 2; allowed: 0 to 1"),
     ],
 )
@@ -528,4 +534,22 @@ def test_prepared_samples_collate_and_count_as_reported(write, tmp_path, tokeniz
     prepared = call(write(*QUESTIONS), tmp_path / "cache", tokenizer)
     batch = collate([prepared.train[index] for index in range(len(QUESTIONS))], pad_id=256)
     assert count_targets(batch["labels"]) == prepared.train_report.target_tokens
-    assert int(batch["attention_mask"].sum()) == prepared.train_report.tokens
+    assert count_tokens(batch) == prepared.train_report.tokens
+
+
+def test_how_a_source_is_read_is_part_of_its_name(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    row = json.dumps({"instruction": "a", "output": "b", "text": "c"})
+    for name in ("a.jsonl", "a.json", "set/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{row}\n{row}\n")
+    sources = [
+        {"path": "a.jsonl", "format": "text"},
+        {"path": "a.jsonl", "format": "alpaca"},
+        {"path": "a.json", "format": "text"},
+        {"path": "set", "format": "text"},
+        {"path": "set", "format": "text", "split": "train[:1]"},
+    ]
+    named = [{**source, "path": str(tmp_path / source["path"])} for source in sources]
+    folders = [folder_of(prepared(tmp_path, tokenizer, source, max_length=300)) for source in named]
+    assert len(set(folders)) == len(folders)

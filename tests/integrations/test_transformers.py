@@ -149,6 +149,7 @@ def own_loop(cell: Cell, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Te
     """The same through `prepare`, `attach` and `trainer.train.train_step`."""
     import deepspeed
 
+    from trainer.loss import Objective
     from trainer.train import train_step
 
     model = fresh().train()
@@ -165,10 +166,11 @@ def own_loop(cell: Cell, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Te
     scheduler = build_scheduler(cell, optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     sparse.attach(engine, guard_every=1)
+    objective = Objective(model)
     draws, rates = [], []
     for step in range(cell.steps):
         rates.append(engine.get_lr()[0])
-        train_step(engine, batches[step * ACCUMULATION : (step + 1) * ACCUMULATION])
+        train_step(engine, objective, batches[step * ACCUMULATION : (step + 1) * ACCUMULATION])
         draws.append(sparse.active)
     weights = full_weights(engine)
     engine.destroy()

@@ -96,7 +96,7 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]
             continue
         try:
             value = parse_value(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: a date that is none, such as 2024-13-45
             problems.append(f"{path}: got {text!r}, which is not YAML; put text with special characters in quotes")
             continue
         holder = values

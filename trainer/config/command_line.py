@@ -16,7 +16,8 @@ from trainer.config.schema import METHODS, RunConfig
 USAGE = "deepspeed launch/train.py [RECIPE.yaml] [key=value ...] [--dry-run] [--help]"
 
 _SETTING = re.compile(r"^[A-Za-z_][\w.\-]*=")
-_OPTIONS = ("--dry-run", "--help", "--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
+TRAIN_OPTIONS = ("--dry-run", "--help", "--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
+_VALUES = {"--local_rank": "0", "--local-rank": "0", "--deepspeed_config": "FILE", "--show": "3"}  # with an example
 _WIDTH = 100
 
 
@@ -27,34 +28,41 @@ class Command:
     config_path: str | None = None
     overrides: tuple[str, ...] = ()
     dry_run: bool = False
+    show: int = 0
     show_help: bool = False
 
 
-def parse_command_line(argv: Sequence[str], *, default_recipe: str | None = None) -> Command:
+def parse_command_line(
+    argv: Sequence[str], *, default_recipe: str | None = None, options: Sequence[str] = TRAIN_OPTIONS
+) -> Command:
     """Read the arguments after the script's name; ConfigError lists all that are not understood.
 
-    The launchers' own --local_rank (or --local-rank) and --deepspeed are accepted and mean nothing here;
-    `--deepspeed_config FILE` sets the key `deepspeed`.
+    `options` are those that the command has. The launchers' own --local_rank (or --local-rank) and --deepspeed are
+    accepted and mean nothing here; `--deepspeed_config FILE` sets the key `deepspeed`.
     """
     recipes: list[str] = []
     overrides: list[str] = []
     problems: list[str] = []
     flags: set[str] = set()
+    show = 0
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         option, equals, value = word.partition("=")
-        if option in ("--local_rank", "--local-rank", "--deepspeed_config"):
+        if option in options and option in _VALUES:
             if not equals:
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
             if not value:
-                problems.append(f"{option}: a value is missing, as in {option}={'FILE' if 'config' in option else 0}")
+                problems.append(f"{option}: a value is missing, as in {option}={_VALUES[option]}")
+            elif option == "--show":
+                show = int(value) if value.isdecimal() else 0
+                problems += [] if show else [f"--show: got {value!r}; allowed: integer >= 1"]
             elif option == "--deepspeed_config":
                 overrides.append(f"deepspeed={json.dumps(value)}")
-        elif word in ("--dry-run", "--help", "-h", "--deepspeed"):
+        elif word == "-h" or word in options:
             flags.add(word)
         elif word.startswith("-"):
-            problems.append(f"{word}: unknown option{_option_advice(word)}")
+            problems.append(f"{word}: unknown option{_option_advice(word, options)}")
         elif _SETTING.match(word):
             overrides.append(word)
         else:
@@ -67,17 +75,18 @@ def parse_command_line(argv: Sequence[str], *, default_recipe: str | None = None
         config_path=recipes[0] if recipes else default_recipe,
         overrides=tuple(overrides),
         dry_run="--dry-run" in flags,
+        show=show,
         show_help=bool(flags & {"--help", "-h"}),
     )
 
 
-def _option_advice(word: str) -> str:
+def _option_advice(word: str, options: Sequence[str]) -> str:
     name, _, value = word.lstrip("-").partition("=")
-    paths = [key.path for key in keys(RunConfig)]
+    paths = [key.path for key in keys(RunConfig) if "[]" not in key.path]
     meant = [path for path in dict.fromkeys(paths) if name in (path, path.rsplit(".", 1)[-1])]
     if meant:
         return f"; settings are written without dashes: {' or '.join(f'{path}={value}' for path in meant[:3])}"
-    return hint(word.partition("=")[0], _OPTIONS) or f"; allowed: {', '.join(_OPTIONS)}"
+    return hint(word.partition("=")[0], options) or f"; allowed: {', '.join(options)}"
 
 
 def help_text() -> str:
@@ -100,7 +109,8 @@ def help_text() -> str:
 def _introduction() -> str:
     text = (
         "RECIPE.yaml holds the settings below, nested; without one, the built-in quick start runs. key=value settings "
-        "are laid over it: dotted keys, YAML values, as in selector.blocks=4 or data.eval=null. --dry-run checks "
+        "are laid over it: dotted keys, YAML values, as in selector.blocks=4, data.eval=null or "
+        "data.train=[{path: a.jsonl, weight: 2}, {path: b.csv, weight: 1}]. --dry-run checks "
         "everything, shows what each rank would hold, and trains nothing."
     )
     return textwrap.fill(text, _WIDTH)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from trainer.config.keys import Key, allowed, is_model, keys, literal_values, union_members
+from trainer.config.keys import Key, allowed, element_model, is_model, keys, literal_values, union_members
 
 
 class ConfigError(ValueError):
@@ -82,6 +82,9 @@ def _locate(
             owner = members[member]
         elif is_model(field.annotation):
             owner = field.annotation
+        elif element_model(field.annotation) and isinstance(parts[0], int):
+            path[-1] += f"[{parts.pop(0)}]"
+            owner = element_model(field.annotation)
         else:
             break
     return path, field, owner, member

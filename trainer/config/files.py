@@ -1,6 +1,7 @@
 """Configuration files: YAML in and out, where relative paths point, and whether the named files can be used."""
 
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,7 +12,7 @@ import yaml
 
 from trainer.config import deepspeed as deepspeed_config
 from trainer.config.errors import ConfigError, nearest
-from trainer.config.schema import RunConfig
+from trainer.config.schema import DATA_SUFFIXES, RunConfig, hub_name, source_list
 
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
@@ -64,7 +65,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError([f"{path}, line {line}: not valid YAML: {error.problem}"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, such as 2024-13-45
         raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
     if values is None:
         return {}
@@ -79,14 +80,27 @@ def resolve_paths(values: Mapping[str, Any], bases: Sequence[Path]) -> dict[str,
     Hub names, presets and what exists nowhere stay as they are.
     """
     resolved = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-    for section, name in (("data", "train"), ("data", "eval"), ("model", "path"), ("model", "tokenizer")):
-        holder = resolved.get(section)
-        if isinstance(holder, dict) and isinstance(holder.get(name), str) and holder[name] != "bytes":
-            holder[name] = _resolve_path(holder[name], bases)
+    data, model = resolved.get("data"), resolved.get("model")
+    for name in ("train", "eval"):
+        if isinstance(data, dict) and name in data:
+            data[name] = _resolve_sources(data[name], bases)
+    for name in ("path", "tokenizer"):
+        if isinstance(model, dict) and isinstance(model.get(name), str) and model[name] != "bytes":
+            model[name] = _resolve_path(model[name], bases)
     named = resolved.get("deepspeed")
     if isinstance(named, str) and deepspeed_config.is_path(named):
         resolved["deepspeed"] = _resolve_path(named, bases)
     return resolved
+
+
+def _resolve_sources(value: Any, bases: Sequence[Path]) -> Any:
+    if isinstance(value, str):
+        return _resolve_path(value, bases)
+    if isinstance(value, list):
+        return [_resolve_sources(source, bases) for source in value]
+    if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        return {**value, "path": _resolve_path(value["path"], bases)}
+    return value
 
 
 def _resolve_path(path: str, bases: Sequence[Path]) -> str:
@@ -105,8 +119,11 @@ def file_problems(values: Mapping[str, Any], bases: Sequence[Path]) -> list[str]
     data, model = _section(values, "data"), _section(values, "model")
     problems = []
     for name in ("train", "eval"):
-        if isinstance(data.get(name), str) and data[name]:
-            problems += _data_file_problems(f"data.{name}", data[name], bases)
+        sources = source_list(data.get(name))
+        for index, source in enumerate(sources if isinstance(sources, list) else []):
+            key = f"data.{name}" if len(sources) == 1 else f"data.{name}[{index}]"
+            if isinstance(source, Mapping) and isinstance(source.get("path"), str) and source["path"]:
+                problems += _source_problems(key, source, bases)
     if isinstance(model.get("path"), str) and model["path"]:
         problems += _model_problems("model.path", model["path"], bases, marker="config.json")
     if isinstance(model.get("tokenizer"), str) and model["tokenizer"] not in ("", "bytes"):
@@ -143,18 +160,28 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def _data_file_problems(key: str, path: str, bases: Sequence[Path]) -> list[str]:
+def _source_problems(key: str, source: Mapping[str, Any], bases: Sequence[Path]) -> list[str]:
+    path = source["path"]
     file = Path(path).expanduser()
+    suffixes = " | ".join(DATA_SUFFIXES)
     if not file.exists():
-        return [f"{key}: {missing_file(path, bases)}"]
-    if not file.is_file():
-        return [f"{key}: {path!r} is a folder or a device; it must be a JSONL file"]
+        return [] if hub_name(path) else [f"{key}: {missing_file(path, bases)}"]
+    if file.is_dir():
+        found = any(name.endswith(DATA_SUFFIXES) for _, _, names in os.walk(file) for name in names)
+        return [] if found else [f"{key}: {path!r} is a folder without a data file; allowed: {suffixes}"]
+    if file.suffix not in DATA_SUFFIXES or not file.is_file():
+        return [f"{key}: {path!r} is no data file by its name; allowed: {suffixes}"]
+    problems = [
+        f"{key}: {name} {source[name]!r} of the file {path!r}; only Hub names and folders have one, set null"
+        for name in ("split", "subset")
+        if source.get(name) is not None
+    ]
     try:
         with file.open("rb") as stream:
             empty = not stream.read(1)
     except OSError as error:
-        return [f"{key}: cannot read {path!r}: {error.strerror}"]
-    return [f"{key}: {path!r} is empty; it must hold one JSON object per line"] if empty else []
+        return [*problems, f"{key}: cannot read {path!r}: {error.strerror}"]
+    return [*problems, f"{key}: {path!r} is empty; it must hold rows"] if empty else problems
 
 
 def _model_problems(key: str, path: str, bases: Sequence[Path], *, marker: str | None = None) -> list[str]:
@@ -169,6 +196,22 @@ def _model_problems(key: str, path: str, bases: Sequence[Path], *, marker: str |
         return [f"{key}: {path!r} is a file; allowed: {expected}"]
     if marker and not (folder / marker).is_file():
         return [f"{key}: folder {path!r} has no {marker}; allowed: {expected}"]
+    return _weight_problems(key, path, folder) if marker else []
+
+
+def _weight_problems(key: str, path: str, folder: Path) -> list[str]:
+    """Files of weights that are not there: all of them, or some that the index names."""
+    for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [f"{key}: cannot read {str(index)!r}, which says where the weights are"]
+        missing = sorted(name for name in named if not (folder / name).is_file())
+        if missing:
+            return [f"{key}: folder {path!r} lacks {len(missing)} of {len(named)} weight files, such as {missing[0]}"]
+        return []
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        return [f"{key}: folder {path!r} has no weights (*.safetensors or *.bin)"]
     return []
 
 

@@ -21,7 +21,10 @@ class Key:
 
 
 def keys(model: type[BaseModel], prefix: str = "", member: str | None = None) -> list[Key]:
-    """All leaf keys under `model`, in the order of declaration; the members of a union one after the other."""
+    """All leaf keys under `model`, in the order of declaration; the members of a union one after the other.
+
+    The keys of what a list holds follow the list's own, as `data.train[].path`.
+    """
     found: list[Key] = []
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
@@ -33,12 +36,22 @@ def keys(model: type[BaseModel], prefix: str = "", member: str | None = None) ->
             found += keys(field.annotation, f"{path}.", member)
         else:
             found.append(Key(path, field, member))
+            element = element_model(field.annotation)
+            found += keys(element, f"{path}[].", member) if element else []
     return found
 
 
 def is_model(annotation: Any) -> bool:
     """Whether the annotation is a section (a model) rather than a value."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def element_model(annotation: Any) -> type[BaseModel] | None:
+    """The model whose instances a list holds; None for any other annotation."""
+    for choice in _alternatives(annotation):
+        if get_origin(choice) is tuple and is_model(get_args(choice)[0]):
+            return get_args(choice)[0]
+    return None
 
 
 def union_members(annotation: Any) -> dict[str, type[BaseModel]]:
@@ -86,6 +99,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return " | ".join(_describe(choice, metadata if choice is not type(None) else []) for choice in arguments)
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)
+    if origin is tuple and is_model(arguments[0]):
+        return f"text | {{{', '.join(arguments[0].model_fields)}}} | list of these"
     if origin is tuple:
         count = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
         return f"list{count}, each {_describe(arguments[0], [])}"

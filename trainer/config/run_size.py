@@ -55,5 +55,9 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 def warmup_steps(config: RunConfig, num_steps: int) -> int:
     """Steps of learning-rate warm-up in a run of `num_steps` steps; a share is rounded up, as transformers does."""
     if config.schedule.warmup_steps is not None:
+        if config.schedule.warmup_steps > num_steps:
+            raise ConfigError(
+                [f"schedule.warmup_steps: {config.schedule.warmup_steps}, but the run has {num_steps} steps"]
+            )
         return config.schedule.warmup_steps
     return math.ceil(Fraction(repr(config.schedule.warmup_ratio or 0.0)) * num_steps)

@@ -1,5 +1,6 @@
 """The run configuration as frozen, typed models; the published methods; the rules that tie several keys together."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,11 @@ Text = Annotated[str, Field(min_length=1)]
 ScheduleName = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+
+
+Format = Literal["auto", "alpaca", "qa", "prompt", "messages", "sharegpt", "text"]
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?::(\w[^/]*))?")
 
 
 class Section(BaseModel):
@@ -131,10 +137,22 @@ class ScheduleConfig(Section):
 
 class TrainConfig(Section):
     steps: Count | None = Field(None, description="Optimizer steps; exactly one of steps and epochs.")
-    epochs: Positive | None = Field(None, description="Passes over the training data; exactly one of steps and epochs.")
-    global_batch_size: Count = Field(description="Sequences per optimizer step, over all ranks.")
+    epochs: Positive | None = Field(
+        None,
+        description="Passes over the training data, exactly one of steps and epochs. A mix with weights counts as many "
+        "samples as its sources hold together.",
+    )
+    global_batch_size: Count = Field(description="Sequences (packed rows) per optimizer step, over all ranks.")
     micro_batch_size: Count = Field(1, description="Sequences per rank and forward.")
     gradient_clipping: PositiveOrZero = Field(1.0, description="Largest gradient norm; 0 switches clipping off.")
+    fused_loss: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Compute head and loss tile by tile, so that logits never exist as a whole (TRL's fused head); "
+        "auto: for vocabularies of 32768 and more.",
+    )
+    router_loss: bool = Field(
+        True, description="Add a mixture of experts' load-balancing loss, at its own router_aux_loss_coef."
+    )
     log_every: Count = Field(1, description="Steps between lines in metrics.jsonl.")
     max_skipped_steps: CountOrZero = Field(
         5, description="Consecutive steps skipped for NaN or infinite values after which the run stops."
@@ -152,13 +170,53 @@ class EvalConfig(Section):
     )
 
 
+class DataSource(Section):
+    path: Text = Field(
+        description="File (.jsonl, .json, .csv, .parquet, .arrow), folder of a data set, or Hub name (owner/name, "
+        "owner/name:split)."
+    )
+    format: Format = Field(
+        "auto",
+        description="alpaca {instruction, input, output}, qa {question, answer}, prompt {prompt, completion}, messages "
+        "(OpenAI's, with tools), sharegpt {conversations}, text (loss on every token); auto: by the columns.",
+    )
+    subset: Text | None = Field(None, description="Of a Hub name or folder that has several: which configuration.")
+    split: Text | None = Field(None, description="Of a Hub name or folder, slices too (`train[:10%]`); null: train.")
+
+
+class TrainSource(DataSource):
+    weight: Positive | None = Field(
+        None,
+        description="Share of this source among the samples (packed rows) seen, relative to the other weights; for all "
+        "sources or none. null: every sample once per epoch.",
+    )
+
+
 class DataConfig(Section):
-    train: Text = Field(description="JSONL file to train on.")
-    eval: Text | None = Field(None, description="JSONL file to evaluate on.")
-    eval_fraction: Decay = Field(0.0, description="Share of data.train to evaluate on where data.eval is null.")
-    max_length: Count = Field(1024, description="Tokens per sample at most.")
+    train: tuple[TrainSource, ...] = Field(
+        strict=False, description="What to train on: a path, a source with its keys, or a list of these."
+    )
+    eval: tuple[DataSource, ...] | None = Field(
+        None, strict=False, description="What to evaluate on, as for data.train, without weights."
+    )
+    eval_fraction: Decay = Field(
+        0.0, description="Share of each source of data.train to evaluate on where data.eval is null."
+    )
+    max_length: Count = Field(1024, description="Tokens per sample at most; with packing, also tokens per packed row.")
     overflow: Literal["truncate", "drop", "error"] = Field("truncate", description="What to do with longer samples.")
-    cache: Text | None = Field(None, description="Folder of tokenised data; null: cache/ in the run folder.")
+    packing: bool = Field(
+        False,
+        description="Put several samples into a row of max_length tokens, each attending to itself alone. Batch sizes, "
+        "epochs and eval.max_samples then count rows.",
+    )
+    cache: Text | None = Field(None, description="Folder of tokenised data; null: cache/ beside the run folder.")
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _spell_out(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("got an empty list; name at least one source")
+        return source_list(value)
 
 
 class MonitorConfig(Section):
@@ -195,7 +253,9 @@ class RunConfig(Section):
     method: Literal["lisa", "badam", "full"] | None = Field(
         None, description="Fills substrate, selector, update, bank and always_on with the published point."
     )
-    seed: CountOrZero = Field(0, description="Seed of random weights, block draws, data order and splits.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Seed of random weights, block draws, data order and splits."
+    )
     output: Text = Field("runs/strata", description="Run folder: config.yaml, metrics.jsonl, model/.")
     model: ModelConfig = ModelConfig()
     substrate: FullSubstrate = FullSubstrate()
@@ -250,6 +310,26 @@ def _lay_over(point: Mapping[str, Any], given: Any) -> Any:
     return {**point, **given}
 
 
+def source_list(value: Any) -> Any:
+    """The sources that `data.train` or `data.eval` names, each a mapping; what is of a wrong type stays as it is."""
+    if isinstance(value, str | Mapping | DataSource):
+        value = [value]
+    return [_spelled_out(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _spelled_out(source: Any) -> Any:
+    if not isinstance(source, str):
+        return source
+    name, split = hub_name(source) or (source, None)
+    return {"path": name, "split": split} if split else {"path": source}
+
+
+def hub_name(path: str) -> tuple[str, str | None] | None:
+    """(owner/name, split or None) of a path that may stand for a data set on the Hub; None for a file's name."""
+    match = _HUB_NAME.fullmatch(path)
+    return None if match is None or path.endswith(DATA_SUFFIXES) else (match[1], match[2])
+
+
 def rule_problems(values: Mapping[str, Any]) -> list[str]:
     """Contradictions between keys of a nested mapping; values of a wrong type are left to the models."""
     return [
@@ -258,6 +338,7 @@ def rule_problems(values: Mapping[str, Any]) -> list[str]:
         *_batch_rules(values),
         *_schedule_rules(values),
         *_eval_rules(values),
+        *_weight_rules(values),
     ]
 
 
@@ -315,3 +396,14 @@ def _eval_rules(values: Mapping[str, Any]) -> list[str]:
     if _get(values, "eval.every") is not None and file is None and not fraction:
         problems.append("eval.every: no evaluation data; set data.eval or data.eval_fraction, or eval.every=null")
     return problems
+
+
+def _weight_rules(values: Mapping[str, Any]) -> list[str]:
+    sources = source_list(_get(values, "data.train"))
+    given = [_get(source, "weight") is not None for source in sources] if isinstance(sources, list) else []
+    if all(given) or not any(given):
+        return []
+    return [
+        f"data.train: weight given for {sum(given)} of {len(given)} sources; give it for all of them, or for none, and "
+        "every sample is seen once per epoch"
+    ]

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.data.rows import DataError
+from trainer.data.errors import DataError, in_short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    from trainer.config import ModelConfig
 
 BYTES = "bytes"
 PAD, EOS = "<|pad|>", "<|eos|>"
 ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>")
 HUB_TIMEOUT_SECONDS = 10
 
-# The end of text stands inside the generation marks: a model that never trains on it never stops.
+# The end of text stands inside the generation marks: a model that never trains on it never stops. Tools, calls and what
+# tools answer are written as Qwen's templates write them, in text: the vocabulary has no marks for them.
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+    {{- '<|system|>Tools: ' + tools | tojson -}}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'assistant' -%}
         {{- '<|assistant|>' -}}
-        {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+        {%- generation -%}
+            {{- message['content'] -}}
+            {%- for call in message['tool_calls'] or [] -%}
+                {{- '<tool_call>' + call['function'] | tojson + '</tool_call>' -}}
+            {%- endfor -%}
+            {{- eos_token -}}
+        {%- endgeneration -%}
+    {%- elif message['role'] == 'tool' -%}
+        {{- '<|user|><tool_response>' + message['content'] + '</tool_response>' -}}
     {%- elif message['role'] in ['system', 'user'] -%}
         {{- '<|' + message['role'] + '|>' + message['content'] -}}
     {%- else -%}
-        {{- raise_exception("unknown role '" + message['role'] + "'; allowed: system, user, assistant") -}}
+        {{- raise_exception("unknown role '" + message['role'] + "'; allowed: system, user, assistant, tool") -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -57,6 +70,11 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )
+
+
+def tokenizer_name(model: ModelConfig) -> str:
+    """The tokenizer that a run takes, for `load_tokenizer`."""
+    return model.tokenizer or model.path or BYTES
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -96,7 +114,7 @@ def _load_folder(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenize
     except Exception as error:  # transformers raises OSError, ValueError, ImportError, KeyError, plain Exception, ...
         raise DataError(
             [
-                f"model.tokenizer: no readable tokenizer in {str(folder)!r} ({_in_short(error)}); give a folder with "
+                f"model.tokenizer: no readable tokenizer in {str(folder)!r} ({in_short(error)}); give a folder with "
                 f"a tokenizer.json, a hub name, or {BYTES!r}"
             ]
         ) from error
@@ -120,13 +138,9 @@ def _load_hub_name(name: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
         raise DataError(
             [
                 f"model.tokenizer: {name!r} is no folder here, and the hub has no readable tokenizer of that name "
-                f"({_in_short(unreachable or error)}); give a folder, a hub name, or {BYTES!r}"
+                f"({in_short(unreachable or error)}); give a folder, a hub name, or {BYTES!r}"
             ]
         ) from error
-
-
-def _in_short(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, width=300, placeholder=" ...")
 
 
 def _byte_characters() -> list[str]:
