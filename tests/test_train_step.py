@@ -153,6 +153,7 @@ def _fused(rank: int, stages: tuple[int, ...], families: tuple[str, ...]) -> dic
                 losses = [float(train_step(engine, objective, ragged_batches(rank + 2 * s)).loss_sum) for s in (0, 1)]
                 outcomes.append((losses, full_weights(engine)))
                 engine.destroy()
+                del objective  # transformers creates models partitioned for as long as it knows of ZeRO-3
             (plain, expected), (tiled, weights) = outcomes
             relative = max(abs(a / b - 1) for a, b in zip(tiled, plain, strict=True))
             found[f"stage {stage}, {family}"] = relative, largest_difference(weights, expected)
@@ -183,7 +184,7 @@ def test_the_fused_loss_holds_no_more_logits_than_a_tile(monkeypatch: pytest.Mon
             self.numel = max([self.numel, *(t.numel() for t in made if t.dim() and t.shape[0] != vocabulary)])
             return result
 
-    vocabulary, tokens = 500, 32
+    vocabulary, tokens = 4000, 32
     sizes = {}
     for fused in (False, True):
         model = tiny_llama(layers=1, vocab=vocabulary, hidden=8).train()
@@ -193,7 +194,7 @@ def test_the_fused_loss_holds_no_more_logits_than_a_tile(monkeypatch: pytest.Mon
             objective(alone(model), {"input_ids": ids, "labels": ids})[0].backward()
         sizes[fused] = largest.numel
     assert sizes[False] >= tokens * vocabulary
-    assert sizes[True] <= max(8 * 50, tokens * 16)
+    assert sizes[True] <= 2 * 4 * 16 * 16, "attention scores are the largest then; a tile has 8 x 50"
 
 
 # --- experts -----------------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def _router(rank: int) -> tuple[float, float, float, bool]:
     """The router's share of the gradient norm: HF's own loss, ours, ours without it; none in evaluation."""
     norms = []
     ids = ragged_batches(0)[0]["input_ids"]
-    batch = {"input_ids": ids, "labels": ids}
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     model = tiny_model("mixtral").train()
     loss = model(**batch).loss
     loss.backward()
@@ -234,7 +235,7 @@ def _unknown_head(rank: int) -> None:
     model = tiny_llama()
     engine, objective = start(model, stage=2, ranks=1, micro_batch=2, fused=True)
     check_fused(engine, objective)
-    model.lm_head.register_forward_hook(lambda module, args, output: 3 * output)
+    model.lm_head.register_forward_hook(lambda module, args, output: 100 * output)
     with pytest.raises(LossError, match="LlamaForCausalLM changes its logits"):
         check_fused(engine, objective)
     assert engine.module.training
