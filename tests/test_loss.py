@@ -94,7 +94,7 @@ def ragged_samples() -> list[dict[str, list[int]]]:
 def micro_batches(step: int, *, micro_batch_size: int, rank: int, ranks: int) -> list[dict[str, Tensor]]:
     samples = ragged_samples()
     dealt = Batches(
-        NUM_SAMPLES,
+        [NUM_SAMPLES],
         seed=0,
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=micro_batch_size,

@@ -26,11 +26,12 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     bytes_tokenizer().save_pretrained(place / "model")
     rows = ['{"prompt": "One and one is ", "completion": "two."}\n'] * 100
     (place / "train.jsonl").write_text("".join(rows))
-    return [f"model.path={place / 'model'}", f"data.train={place / 'train.jsonl'}", f"output={place / 'runs' / 'x'}"]
+    own = [f"model.path={place / 'model'}", f"data.train={place / 'train.jsonl'}", "data.max_length=128"]
+    return [*own, f"output={place / 'runs' / 'x'}"]
 
 
 def loaded(recipe: Path, overrides: list[str]) -> RunConfig:
-    own = overrides[2:] if recipe.stem == COMPLETE else overrides
+    own = overrides[3:] if recipe.stem == COMPLETE else overrides
     return load(str(recipe), own)
 
 

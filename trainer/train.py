@@ -36,6 +36,7 @@ from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
 from trainer.engine.attach import Sparse
 from trainer.engine.attach import prepare as prepare_model
+from trainer.engine.rounding import half_unit
 from trainer.export import export
 from trainer.loss import Objective, check_fused, check_packing, choose_fused
 from trainer.progress import Progress
@@ -73,7 +74,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     torch.manual_seed(config.seed + rank)  # ranks drop out other units
     sparse = _prepare_model(config, model)
     ds = _size_buckets(ds, sparse, model)
-    optimizer = _build_optimizer(config, sparse, offload="offload_optimizer" in ds["zero_optimization"])
+    optimizer = _build_optimizer(config, sparse, offload=_offloads(ds))
     scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
     fused = choose_fused(config.train.fused_loss, model)
     objective = Objective(model, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
@@ -101,7 +102,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     feed = _Feed(data, pad_id=padding_id(tokenizer), flat=flat)
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank)
     progress.say(f"run folder {folder}: {_one_line(sparse, config, num_steps)}")
-    for line in describe_data(data, config.data.max_length):
+    for line in [*describe_data(data, config.data.max_length), *_rounding_warning(config, sparse)]:
         progress.say(line)
     evaluations: dict[int, float] = {}
     meter = _Meter()
@@ -126,7 +127,8 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
             allowed += ")" if may_skip == config.train.max_skipped_steps else ", which ZeRO stage 0 cannot do)"
             raise _stopped(step, f"{skipped} steps in a row had NaN or infinite loss or gradients {allowed}", config)
         if (step + 1) % config.train.log_every == 0 or step + 1 == num_steps:
-            progress.step(step + 1, active=sparse.active, lr=lr, **meter.read(engine))
+            rounded = {} if sparse.rounded_away is None else {"rounded_away": sparse.rounded_away}
+            progress.step(step + 1, active=sparse.active, lr=lr, **meter.read(engine), **rounded)
         if config.eval.every and (step + 1) % config.eval.every == 0:
             evaluate_after(step + 1)
     evaluate_after(num_steps)
@@ -332,6 +334,10 @@ def _build_optimizer(config: RunConfig, sparse: Sparse, *, offload: bool) -> tor
     return kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
 
 
+def _offloads(ds: dict[str, Any]) -> bool:
+    return ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+
+
 def _output(config: RunConfig) -> Path:
     return Path(config.output).expanduser()
 
@@ -397,7 +403,7 @@ def describe(config: RunConfig, ranks: int) -> str:
         ranks=ranks,
         weight_bytes=2 if config.model.dtype == "bf16" else 4,
         gradient_bytes=2 if ds["data_types"]["grad_accum_dtype"] in ("bf16", "bfloat16") else 4,
-        offload="offload_optimizer" in ds["zero_optimization"],
+        offload=_offloads(ds),
     )
     lines = [dump(config).rstrip(), ""]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
@@ -419,6 +425,24 @@ def describe(config: RunConfig, ranks: int) -> str:
         lines.append(f"  {name:<10}{readable(getattr(state, name)):>12}{where}")
     lines.append(f"  {'total':<10}{readable(state.total):>12}")
     return "\n".join(lines)
+
+
+def _rounding_warning(config: RunConfig, sparse: Sparse) -> list[str]:
+    """Adam moves a weight by about the learning rate a step; whether an interval of that shows in the weights."""
+    weights = max(sparse.blocks[sparse.active[0]].parameters.values(), key=full_numel)
+    if sparse.bank.keeps or weights.dtype is torch.float32 or len(sparse.active) == len(sparse.blocks):
+        return []
+    stored = getattr(weights, "ds_tensor", weights).detach().flatten()[:100_000].float()
+    lost_below = half_unit(float(stored.abs().median()), weights.dtype)
+    reached = config.optimizer.lr * config.selector.interval
+    if reached >= lost_below:
+        return []
+    return [
+        f"WARNING: nearly all that a block learns will be rounded away when it is frozen again: in "
+        f"{config.selector.interval} steps at optimizer.lr={config.optimizer.lr} a weight moves by {reached:.1e} at "
+        f"most, and half a unit in the last place of the typical one here is {lost_below:.1e} ({weights.dtype}). Keep "
+        "masters with bank.name=cpu, raise optimizer.lr or selector.interval, or set model.dtype=fp32"
+    ]
 
 
 def _one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:

@@ -164,7 +164,7 @@ def on_value(key: str, off: tuple[object, ...]) -> object:
         return (
             not off[0] if isinstance(off[0], bool) else "sum" if isinstance(off[0], str) else 0.5 if 0 not in off else 2
         )
-    return {"device": "cpu"} if key.endswith("offload_param") else {"enabled": True}
+    return {"enabled": True}
 
 
 def nested(path: str, value: object) -> dict[str, Any]:
@@ -211,13 +211,31 @@ def test_blocks_that_are_switched_off_are_no_matter(tmp_path: Path) -> None:
         ),
         (
             {"stage": 3, "offload_optimizer": {"device": "nvme"}},
-            'zero_optimization.offload_optimizer.device is "nvme" in ds.json, which cannot be switched; write "cpu"',
+            'zero_optimization.offload_optimizer.device is "nvme" in ds.json but nvme_path is missing',
+        ),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}},
+            'zero_optimization.offload_optimizer.device is "nvme" in ds.json but the stage is 2, where DeepSpeed',
+        ),
+        (
+            {"stage": 2, "offload_param": {"device": "cpu"}},
+            'zero_optimization.offload_param.device is "cpu" in ds.json but the stage is 2; offload_param',
+        ),
+        (
+            {"stage": 3, "offload_param": {"device": "nvme"}},
+            'zero_optimization.offload_param.device is "nvme" in ds.json; allowed: none, cpu',
         ),
     ],
 )
 def test_zero_values_that_cannot_be(tmp_path: Path, zero: dict[str, Any], message: str) -> None:
     found = problems(tmp_path, {"zero_optimization": zero})
     assert found[0].startswith(f"deepspeed: {message}")
+
+
+def test_nvme_and_parameters_are_offloaded_on_stage_3(tmp_path: Path) -> None:
+    nvme = {"device": "nvme", "nvme_path": "/scratch"}
+    for offload in ({"offload_optimizer": nvme}, {"offload_param": {"device": "cpu"}}):
+        resolve_json(tmp_path, {"zero_optimization": {"stage": 3, **offload}})
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

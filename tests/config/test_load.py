@@ -1,5 +1,6 @@
 """trainer/config/: loading, methods, overrides, and every kind of user error."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -158,6 +159,7 @@ def test_paths_of_a_file_point_into_the_current_directory_first_and_its_own_fold
     recipes = folder / "recipes"
     (recipes / "llama").mkdir(parents=True)
     (recipes / "llama" / "config.json").write_text("{}")
+    (recipes / "llama" / "model.safetensors").write_bytes(b"")
     for place in (recipes, folder):
         (place / "both.jsonl").write_text("{}\n")
     (recipes / "only.jsonl").write_text("{}\n")
@@ -186,10 +188,18 @@ def test_a_model_path_that_is_no_hub_name_must_exist(path: str) -> None:
     assert found.startswith(f"model.path: no such folder: {path!r}") and "hub name" in found
 
 
-def test_a_model_folder_needs_a_config(folder: Path) -> None:
+def test_a_model_folder_needs_a_config_and_weights(folder: Path) -> None:
     (folder / "weights").mkdir()
     (found,) = problems("model.path=weights", without=("model.random",))
     assert "weights' has no config.json" in found
+    (folder / "weights" / "config.json").write_text("{}")
+    (found,) = problems("model.path=weights", without=("model.random",))
+    assert "weights' has no weights (*.safetensors or *.bin)" in found
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "weights" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "weights" / "model-1.safetensors").write_bytes(b"")
+    (found,) = problems("model.path=weights", without=("model.random",))
+    assert "weights' lacks 1 of 2 weight files, such as model-2.safetensors" in found
     (found,) = problems("model.path=train.jsonl", without=("model.random",))
     assert "is a file" in found
     (found,) = problems("model.tokenizer=./toknizer")

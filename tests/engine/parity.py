@@ -35,6 +35,7 @@ class Cell:
     weight_decay: float = 0.0
     schedule: str | None = None
     offload: bool = False
+    hidden: int = 32
     tied: bool = False
     checkpointing: bool = False
     always_on: tuple[str, ...] = ("embeddings", "head", "norm")
@@ -71,7 +72,9 @@ def learning_rate(cell: Cell, step: int) -> float:
 def build_model(cell: Cell) -> torch.nn.Module:
     if cell.family is not None:
         return tiny_model(cell.family).train()
-    model = tiny_llama(tied=cell.tied, dtype=torch.bfloat16 if cell.dtype == "bf16" else torch.float32)
+    model = tiny_llama(
+        hidden=cell.hidden, tied=cell.tied, dtype=torch.bfloat16 if cell.dtype == "bf16" else torch.float32
+    )
     if cell.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()

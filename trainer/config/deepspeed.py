@@ -260,18 +260,25 @@ def _zero_problems(values: Mapping[str, Any], config: RunConfig, source: str) ->
 
 
 def _offload_problems(values: Mapping[str, Any], stage: int, source: str) -> list[str]:
-    offload = _get(values, "zero_optimization.offload_optimizer")
-    if not isinstance(offload, Mapping) or offload.get("device", "none") == "none":
-        return []
-    device = offload["device"]
-    found = f"deepspeed: zero_optimization.offload_optimizer.device is {json.dumps(device)} in {source}"
-    if device == "nvme":
-        return [f'{found}, which cannot be switched; write "cpu"']
-    if device != "cpu":
-        return [f"{found}; allowed: none, cpu"]
-    if stage == 0:
-        return [f"{found} but the stage is 0; offloading needs stage 1, 2 or 3"]
-    return []
+    problems = []
+    for name, devices, first_stage in (("offload_optimizer", ("cpu", "nvme"), 1), ("offload_param", ("cpu",), 3)):
+        offload = _get(values, f"zero_optimization.{name}")
+        if not isinstance(offload, Mapping) or offload.get("device", "none") == "none":
+            continue
+        device = offload["device"]
+        found = f"deepspeed: zero_optimization.{name}.device is {json.dumps(device)} in {source}"
+        if device not in devices:
+            problems.append(f"{found}; allowed: none, {', '.join(devices)}")
+        elif stage < first_stage:
+            allowed = "stage 3" if first_stage == 3 else "stage 1, 2 or 3"
+            problems.append(f"{found} but the stage is {stage}; {name} needs {allowed}")
+        elif device == "nvme" and stage != 3:
+            problems.append(
+                f'{found} but the stage is {stage}, where DeepSpeed silently takes the CPU; use stage 3, or write "cpu"'
+            )
+        elif device == "nvme" and not offload.get("nvme_path"):
+            problems.append(f"{found} but nvme_path is missing; set zero_optimization.{name}.nvme_path to a folder")
+    return problems
 
 
 def _type_problems(values: Mapping[str, Any], config: RunConfig, source: str) -> list[str]:

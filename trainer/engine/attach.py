@@ -28,6 +28,7 @@ from trainer.engine.guard import Guard
 from trainer.engine.local_gradients import LocalGradients
 from trainer.engine.probe import LossFunction, Prober
 from trainer.engine.registration import Registration, register
+from trainer.engine.rounding import RoundingLoss
 from trainer.selectors import Selector
 from trainer.updates import Dense, UpdateRule
 
@@ -98,6 +99,7 @@ class Sparse:
         self._engine: DeepSpeedEngine | None = None
         self._registration: Registration | None = None
         self._prober: Prober | None = None
+        self._rounding: RoundingLoss | None = None
         self._observed_at = -1
         # Of the first group's learning rate; other than 1 where no block has a group and always-on parts differ.
         self._rate_of_blocks = 1.0
@@ -115,6 +117,12 @@ class Sparse:
         """Optimizer steps applied so far; steps skipped for overflow do not count."""
         engine = self._attached()
         return engine.global_steps - engine.skipped_steps
+
+    @property
+    def rounded_away(self) -> float | None:
+        """Share (0 to 1) of the last interval's update that the last switch lost to the weights' precision, sampled on
+        this rank; None where nothing can be lost (fp32 weights, or a bank that keeps masters) or nothing was yet."""
+        return self._rounding.share if self._rounding is not None else None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What trains now: the active blocks' parameters and the always-on ones."""
@@ -190,6 +198,7 @@ class Sparse:
             )
         self._engine, self._registration = engine, registration
         self._fetch_order = FetchOrder(self.blocks)
+        self._rounding = self._follow_rounding()
         self._local = LocalGradients(self.update, registration)
         self._local.replace(self._outside_optimizer())
         self._guard = Guard(registration, self.blocks, every=guard_every, expect_motion=not self._sparse_rule)
@@ -234,6 +243,8 @@ class Sparse:
         for slot, index in enumerate(self._slots):
             if index not in drawn:
                 self._refill(registration, slot, entering.pop(0))
+        if self._rounding is not None:
+            self._rounding.finish()
         self._local.replace(self._outside_optimizer())
         order = self._fetch_order.after_switch(registration.fetch_order(), lowest=self.active[0])
         if order is not None:
@@ -249,12 +260,20 @@ class Sparse:
         numbers = range(slot * len(self._classes), (slot + 1) * len(self._classes))
         self._slots[slot] = index
         for number, parameters in zip(numbers, self._block_groups(index), strict=True):
-            if self.bank.keeps:
-                self.bank.put(registration.slices(number))
-            registration.refill(number, parameters)
-            if self.bank.holds(list(parameters)):
-                registration.materialise_state(number, *self.bank.layout(list(parameters)))
-                self.bank.take(registration.slices(number))
+            with registration.resident(number):
+                self._replace(registration, number, parameters)
+
+    def _replace(self, registration: Registration, number: int, parameters: dict[str, nn.Parameter]) -> None:
+        if self.bank.keeps:
+            self.bank.put(registration.slices(number))
+        elif self._rounding is not None:
+            self._rounding.leave(number, registration.masters(number))
+        registration.refill(number, parameters)
+        if self._rounding is not None:
+            self._rounding.enter(number, registration.masters(number))
+        if self.bank.holds(list(parameters)):
+            registration.materialise_state(number, *self.bank.layout(list(parameters)))
+            self.bank.take(registration.slices(number))
 
     def _wrap_forward(self, engine: DeepSpeedEngine) -> None:
         inner = engine.forward  # not a module hook: those are passed over by whoever calls `engine.forward` itself
@@ -347,6 +366,17 @@ class Sparse:
             for name, p in self.blocks[index].parameters.items()
             if name not in self.update.in_optimizer(self.blocks[index])
         }
+
+    def _follow_rounding(self) -> RoundingLoss | None:
+        """Where switches drop masters that hold more than the weights do."""
+        registration, dtype = self._registered(), next(iter(self.blocks[0].parameters.values())).dtype
+        if self.bank.keeps or dtype is torch.float32:
+            return None
+        rounding = RoundingLoss(dtype)
+        for number in range(len(self._slots) * len(self._classes)):
+            with registration.resident(number):
+                rounding.enter(number, registration.masters(number))
+        return rounding
 
     def _attached(self) -> DeepSpeedEngine:
         if self._engine is None:

@@ -139,6 +139,7 @@ class Guard:
         samples: dict[int, list[Tensor]] = {index: [] for index in active}
         for number, group in enumerate(self._registration.groups):
             if any(id(p) in owner for p in group.values()):
-                for parameter, master in zip(group.values(), self._registration.masters(number), strict=True):
-                    samples[owner[id(parameter)]].append(master[:_SAMPLE])
+                with self._registration.resident(number):
+                    for parameter, master in zip(group.values(), self._registration.masters(number), strict=True):
+                        samples[owner[id(parameter)]].append(master[:_SAMPLE].clone())
         return {index: torch.cat(pieces) for index, pieces in samples.items() if pieces}

@@ -18,7 +18,8 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -44,13 +45,14 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "stage 3": tuple(
         """
         _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition _grad_acc_hooks _leaf_module_hooks
-        _max_expected_hooks_seen _partition_all_parameters fp16_groups fp16_partitioned_groups
+        _max_expected_hooks_seen _optimizer_states_and_gradient_swap_in _optimizer_states_and_gradient_swap_out
+        _partition_all_parameters _swappable_optimizer_subgroup fp16_groups fp16_partitioned_groups
         fp16_partitioned_groups_flat fp16_partitioned_groups_flat_id fp16_partitioned_groups_flat_numel
         fp32_partitioned_groups_flat get_param_id grad_partitions_flat_buffer grad_position groups_padding
-        initialize_ds_offload ipg_buckets lp_param_buffer offload_optimizer offload_param optimizer param_dict
-        parameter_offload params_already_reduced reduce_ready_partitions_and_remove_grads reenter_backward_if_needed
-        should_refresh_expected_hook_count sub_group_to_group_id swap_optimizer
-        update_hook_state_and_maybe_run_epilogue
+        initialize_ds_offload ipg_buckets offload_optimizer optimizer param_dict
+        param_groups_fp16_flat_cpu_memory parameter_offload params_already_reduced params_in_nvme_and_cpu
+        reduce_ready_partitions_and_remove_grads reenter_backward_if_needed should_refresh_expected_hook_count
+        sub_group_to_group_id swap_optimizer update_hook_state_and_maybe_run_epilogue
         """.split()
     ),
     "stage 1 or 2": tuple(
@@ -68,6 +70,7 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
         update_hook_state_and_maybe_run_epilogue
         """.split()
     ),
+    "stage 3 without offload_param": ("lp_param_buffer",),
     # Of stages 1 and 2 with offload_optimizer.
     "offload": tuple(
         """
@@ -119,6 +122,8 @@ def missing_names(engine: DeepSpeedEngine, stage: str) -> list[str]:
         holders["offload"] = optimizer
     if hasattr(optimizer, "parameter_offload"):
         holders["coordinator"] = optimizer.parameter_offload.get_param_coordinator()
+        if not optimizer.offload_param:
+            holders["stage 3 without offload_param"] = optimizer
     return [
         name for kind, holder in holders.items() for name in PRIVATE_NAMES.get(kind, ()) if not hasattr(holder, name)
     ]
@@ -247,6 +252,11 @@ class Registration(ABC):
         self._exchange(index, leaving, entering)
         self.groups[index] = dict(parameters)
         self._reset_state(index)
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """While inside, the master and state of group `index` are in memory and what is written to them stays."""
+        yield
 
     def masters(self, index: int) -> list[Tensor]:
         """This rank's fp32 masters of group `index`, parameter by parameter, flat."""
@@ -461,6 +471,11 @@ class _Stage0(Registration):
         for parameter in leaving:
             self.engine.basic_optimizer.state.pop(parameter, None)
 
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """While inside, the master and state of group `index` are in memory and what is written to them stays."""
+        yield
+
     def masters(self, index: int) -> list[Tensor]:
         return [p.detach().view(-1) for p in self.groups[index].values()]
 
@@ -502,12 +517,8 @@ class _Stage3(Registration):
         self._take_over_hooks()
 
     def _check_supported(self) -> None:
-        if self.optimizer.swap_optimizer:
-            raise RegistrationError("offload_optimizer.device=nvme cannot be switched yet: use cpu or none")
-        if self.optimizer.offload_param:
-            raise RegistrationError(
-                "offload_param cannot be switched yet: set zero_optimization.offload_param.device to none"
-            )
+        if self.optimizer.params_in_nvme_and_cpu:
+            raise RegistrationError("offload_param.device=nvme cannot be switched: use cpu or none")
         self._release_cache = self._find_release_cache()
         if self._release_cache is None:
             raise RegistrationError(
@@ -517,6 +528,15 @@ class _Stage3(Registration):
 
     def _live_groups(self) -> list[list[nn.Parameter]]:
         return self.optimizer.fp16_groups
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        swapped = self.optimizer._swappable_optimizer_subgroup(index)  # to NVMe
+        if swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_out(index)
 
     def _master(self, index: int) -> Tensor:
         return self.optimizer.fp32_partitioned_groups_flat[index]
@@ -557,7 +577,7 @@ class _Stage3(Registration):
         """
         zero = self.optimizer
         for index, flat in enumerate(zero.fp16_partitioned_groups_flat):
-            own, master = flat.detach().clone(), self._master(index)
+            own, master = _copy(flat.detach()), self._master(index)
             if (own.dtype, own.device) == (master.dtype, master.device) and not zero.offload_optimizer:
                 own.requires_grad_(True)
                 own.ds_id = master.ds_id
@@ -567,6 +587,7 @@ class _Stage3(Registration):
             zero.fp16_partitioned_groups_flat[index] = own
             self._view_into(own, zero.fp16_groups[index])
         zero.lp_param_buffer = None
+        zero.param_groups_fp16_flat_cpu_memory.clear()  # of offload_param
 
     @staticmethod
     def _view_into(flat: Tensor, parameters: Iterable[nn.Parameter]) -> None:
@@ -608,18 +629,25 @@ class _Stage3(Registration):
         master = self._master(index)
         if master is not zero.fp16_partitioned_groups_flat[index]:
             master.data.copy_(zero.fp16_partitioned_groups_flat[index].data)
-        master.ds_id = f"{entering[0].ds_id}_{entering[-1].ds_id}"
+        if not zero.swap_optimizer:  # which finds the group's files by it
+            master.ds_id = f"{entering[0].ds_id}_{entering[-1].ds_id}"
         self._track_gradients(index, leaving, entering)
         self._hook_group(index)
 
     def _replace_buffers(self, index: int, leaving: list[nn.Parameter], entering: list[nn.Parameter]) -> None:
         """Blocks of different sizes: the slot's buffers are allocated anew."""
         zero = self.optimizer
+        if zero.swap_optimizer:
+            raise RegistrationError(
+                "offload_optimizer.device=nvme holds one file for each slot, and this model's blocks differ in shape: "
+                "use cpu or none"
+            )
         for parameter in leaving:
-            parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
+            parameter.ds_tensor.data = _copy(parameter.ds_tensor.data)
         old_flat, old_master = zero.fp16_partitioned_groups_flat[index], self._master(index)
         zero.optimizer.state.pop(old_master, None)
         flat = torch.cat([p.ds_tensor.data.view(-1) for p in entering])
+        flat = flat.pin_memory() if old_flat.is_pinned() else flat
         self._view_into(flat, entering)
         zero.fp16_partitioned_groups_flat[index] = flat
         if old_master is old_flat:
@@ -763,7 +791,7 @@ class _Stage3(Registration):
 
     def _own_storage(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
-            parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
+            parameter.ds_tensor.data = _copy(parameter.ds_tensor.data)
 
 
 class _Stage1And2(Registration):
@@ -969,9 +997,14 @@ def _exchange_storage(leaving: Tensor, entering: Tensor, place: Tensor) -> None:
 
     One tensor at a time, so that a switch needs no more than one parameter's worth of extra memory.
     """
-    leaving.data = place.clone()
+    leaving.data = _copy(place)
     place.copy_(entering.data)
     entering.data = place
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """With storage of its own, pinned where the original is: offloaded weights go to the device again and again."""
+    return tensor.clone().pin_memory() if tensor.is_pinned() else tensor.clone()
 
 
 def _param_alignment(zero: DeepSpeedZeroOptimizer, parameter: nn.Parameter) -> int:

@@ -1,0 +1,55 @@
+"""What is lost when a block is frozen again without its fp32 master: updates below the weights' precision.
+
+A bf16 weight of 0.02 has a unit in the last place of 1.2e-4. A master remembers smaller steps, but bank `discard` drops
+it at the switch, and what is left of the interval's update is what the weights show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Elements sampled from each parameter on each rank.
+_SAMPLE = 64
+
+
+class RoundingLoss:
+    """Follows a sample of masters through an interval; `share` is the part of their update that the last switch lost.
+
+    0: nothing; 1: every sampled weight is what it was before the interval. None before the first switch.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.share: float | None = None
+        self._dtype = dtype
+        self._before: dict[int, Tensor] = {}
+        self._updates: list[tuple[Tensor, Tensor]] = []
+
+    def enter(self, group: int, masters: Sequence[Tensor]) -> None:
+        """Optimizer group `group` begins an interval with these masters (fp32, flat)."""
+        self._before[group] = _sample(masters)
+
+    def leave(self, group: int, masters: Sequence[Tensor]) -> None:
+        """It ends one, and its masters are about to be dropped."""
+        before, after = self._before.pop(group), _sample(masters)
+        self._updates.append((after - before, after.to(self._dtype).float() - before))
+
+    def finish(self) -> None:
+        """After a switch: sum up what left in it."""
+        if self._updates:
+            wanted, kept = (torch.cat(parts) for parts in zip(*self._updates, strict=True))
+            self._updates.clear()
+            # What rounds up moves further than it should; that is noise rather than learning.
+            remaining = torch.minimum(wanted.abs(), kept.abs()).sum()
+            self.share = float(1 - remaining / wanted.abs().sum().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _sample(masters: Sequence[Tensor]) -> Tensor:
+    return torch.cat([master[:_SAMPLE] for master in masters]).float().clone()
+
+
+def half_unit(magnitude: float, dtype: torch.dtype) -> float:
+    """Half a unit in the last place of a number of that size: smaller updates of it are rounded away."""
+    return torch.finfo(dtype).eps * 2.0 ** (torch.tensor(magnitude).log2().floor().item()) / 2
