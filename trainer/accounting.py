@@ -46,12 +46,14 @@ def model_state(
     ranks: int,
     weight_bytes: int,
     gradient_bytes: int | None = None,
+    moment_bytes: int = 8,
     offload: bool = False,
 ) -> ModelState:
     """The minimum that ZeRO `stage` holds on a rank.
 
     `parameters`: elements of every parameter of the model; `groups`: of those that the optimizer holds, by group.
-    `weight_bytes` is 2 (bf16) or 4 (fp32); `gradient_bytes`, those of an accumulated gradient, default to it.
+    `weight_bytes` is 2 (bf16, fp16) or 4 (fp32); `gradient_bytes`, those of an accumulated gradient, default to it;
+    `moment_bytes` are both of Adam's together, 2 for an 8-bit Adam, whose scales of blocks are not counted.
 
     Stages 1 and 2 replicate weights, cut each group into equal parts, and free gradients within the step. Stage 3
     cuts each parameter, keeps a partition of the gradients, and uses fp32 weights as their own masters. Stage 0 is
@@ -60,15 +62,19 @@ def model_state(
     held = [numel for group in groups for numel in group]
     gradient_bytes = gradient_bytes or weight_bytes
     if stage == 0:
-        return ModelState(4 * sum(parameters), 0, 0, 8 * sum(held))
+        return ModelState(4 * sum(parameters), 0, 0, moment_bytes * sum(held))
     if stage == 3:
         mine, active = (sum(-(-n // ranks) for n in numels) for numels in (parameters, held))
         own_masters = weight_bytes == 4 and not offload
         # Offloading keeps the accumulated partition and, beside it, the gradient of the fp32 master.
         gradients = gradient_bytes * active + (4 * active if offload else 0)
-        return ModelState(weight_bytes * mine, gradients, 0 if own_masters else 4 * active, 8 * active, offload)
+        return ModelState(
+            weight_bytes * mine, gradients, 0 if own_masters else 4 * active, moment_bytes * active, offload
+        )
     active = sum(-(-sum(group) // ranks) for group in groups)
-    return ModelState(weight_bytes * sum(parameters), 4 * active if offload else 0, 4 * active, 8 * active, offload)
+    return ModelState(
+        weight_bytes * sum(parameters), 4 * active if offload else 0, 4 * active, moment_bytes * active, offload
+    )
 
 
 def measured_state(held: Mapping[str, Iterable[Tensor]], *, offload: bool = False) -> ModelState:

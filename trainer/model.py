@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 from trainer.blocks import full_shape
 from trainer.config.schema import ModelConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class ModelError(ValueError):
@@ -67,7 +67,7 @@ def attention(config: ModelConfig) -> str:
             "a supported card, or set model.attention to sdpa"
         )
     if config.attention == "auto":
-        return "flash_attention_2" if flash and config.dtype == "bf16" else "sdpa"
+        return "flash_attention_2" if flash and config.dtype != "fp32" else "sdpa"
     return config.attention
 
 

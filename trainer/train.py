@@ -121,7 +121,9 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
         lr = engine.get_lr()[0]  # of this step; the engine's next one after it
         result = train_step(engine, objective, feed.micro_batches(batches.indices(step)))
         meter.add(result)
-        skipped = 0 if result.applied else skipped + 1
+        # Gradients that overflow in fp16 are the loss scale's way down, and DeepSpeed ends that at its minimum.
+        overflow = config.model.dtype == "fp16" and bool(torch.isfinite(result.loss_sum))
+        skipped = 0 if result.applied or overflow else skipped + 1
         if skipped > may_skip:
             allowed = f"(train.max_skipped_steps is {config.train.max_skipped_steps}"
             allowed += ")" if may_skip == config.train.max_skipped_steps else ", which ZeRO stage 0 cannot do)"
@@ -329,7 +331,13 @@ def _build_optimizer(config: RunConfig, sparse: Sparse, *, offload: bool) -> tor
     settings: dict[str, Any] = {"lr": chosen.lr, "betas": chosen.betas, "eps": chosen.eps}
     decoupled = chosen.name == "adamw"
     if offload:
+        if chosen.name == "adamw_8bit":
+            raise ConfigError(["optimizer.name: adamw_8bit steps on the device; with offload_optimizer set adamw"])
         return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **settings)
+    if chosen.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     return kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
 
@@ -401,8 +409,9 @@ def describe(config: RunConfig, ranks: int) -> str:
         [[p.numel() for p in group["params"]] for group in sparse.param_groups()],
         stage=stage,
         ranks=ranks,
-        weight_bytes=2 if config.model.dtype == "bf16" else 4,
-        gradient_bytes=2 if ds["data_types"]["grad_accum_dtype"] in ("bf16", "bfloat16") else 4,
+        weight_bytes=4 if config.model.dtype == "fp32" else 2,
+        gradient_bytes=4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2,
+        moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
         offload=_offloads(ds),
     )
     lines = [dump(config).rstrip(), ""]

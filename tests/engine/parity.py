@@ -12,6 +12,7 @@ from torch import Tensor
 
 import trainer
 from tests.models import FAMILIES, tiny_llama, tiny_model
+from trainer.model import DTYPES
 from trainer.selectors import build
 
 # Adam's eps is large and the rate small, so that a changed summation order stays at 1e-7 (measured: 6e-5 at lr 1e-2).
@@ -72,9 +73,7 @@ def learning_rate(cell: Cell, step: int) -> float:
 def build_model(cell: Cell) -> torch.nn.Module:
     if cell.family is not None:
         return tiny_model(cell.family).train()
-    model = tiny_llama(
-        hidden=cell.hidden, tied=cell.tied, dtype=torch.bfloat16 if cell.dtype == "bf16" else torch.float32
-    )
+    model = tiny_llama(hidden=cell.hidden, tied=cell.tied, dtype=DTYPES[cell.dtype])
     if cell.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
@@ -164,6 +163,7 @@ def deepspeed_config(cell: Cell, *, micro_batch: int) -> dict[str, Any]:
         "zero_optimization": zero | cell.extra.get("zero", {}),
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": cell.dtype == "bf16"},
+        "fp16": {"enabled": cell.dtype == "fp16", "hysteresis": 1},
         "steps_per_print": 10**9,
     } | cell.extra.get("config", {})
 

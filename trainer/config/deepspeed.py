@@ -176,6 +176,7 @@ def _run_fills(config: RunConfig) -> list[_Fill]:
         # DeepSpeed 0.19.8 clips at 1.0 where this is missing.
         _Fill("gradient_clipping", clipping, "train.gradient_clipping", clipping),
         _Fill("bf16.enabled", dtype == "bf16", "model.dtype", dtype),
+        _Fill("fp16.enabled", dtype == "fp16", "model.dtype", dtype),
     ]
 
 
@@ -203,8 +204,9 @@ def _defaults(config: RunConfig, values: Mapping[str, Any]) -> list[tuple[str, A
         # DeepSpeed's own choice: on for stage 3 only.
         ("zero_optimization.overlap_comm", _get(values, "zero_optimization.stage") == 3),
     ]
-    if _get(values, "fp16.enabled") == AUTO:
-        defaults.append(("fp16.enabled", False))
+    if config.model.dtype == "fp16":
+        # Dynamic scaling that comes down by one power with every overflow; DeepSpeed's 2 waits for a second one.
+        defaults += [("fp16.loss_scale", 0), ("fp16.initial_scale_power", 16), ("fp16.hysteresis", 1)]
     if config.monitor.tensorboard:
         defaults += [
             ("tensorboard.enabled", True),
@@ -286,7 +288,7 @@ def _type_problems(values: Mapping[str, Any], config: RunConfig, source: str) ->
     problems = []
     dtype = config.model.dtype
     accumulation = _get(values, "data_types.grad_accum_dtype", AUTO) or AUTO
-    allowed = ("fp32",) if dtype == "fp32" else ("bf16", "fp32")
+    allowed = ("fp32",) if dtype == "fp32" else (dtype, "fp32")
     if accumulation not in (*allowed, AUTO):
         problems.append(
             f"deepspeed: data_types.grad_accum_dtype is {json.dumps(accumulation)} in {source} but model.dtype is "

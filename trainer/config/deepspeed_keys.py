@@ -158,7 +158,6 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "optimizer": ((), "Strata builds the optimizer, one group per active block: set optimizer.* of the run"),
     "scheduler": ((), "Strata builds the learning-rate schedule: set schedule.* of the run"),
     "bfloat16": ((), "this is the old name of the block: write bf16"),
-    "fp16.enabled": ((False,), "weights are bf16 or fp32: set model.dtype of the run"),
     "torch_autocast.enabled": ((False,), "the type of the weights is that of the run: set model.dtype"),
     "managed_gradient_accumulation": ((True,), "the run sets accumulation: set train.global_batch_size"),
     "gradient_allreduce_op": (("mean",), "the loop divides the summed loss itself and expects averaging"),

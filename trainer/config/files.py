@@ -133,6 +133,11 @@ def file_problems(values: Mapping[str, Any], bases: Sequence[Path]) -> list[str]
     problems += _deepspeed_problems(values.get("deepspeed", RunConfig.model_fields["deepspeed"].default))
     if _section(values, "monitor").get("tensorboard") is True and importlib.util.find_spec("tensorboard") is None:
         problems.append("monitor.tensorboard: got true, but package tensorboard is missing; install it or set false")
+    if _section(values, "optimizer").get("name") == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(
+            "optimizer.name: adamw_8bit, but package bitsandbytes is missing; pip install "
+            "'strata-trainer[8bit]', or set adamw"
+        )
     return problems
 
 

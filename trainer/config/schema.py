@@ -38,7 +38,9 @@ class ModelConfig(Section):
     tokenizer: Text | None = Field(
         None, description="`bytes` (shipped), a folder or a hub name; null: model.path, or `bytes` with model.random."
     )
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Type of the weights in forward and backward.")
+    dtype: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="Type of the weights in forward and backward; fp16 with dynamic loss scaling."
+    )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto", description="Attention kernel; auto takes the fastest one that the machine has."
     )
@@ -121,7 +123,11 @@ class AlwaysOn(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "adam"] = Field("adamw", description="adamw decouples weight decay, adam does not.")
+    name: Literal["adamw", "adam", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw decouples weight decay, adam does not; adamw_8bit: moments in a quarter of the bytes "
+        "(bitsandbytes, the extra strata-trainer[8bit]).",
+    )
     lr: Positive = Field(2e-5, description="Peak learning rate.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False, description="Decay of Adam's two moments.")
     eps: Positive = Field(1e-8, description="Adam's epsilon.")
@@ -339,6 +345,7 @@ def rule_problems(values: Mapping[str, Any]) -> list[str]:
         *_schedule_rules(values),
         *_eval_rules(values),
         *_weight_rules(values),
+        *_optimizer_rules(values),
     ]
 
 
@@ -407,3 +414,13 @@ def _weight_rules(values: Mapping[str, Any]) -> list[str]:
         f"data.train: weight given for {sum(given)} of {len(given)} sources; give it for all of them, or for none, and "
         "every sample is seen once per epoch"
     ]
+
+
+def _optimizer_rules(values: Mapping[str, Any]) -> list[str]:
+    bank = _get(expand_method(values), "bank.name")
+    if _get(values, "optimizer.name") == "adamw_8bit" and bank not in (None, "discard"):
+        return [
+            f"bank.name: {bank}, but the moments of optimizer.name=adamw_8bit are quantised for where they lie and "
+            "cannot be kept; allowed: discard, or optimizer.name=adamw"
+        ]
+    return []

@@ -187,6 +187,8 @@ class Sparse:
                 f"gradient_clipping is {engine.gradient_clipping()}, but {type(self.update).__name__} keeps gradients "
                 "that DeepSpeed's norm does not see: set gradient_clipping to 0"
             )
+        if self._sparse_rule and engine.fp16_enabled():
+            raise ValueError(f"fp16 gradients are scaled, which {type(self.update).__name__} does not see: use bf16")
         registration = register(engine, self.groups())
         if registration.rebuilt:
             logger.warning(

@@ -136,8 +136,6 @@ def register(engine: DeepSpeedEngine, groups: Sequence[Parameters]) -> Registrat
     holder of its optimizer stays valid. Raises `RegistrationError` for an engine that cannot be switched.
     """
     optimizer = engine.optimizer
-    if engine.fp16_enabled():
-        raise RegistrationError("fp16 engines cannot be switched yet: use bf16 or fp32")
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
         return _Stage3(engine, groups)
     if type(optimizer) is DeepSpeedZeroOptimizer:
