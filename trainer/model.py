@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
@@ -38,6 +40,7 @@ def load(
         else:
             model = _from_pretrained(config, architecture, options)
     _check_vocabulary(_embedded(model), tokenizer)
+    gather_experts_together(model)
     model.config.use_cache = False
     if config.activation_checkpointing:
         # Non-reentrant, and without the hook that makes embeddings require gradients: with it, backward would always
@@ -45,6 +48,21 @@ def load(
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
     return model
+
+
+def gather_experts_together(model: nn.Module) -> None:
+    """Let ZeRO-3 gather and reduce experts that are modules of their own all at once.
+
+    Ranks send their tokens to different experts. Gathered one by one, a rank would wait for an expert that the other
+    ranks do not call. (Most of transformers' experts are stacked in one parameter and need nothing.)
+    """
+    holders = {
+        type(module)
+        for module in model.modules()
+        if any(name == "experts" and isinstance(child, nn.ModuleList) for name, child in module.named_children())
+    }
+    if holders:
+        set_z3_leaf_modules(model, list(holders))
 
 
 def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -117,7 +117,8 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
             for rank in range(cell.ranks):
                 ids = batch(step, micro, ranks=cell.ranks, rank=rank)
                 (model(input_ids=ids, labels=ids).loss / (cell.accumulation * cell.ranks)).backward()
-        gradients = {n: p.grad for n, p in active.items()}
+        # An expert without tokens has no gradient; in DeepSpeed it is zero, as on a rank of which others have some.
+        gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in active.items()}
         if cell.clipping:
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
             scale = min(1.0, cell.clipping / (norm.item() + 1e-6))

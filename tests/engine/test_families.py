@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from deepspeed.utils import get_z3_leaf_modules
+from torch import Tensor, nn
+
 from tests import distributed
+from tests.engine import parity
 from tests.engine.parity import Cell, largest_difference, reference, strata
-from tests.models import FAMILIES
+from tests.models import FAMILIES, tiny_llama
+from trainer.model import gather_experts_together
 
 TOLERANCE = 1e-6
 
@@ -29,3 +35,55 @@ def test_every_family_trains_as_in_a_plain_loop() -> None:
     assert len(differences) == 2 * len(FAMILIES)
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     assert not wrong, wrong
+
+
+# --- experts that are modules of their own -----------------------------------------------------------------------
+
+
+class RoutedExperts(nn.Module):
+    """Each token goes to one of 16 experts, by its id: a choice of the weights would turn rounding into another
+    model. An expert without tokens is not called, which is so for other ones on each rank."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 16, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(16))
+        embedding.register_forward_pre_hook(self._remember)
+
+    def _remember(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.chosen = args[0] % 16
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weights = self.gate(hidden).softmax(dim=-1)
+        output = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            mine = self.chosen == number
+            if mine.any():
+                output[mine] = expert(hidden[mine]) * weights[mine][:, number, None]
+        return output
+
+
+def _with_experts(cell: Cell) -> nn.Module:
+    model = tiny_llama()
+    torch.manual_seed(2)
+    for layer in model.model.layers:
+        layer.mlp = RoutedExperts(model.model.embed_tokens)
+    gather_experts_together(model)
+    return model.train()
+
+
+def _experts(rank: int, cells: tuple[Cell, ...]) -> list[tuple[float, bool]]:
+    parity.build_model = _with_experts
+    found = []
+    for cell in cells:
+        leaves = {type(module) for module in get_z3_leaf_modules(_with_experts(cell))}
+        weights, _ = strata(rank, cell)
+        found.append((largest_difference(weights, reference(cell)[0]), leaves == {RoutedExperts}))
+    return found
+
+
+def test_experts_in_a_list_are_gathered_and_reduced_together() -> None:
+    cells = (Cell(steps=10), Cell(steps=10, bank="cpu", accumulation=2))
+    for found in distributed.run(_experts, cells, ranks=2, deadline=200):
+        for difference, leaf in found:
+            assert difference <= TOLERANCE and leaf

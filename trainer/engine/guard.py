@@ -47,7 +47,9 @@ class Guard:
         self._blocks = blocks
         self._every = every
         self._expect_motion = expect_motion  # a sparse rule may leave what is sampled alone
+        # Held after it was compared, until the next one, so that memory is the same at every switch.
         self._snapshot: _Snapshot | None = None
+        self._compared = True
         self._lr_seen = False
         self._last_check = 0
 
@@ -63,7 +65,7 @@ class Guard:
         """Since the last sample, on this rank: for each block 1 if it moved as it should (or need not have), and what
         moved that should not have. (None, None) without a sample."""
         before = self._snapshot
-        if before is None:
+        if before is None or self._compared:
             return None, None
         problems = []
         for block, old, new in zip(self._blocks, before.weights, self._sample_weights(), strict=True):
@@ -103,8 +105,9 @@ class Guard:
             problem = problem or f"{since}: blocks {still} were active but none of their sampled masters moved"
         if highest != -lowest or any_problem or still:
             self._raise_together(interval, active, problem)
-        self._snapshot = None
+        self._compared = True
         if self.due(step):
+            self._compared = False
             self._last_check = step
             self._lr_seen = False
             self._snapshot = _Snapshot(step, active, self._sample_weights(), self._sample_masters(active))
