@@ -1,8 +1,8 @@
 # Every target sets up what it needs: a virtual environment in .venv, dependencies as pinned, the project itself.
 PYTHON ?= python3
 VENV := .venv
-# Two ranks on the CPU; with accelerators one rank each, as many as a batch of 32 divides into.
-RANKS := import torch; n = torch.cuda.device_count(); print(f'--num_gpus {2 ** (n.bit_length() - 1)}' if n else '--num_accelerators 2')
+# Two ranks on the CPU; with GPUs one rank each: 1, 2, 4 or 8, by which the quick start's 32 sequences of 4 divide.
+RANKS := import torch; n = torch.cuda.device_count(); print(f'--num_gpus {min(8, 2 ** (n.bit_length() - 1))}' if n else '--num_accelerators 2')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: train test test-slow check clean

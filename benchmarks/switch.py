@@ -134,7 +134,7 @@ class Watch:
         return train_step(self.engine, ids)
 
 
-def timed_pass(watch: Watch, args: argparse.Namespace) -> dict[str, float]:
+def timed_pass(watch: Watch, args: argparse.Namespace) -> dict[str, float | None]:
     steps: list[list[float]] = []
     with quiet_collector():
         for number in range((args.switches + 1) * args.interval):
@@ -148,7 +148,7 @@ def timed_pass(watch: Watch, args: argparse.Namespace) -> dict[str, float]:
         "step_seconds_median": step,
         "switch_seconds_median": switch,
         "switch_over_step": switch / step,
-        "after_switch_ratio": statistics.median(ratios) if ratios else float("nan"),
+        "after_switch_ratio": statistics.median(ratios) if ratios else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""The entry point: `deepspeed launch/train.py [RECIPE] [key=value ...]`; torchrun and srun work as well."""
+"""The entry point: `deepspeed launch/train.py [RECIPE] [key=value ...]`; torchrun and plain python work as well."""
 
 import sys
 from pathlib import Path

@@ -26,6 +26,7 @@ from tests.launching import (
     SCRIPT,
     Finished,
     deepspeed,
+    environment,
     launch,
     metrics,
     rank_process,
@@ -320,6 +321,29 @@ def test_a_run_whose_last_step_ruins_the_model_writes_none(place: Path) -> None:
     folder = place / "runs" / "tiny"
     assert {entry.name for entry in folder.iterdir()} == {"config.yaml", "metrics.jsonl"}
     assert numbers(folder)[-1] == {"step": 1, "eval_loss": None}
+
+
+@pytest.mark.slow
+def test_packed_rows_a_fused_loss_8_bit_moments_and_what_bf16_loses(place: Path) -> None:
+    values = ["train.fused_loss=on", "data.packing=true", "model.dtype=bf16", "optimizer.name=adamw_8bit"]
+    finished = launch(deepspeed("tiny.yaml", *values, "optimizer.lr=1.0e-8", "eval.every=null"), place)
+    assert finished.code == 0, finished.everything
+    assert "packed into" in finished.stderr
+    assert finished.stderr.count("WARNING: nearly all that a block learns will be rounded away") == 1
+    folder = place / "runs" / "tiny"
+    steps = [line for line in metrics(folder) if "loss" in line]
+    assert steps[0].get("rounded_away") is None and steps[-1]["rounded_away"] > 0.9
+    assert AutoModelForCausalLM.from_pretrained(folder / "model").dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_srun_without_ranks_is_refused(place: Path) -> None:
+    """As each of two tasks sees itself: they would train twice, beside each other."""
+    variables = environment() | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    process = start([sys.executable, str(SCRIPT), "tiny.yaml"], place, env=variables, stderr=subprocess.PIPE)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "srun started 2 processes, but RANK and WORLD_SIZE are not set" in said
+    assert nothing_was_trained(place)
 
 
 @pytest.mark.slow
