@@ -325,7 +325,7 @@ def test_a_run_whose_last_step_ruins_the_model_writes_none(place: Path) -> None:
 
 @pytest.mark.slow
 def test_packed_rows_a_fused_loss_8_bit_moments_and_what_bf16_loses(place: Path) -> None:
-    values = ["train.fused_loss=on", "data.packing=true", "model.dtype=bf16", "optimizer.name=adamw_8bit"]
+    values = ["train.fused_loss=true", "data.packing=true", "model.dtype=bf16", "optimizer.name=adamw_8bit"]
     finished = launch(deepspeed("tiny.yaml", *values, "optimizer.lr=1.0e-8", "eval.every=null"), place)
     assert finished.code == 0, finished.everything
     assert "packed into" in finished.stderr

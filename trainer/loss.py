@@ -89,10 +89,11 @@ class Objective:
         return loss, self.router_coefficient * output.aux_loss.float() if balancing else None
 
 
-def choose_fused(wanted: str, model: PreTrainedModel) -> bool:
-    """Whether to fuse head and loss: `on`, `off`, or `auto`, which fuses large vocabularies."""
-    vocabulary = full_shape(model.get_output_embeddings().weight)[0]
-    return wanted == "on" or (wanted == "auto" and vocabulary >= FUSED_FROM_VOCABULARY)
+def choose_fused(wanted: bool | str, model: PreTrainedModel) -> bool:
+    """Whether to fuse head and loss: as `wanted`, or with `auto` for large vocabularies."""
+    if wanted == "auto":
+        return full_shape(model.get_output_embeddings().weight)[0] >= FUSED_FROM_VOCABULARY
+    return bool(wanted)
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def check_fused(engine: Any, objective: Objective) -> None:
         raise LossError(
             f"train.fused_loss: the fused loss is {fused:.4f}, but this model's logits give {plain:.4f}: "
             f"{type(engine.module).__name__} changes its logits in a way that the fused head does not know; "
-            "set train.fused_loss=off"
+            "set train.fused_loss=false"
         )
 
 

@@ -151,7 +151,7 @@ class TrainConfig(Section):
     global_batch_size: Count = Field(description="Sequences (packed rows) per optimizer step, over all ranks.")
     micro_batch_size: Count = Field(1, description="Sequences per rank and forward.")
     gradient_clipping: PositiveOrZero = Field(1.0, description="Largest gradient norm; 0 switches clipping off.")
-    fused_loss: Literal["auto", "on", "off"] = Field(
+    fused_loss: Literal["auto"] | bool = Field(
         "auto",
         description="Compute head and loss tile by tile, so that logits never exist as a whole (TRL's fused head); "
         "auto: for vocabularies of 32768 and more.",
