@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_model(family: str, *, seed: int = 0) -> PreTrainedModel:
     """A model of four blocks of the given transformers type, with random weights and eager attention."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family][1]})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family][1]})
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 

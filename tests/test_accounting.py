@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import trainer
 from tests import distributed
 from tests.engine.parity import Cell, build_model, make_engine, make_selector, train_step
-from trainer.accounting import ModelState, measured_state, model_state, readable
-from trainer.blocks import full_numel
+from tests.models import tiny_model
+from trainer.accounting import BlockShape, ModelState, block_shape, measured_state, model_state, readable, step_flops
+from trainer.blocks import find, full_numel
+from trainer.selectors import Fixed
 
 
 def test_the_table_of_the_design_by_hand() -> None:
@@ -59,3 +63,49 @@ def test_measured_state_is_the_minimum() -> None:
     for figures in distributed.run(_measure, cells, ranks=2):
         for cell, measured, minimum in figures:
             assert minimum <= measured <= 1.05 * minimum, (cell, measured, minimum)
+
+
+# --- FLOPs -------------------------------------------------------------------------------------------------------
+
+
+def test_flops_by_hand() -> None:
+    """Two blocks of 10 weights and attention of width 4, a head of 6, one sequence of 3 tokens."""
+    blocks = [BlockShape(linear=10, attention=4)] * 2
+    run = {"head": 6, "batch": 1, "length": 3, "checkpointing": False}
+    linear, attention, head = 2 * 3 * 10, 4 * 3 * 3 * 4, 2 * 3 * 6
+    forward = 2 * (linear + attention) + head
+    top = step_flops(blocks, active=[1], embeddings=False, train_head=False, **run)
+    assert top == forward + (linear + 2 * attention + head) + linear
+    whole = step_flops(blocks, active=[1], embeddings=True, train_head=True, **run)
+    assert whole == forward + (2 * (linear + 2 * attention) + head) + linear + head
+    again = step_flops(blocks, active=[1], embeddings=False, train_head=False, **run | {"checkpointing": True})
+    assert again == top + linear + attention
+
+
+def test_experts_count_as_often_as_a_token_meets_them() -> None:
+    model = tiny_model("mixtral")
+    (block, *_) = find(model).blocks
+    dense = sum(p.shape[0] * p.shape[1] for p in block.module.parameters() if p.dim() == 2)
+    experts = 3 * 32 * 64  # gate, up and down
+    assert block_shape(block, model.config) == BlockShape(dense + 2 * experts, 32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("active", [(0, 1), (2, 3)])
+def test_a_plain_step_executes_the_minimum(family: str, active: tuple[int, ...]) -> None:
+    model = tiny_model(family).train()
+    sparse = trainer.prepare(model, selector=Fixed(blocks=active), always_on=())
+    minimum = step_flops(
+        [block_shape(block, model.config) for block in sparse.blocks],
+        head=32 * 64,
+        batch=2,
+        length=16,
+        active=active,
+        embeddings=False,
+        train_head=False,
+        checkpointing=False,
+    )
+    ids = torch.randint(64, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert counter.get_total_flops() == minimum

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from tests import distributed
-from tests.models import tiny_llama
+from tests.models import COMMON, FAMILIES, tiny_llama
 from trainer import model as models
 from trainer.blocks import find
 from trainer.config.schema import ModelConfig
@@ -227,5 +227,13 @@ def test_the_dry_run_refuses_the_same(choice: dict[str, Any]) -> None:
 def test_flash_attention_is_refused_where_it_is_missing() -> None:
     with pytest.raises(ModelError, match=r"model\.attention: flash_attention_2, but .* set model\.attention to sdpa"):
         load(random=LLAMA, attention="flash_attention_2")
-    assert attention(ModelConfig(random=LLAMA)) == "sdpa"
+    assert attention(ModelConfig(random=LLAMA), AutoConfig.for_model(**LLAMA)) == "sdpa"
     assert load(random=LLAMA, attention="eager").config._attn_implementation == "eager"
+
+
+def test_every_family_has_a_kernel_by_default() -> None:
+    """Some architectures (gemma2) lack sdpa."""
+    for family, (_, fields) in FAMILIES.items():
+        config = ModelConfig(random={"model_type": family, **COMMON, **fields})
+        kernel = attention(config, AutoConfig.for_model(**config.random))
+        assert kernel == ("eager" if family == "gemma2" else "sdpa"), family

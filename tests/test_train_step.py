@@ -23,7 +23,7 @@ from trainer.data import Batches, Prepared, collate
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.loss import LossError, Objective, check_fused, check_packing, summed_loss
 from trainer.selectors import All
-from trainer.train import _Feed, evaluate, train_step
+from trainer.train import _check_fused, _Feed, evaluate, train_step
 
 CONFIG: Any = SimpleNamespace(
     eval=SimpleNamespace(micro_batch_size=2, max_samples=None), train=SimpleNamespace(micro_batch_size=1)
@@ -117,6 +117,15 @@ def test_a_model_that_mixes_packed_samples_is_refused() -> None:
     wrapper.device = torch.device("cpu")
     with pytest.raises(LossError, match="data.packing: true, but IgnoresPositions lets packed samples"):
         check_packing(wrapper)
+
+
+def test_a_model_without_position_ids_cannot_be_packed() -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return input_ids
+
+    with pytest.raises(LossError, match="data.packing: true, but Plain takes no position ids"):
+        check_packing(alone(Plain()))
 
 
 # --- fused head and loss -----------------------------------------------------------------------------------------
@@ -239,5 +248,7 @@ def _unknown_head(rank: int) -> None:
     with pytest.raises(LossError, match="LlamaForCausalLM changes its logits"):
         check_fused(engine, objective)
     assert engine.module.training
+    _check_fused(SimpleNamespace(train=SimpleNamespace(fused_loss="auto")), engine, objective)
+    assert not objective.fused, "where it was not asked for, the plain loss serves"
     ids = torch.arange(8)[None]
     assert summed_loss(engine(input_ids=ids).logits, ids).isfinite()

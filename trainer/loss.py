@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ FUSED_FROM_VOCABULARY = 32768
 # Of the loss; bf16 logits have eight bits of mantissa.
 _AGREEMENT = 0.02
 # Of what a sample changes by when it sees another one: rounding is far less, a wrong mask as much.
-_AS_IF_ALONE = 0.2
+_AS_IF_ALONE = 0.05
 
 
 class LossError(ValueError):
@@ -62,7 +63,9 @@ class Objective:
     ) -> None:
         config = model.config.get_text_config()
         self.fused = fused
-        self.router_coefficient = float(getattr(config, "router_aux_loss_coef", None) or 0.0) if router_loss else 0.0
+        # Configurations have the coefficient also where a model of theirs has no experts.
+        wanted = router_loss and _has_experts(model)
+        self.router_coefficient = float(getattr(config, "router_aux_loss_coef", None) or 0.0) if wanted else 0.0
         if fused:
             from trl.trainer.utils import add_fused_lm_head  # seconds to import
 
@@ -86,7 +89,15 @@ class Objective:
         else:
             output = engine(**inputs)
             loss = summed_loss(output.logits, batch["labels"])
-        return loss, self.router_coefficient * output.aux_loss.float() if balancing else None
+        router_loss = getattr(output, "aux_loss", None) if balancing else None
+        return loss, None if router_loss is None else self.router_coefficient * router_loss.float()
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    """Stacked in a parameter of three dimensions, or in a list of modules."""
+    return any(len(full_shape(p)) == 3 for p in model.parameters()) or any(
+        name.endswith("experts") and isinstance(module, nn.ModuleList) for name, module in model.named_modules()
+    )
 
 
 def choose_fused(wanted: bool | str, model: PreTrainedModel) -> bool:
@@ -103,9 +114,17 @@ def check_fused(engine: Any, objective: Objective) -> None:
     Architectures scale, cap or rescale their logits in ways that a fused head must know of. Raises `LossError`.
     """
     ids = _some_tokens(engine).view(2, 16)
-    with _evaluating(engine):
-        fused, _ = objective(engine, {"input_ids": ids, "labels": ids})
-        plain = summed_loss(engine(input_ids=ids).logits, ids)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        objective(engine, batch)  # in training mode, with the router's loss
+        with _evaluating(engine):
+            fused, _ = objective(engine, batch)
+            plain = summed_loss(engine(input_ids=ids).logits, ids)
+    except (AttributeError, TypeError) as error:
+        raise LossError(
+            f"train.fused_loss: the fused head does not fit {type(engine.module).__name__} ({error}); set "
+            "train.fused_loss=false"
+        ) from error
     if not torch.isclose(fused, plain, rtol=_AGREEMENT):
         raise LossError(
             f"train.fused_loss: the fused loss is {fused:.4f}, but this model's logits give {plain:.4f}: "
@@ -120,6 +139,10 @@ def check_packing(engine: Any) -> None:
 
     Collective. Models that build their attention masks by themselves may not look at position ids. Raises `LossError`.
     """
+    name = type(engine.module).__name__
+    accepted = signature(engine.module.forward).parameters.values()
+    if not any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in accepted):
+        raise LossError(f"data.packing: true, but {name} takes no position ids; set data.packing=false")
     ids = _some_tokens(engine)[None]
     straight = torch.arange(32, device=engine.device)[None]
     with _evaluating(engine):
@@ -128,8 +151,7 @@ def check_packing(engine: Any) -> None:
         joined = engine(input_ids=ids, position_ids=straight).logits[:, 16:]
     if (packed - alone).norm() > _AS_IF_ALONE * (joined - alone).norm():
         raise LossError(
-            f"data.packing: true, but {type(engine.module).__name__} lets packed samples attend to each other; "
-            "set data.packing=false"
+            f"data.packing: true, but {name} lets packed samples attend to each other; set data.packing=false"
         )
 
 

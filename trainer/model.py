@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ def load(
     `deepspeed` is the resolved DeepSpeed dictionary. Raises `ModelError`.
     """
     architecture = _architecture(config, tokenizer)
-    options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config)}
+    options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
     with _partitioned_creation(deepspeed):
         if config.path is None:
             torch.manual_seed(seed)
@@ -40,7 +41,12 @@ def load(
         else:
             model = _from_pretrained(config, architecture, options)
     _check_vocabulary(_embedded(model), tokenizer)
-    gather_experts_together(model)
+    stage = deepspeed["zero_optimization"]["stage"]
+    if gather_experts_together(model) and stage in (1, 2) and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ModelError(
+            f"deepspeed: ZeRO stage {stage} waits for experts that a rank sends no token, and this model's experts are "
+            "modules of their own: set deepspeed=zero3"
+        )
     model.config.use_cache = False
     if config.activation_checkpointing:
         # Non-reentrant, and without the hook that makes embeddings require gradients: with it, backward would always
@@ -50,8 +56,8 @@ def load(
     return model
 
 
-def gather_experts_together(model: nn.Module) -> None:
-    """Let ZeRO-3 gather and reduce experts that are modules of their own all at once.
+def gather_experts_together(model: nn.Module) -> bool:
+    """Let ZeRO-3 gather and reduce experts that are modules of their own all at once; whether there are such.
 
     Ranks send their tokens to different experts. Gathered one by one, a rank would wait for an expert that the other
     ranks do not call. (Most of transformers' experts are stacked in one parameter and need nothing.)
@@ -63,30 +69,52 @@ def gather_experts_together(model: nn.Module) -> None:
     }
     if holders:
         set_z3_leaf_modules(model, list(holders))
+    return bool(holders)
 
 
 def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model without any weights, for the dry run. Raises `ModelError`."""
     architecture = _architecture(config, tokenizer)
     with torch.device("meta"):
-        options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config)}
+        options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
         model = _from_config(config, architecture, options)
     _check_vocabulary(_embedded(model), tokenizer)
     return model
 
 
-def attention(config: ModelConfig) -> str:
-    """The attention kernel to use. Raises `ModelError` where the one asked for is missing."""
-    flash = torch.cuda.is_available() and is_flash_attn_2_available()
-    if config.attention == "flash_attention_2" and not flash:
-        missing = "no CUDA device" if not torch.cuda.is_available() else "flash-attn is not installed"
+def attention(config: ModelConfig, architecture: PretrainedConfig) -> str:
+    """The attention kernel to use: the one asked for, or the fastest that machine, dtype and architecture have.
+
+    Raises `ModelError` where the one asked for cannot be had.
+    """
+    obstacle = _flash_obstacle(config)
+    if config.attention == "flash_attention_2" and obstacle:
         raise ModelError(
-            f"model.attention: flash_attention_2, but {missing}: pip install 'strata-trainer[flash]' on a machine with "
-            "a supported card, or set model.attention to sdpa"
+            f"model.attention: flash_attention_2, but {obstacle}: pip install 'strata-trainer[flash]' on a machine "
+            "with a supported card, or set model.attention to sdpa"
         )
-    if config.attention == "auto":
-        return "flash_attention_2" if flash and config.dtype != "fp32" else "sdpa"
-    return config.attention
+    if config.attention != "auto":
+        return config.attention
+    kernels = ["sdpa", "eager"] if obstacle else ["flash_attention_2", "sdpa", "eager"]
+    for kernel in kernels[:-1]:
+        try:
+            with torch.device("meta"):
+                _from_config(config, architecture, {"attn_implementation": kernel, "dtype": DTYPES[config.dtype]})
+            return kernel
+        except ModelError:  # not for this architecture, or no kernel is: then the real attempt says why
+            continue
+    return kernels[-1]
+
+
+def _flash_obstacle(config: ModelConfig) -> str | None:
+    """Why FlashAttention 2 cannot be used here (its cards: Ampere and later, in half precision), if so."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not is_flash_attn_2_available():
+        return "flash-attn is not installed"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than its kernels"
+    return "model.dtype is fp32" if config.dtype == "fp32" else None
 
 
 def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

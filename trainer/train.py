@@ -38,7 +38,7 @@ from trainer.engine.attach import Sparse
 from trainer.engine.attach import prepare as prepare_model
 from trainer.engine.rounding import half_unit
 from trainer.export import export
-from trainer.loss import Objective, check_fused, check_packing, choose_fused
+from trainer.loss import LossError, Objective, check_fused, check_packing, choose_fused
 from trainer.progress import Progress
 from trainer.rank_watch import watch_ranks
 
@@ -84,7 +84,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
         sparse.attach(engine, guard_every=config.train.guard_every)
         engine.train()
         if fused:
-            check_fused(engine, objective)
+            _check_fused(config, engine, objective)
         if config.data.packing:
             check_packing(engine)
 
@@ -98,7 +98,8 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
         rank=rank,
         ranks=ranks,
     )
-    flat = models.attention(config.model) == "flash_attention_2"  # how it keeps packed samples apart
+    # How FlashAttention keeps packed samples apart.
+    flat = model.config.get_text_config()._attn_implementation == "flash_attention_2"
     feed = _Feed(data, pad_id=padding_id(tokenizer), flat=flat)
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank)
     progress.say(f"run folder {folder}: {_one_line(sparse, config, num_steps)}")
@@ -119,7 +120,12 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     may_skip = config.train.max_skipped_steps if engine.zero_optimization_stage() else 0
     for step in range(num_steps):
         lr = engine.get_lr()[0]  # of this step; the engine's next one after it
-        result = train_step(engine, objective, feed.micro_batches(batches.indices(step)))
+        try:
+            result = train_step(engine, objective, feed.micro_batches(batches.indices(step)))
+        except Exception as error:
+            if "loss scale" not in str(error):  # DeepSpeed's plain Exception, at the smallest scale
+                raise
+            raise _stopped(step, str(error), config) from error
         meter.add(result)
         # Gradients that overflow in fp16 are the loss scale's way down, and DeepSpeed ends that at its minimum.
         overflow = config.model.dtype == "fp16" and bool(torch.isfinite(result.loss_sum))
@@ -262,12 +268,29 @@ class _Meter:
 # --- building the parts ------------------------------------------------------------------------------------------
 
 
+def _check_fused(config: RunConfig, engine: DeepSpeedEngine, objective: Objective) -> None:
+    try:
+        check_fused(engine, objective)
+    except LossError:
+        if config.train.fused_loss is True:
+            raise
+        objective.fused = False  # it was not asked for
+
+
 def _check_hardware(config: RunConfig) -> None:
-    """bf16 in the hardware; what torch calls supported includes emulation, several times slower than fp32."""
-    on_cuda = get_accelerator().device_name() == "cuda"
-    if config.model.dtype == "bf16" and on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        raise ConfigError([f"model.dtype: bf16, which {name} does not have; allowed here: fp32"])
+    """Half precision that the hardware has. What torch calls supported includes an emulation of bf16 that is slower
+    than fp32."""
+    accelerator = get_accelerator()
+    on_cuda = accelerator.device_name() == "cuda"
+    has = {
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else accelerator.is_bf16_supported(),
+        "fp16": bool(accelerator.is_fp16_supported()),
+        "fp32": True,
+    }
+    if not has[config.model.dtype]:
+        name = torch.cuda.get_device_name() if on_cuda else accelerator.device_name()
+        allowed = ", ".join(dtype for dtype, present in has.items() if present)
+        raise ConfigError([f"model.dtype: {config.model.dtype}, which {name} does not have; allowed here: {allowed}"])
 
 
 def _check_length(config: RunConfig, model: torch.nn.Module) -> None:
@@ -331,8 +354,6 @@ def _build_optimizer(config: RunConfig, sparse: Sparse, *, offload: bool) -> tor
     settings: dict[str, Any] = {"lr": chosen.lr, "betas": chosen.betas, "eps": chosen.eps}
     decoupled = chosen.name == "adamw"
     if offload:
-        if chosen.name == "adamw_8bit":
-            raise ConfigError(["optimizer.name: adamw_8bit steps on the device; with offload_optimizer set adamw"])
         return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **settings)
     if chosen.name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit

@@ -243,6 +243,12 @@ def _zero_problems(values: Mapping[str, Any], config: RunConfig, source: str) ->
             "the fp32 reference; set model.dtype=fp32 or another preset (deepspeed=zero1)"
         )
     problems += _offload_problems(values, stage, source)
+    offload = _get(values, "zero_optimization.offload_optimizer.device", "none")
+    if config.optimizer.name == "adamw_8bit" and offload != "none":
+        problems.append(
+            f"deepspeed: zero_optimization.offload_optimizer.device is {json.dumps(offload)} in {source}, but "
+            "optimizer.name=adamw_8bit steps on the device: set optimizer.name=adamw, or the device to none"
+        )
     zero = values["zero_optimization"]
     for name in (*ZERO_COUNTS, *(ZERO_ALIASES[name] for name in ZERO_COUNTS if name in ZERO_ALIASES)):
         value = zero.get(name, AUTO)

@@ -93,8 +93,8 @@ def _parse_line(line: bytes) -> Any:
         return ValueError(f"not UTF-8 text: byte {line[error.start]:#04x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
         return ValueError(f"not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return ValueError("not JSON that can be read: nested too deeply")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
+        return ValueError(f"not JSON that can be read: {error}")
 
 
 def _read_json(path: str, file: Path) -> Records:
@@ -108,6 +108,8 @@ def _read_json(path: str, file: Path) -> Records:
         rows = json.loads(_read_text(path, file))
     except json.JSONDecodeError as error:
         raise DataError([f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"]) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError([f"{path}: not JSON that can be read: {error}"]) from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 

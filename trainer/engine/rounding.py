@@ -39,11 +39,11 @@ class RoundingLoss:
     def finish(self) -> None:
         """After a switch: sum up what left in it."""
         if self._updates:
-            wanted, kept = (torch.cat(parts) for parts in zip(*self._updates, strict=True))
+            wanted, kept = (torch.cat(parts).abs() for parts in zip(*self._updates, strict=True))
             self._updates.clear()
-            # What rounds up moves further than it should; that is noise rather than learning.
-            remaining = torch.minimum(wanted.abs(), kept.abs()).sum()
-            self.share = float(1 - remaining / wanted.abs().sum().clamp(min=torch.finfo(torch.float32).tiny))
+            if wanted.any():  # not so in an interval without a learning rate
+                # What rounds up moves further than it should; that is noise rather than learning.
+                self.share = float(1 - torch.minimum(wanted, kept).sum() / wanted.sum())
 
 
 def _sample(masters: Sequence[Tensor]) -> Tensor:
