@@ -140,9 +140,11 @@ def train_step(engine: Any, ids: torch.Tensor) -> float:
 def finish(figures: dict[str, Any], file: Path | None) -> None:
     """Print rank 0's figures with what they were measured on, write them to `file`, and leave the process group."""
     on_cpu = get_accelerator().device_name() == "cpu"
-    words = [Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if "local_rank" not in word)]
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if "--json" in words:  # where the figures were written to says nothing about them
+        del words[words.index("--json") : words.index("--json") + 2]
     figures["environment"] = {
-        "command": "deepspeed benchmarks/" + " ".join(words),
+        "command": " ".join(["deepspeed", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "date": datetime.date.today().isoformat(),
         "ranks": dist.get_world_size(),
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
