@@ -12,7 +12,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from trainer.blocks import full_shape
@@ -154,10 +154,18 @@ def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, option
             config=architecture,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            # So that they can be named; under ZeRO-3 transformers names them itself.
+            ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
             **options,
         )
     except Exception as error:
         raise ModelError(f"model.path: cannot load '{config.path}': {error}") from error
+    if info["mismatched_keys"]:
+        name, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(
+            f"model.path: '{config.path}' has {len(info['mismatched_keys'])} weights of another shape than its "
+            f"config.json says, for instance {name}: {tuple(stored)} instead of {tuple(wanted)}"
+        )
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ModelError(

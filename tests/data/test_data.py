@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -149,10 +150,9 @@ def test_the_first_token_is_no_target_even_where_it_has_a_label(write):
             r"column question, answer missing: the row has {prompt, completion}, but the format is qa "
             r"{question, answer} by .*train\.jsonl:1; do not mix formats",
         ),
-        ({"question": "a", "answer": ""}, r"answer: empty string where a string is needed"),
+        ({"question": "a", "answer": 7}, r"answer: number 7 where a string is needed"),
         ({"question": "", "answer": "b"}, r"question: empty string"),
         ({"question": "a", "answer": 4}, r"answer: number 4 where a string is needed"),
-        ({"question": "a", "answer": None}, r"answer: null where a string is needed"),
         ({"question": "a", "answer": "\ud83c"}, r"answer: lone surrogate '\\ud83c' at character 1"),
     ],
 )
@@ -553,3 +553,22 @@ def test_how_a_source_is_read_is_part_of_its_name(tmp_path, tokenizer, monkeypat
     named = [{**source, "path": str(tmp_path / source["path"])} for source in sources]
     folders = [folder_of(prepared(tmp_path, tokenizer, source, max_length=300)) for source in named]
     assert len(set(folders)) == len(folders)
+
+
+def test_rows_without_an_answer_are_dropped_and_counted(write, tmp_path, tokenizer) -> None:
+    texts = write({"text": "one"}, {"text": ""}, {"text": None}, {"text": "two"}, name="texts.jsonl")
+    pairs = write({"question": "a", "answer": "b"}, {"question": "c", "answer": ""}, name="pairs.jsonl")
+    found = prepared(tmp_path, tokenizer, texts, pairs)
+    assert [(part.report.samples, part.report.dropped) for part in found.train_parts] == [(2, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_data_set_that_was_saved_to_disk(tmp_path, tokenizer, several: bool) -> None:
+    saved = Dataset.from_list([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
+    (DatasetDict(train=saved, other=saved.select([0])) if several else saved).save_to_disk(tmp_path / "saved")
+    assert len(prepared(tmp_path, tokenizer, tmp_path / "saved").train) == 2
+    if several:
+        other = {"path": str(tmp_path / "saved"), "split": "other"}
+        assert len(prepared(tmp_path, tokenizer, other).train) == 1
+        with pytest.raises(DataError, match="split='none'"):
+            prepared(tmp_path, tokenizer, other | {"split": "none"})

@@ -113,7 +113,8 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> En
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         # A verbatim text may spell either mark itself.
         prompt = [bos, *prompt] if adds_bos and (prompt or answer)[:1] != [bos] else prompt
-        answer = answer if answer[-1:] == [eos] else [*answer, eos]
+        if row.answer:  # else nothing is trained on, and the sample is dropped
+            answer = answer if answer[-1:] == [eos] else [*answer, eos]
         yield row, _int32(prompt + answer), _int32([IGNORED] * len(prompt) + answer)
 
 

@@ -110,20 +110,20 @@ def _alpaca(where: str, values: Mapping[str, Any]) -> Row:
     if values.get("input") not in (None, ""):
         fields["input"] = _text(values["input"], "input")
     prompt = ALPACA_WITH_INPUT if "input" in fields else ALPACA
-    return Row(where, prompt=prompt.format(**fields), answer=_text(values["output"], "output"))
+    return Row(where, prompt=prompt.format(**fields), answer=_answer(values["output"], "output"))
 
 
 def _question(where: str, values: Mapping[str, Any]) -> Row:
     question = _text(values["question"], "question")
-    return Row(where, prompt=f"Question: {question}\nAnswer: ", answer=_text(values["answer"], "answer"))
+    return Row(where, prompt=f"Question: {question}\nAnswer: ", answer=_answer(values["answer"], "answer"))
 
 
 def _prompt(where: str, values: Mapping[str, Any]) -> Row:
-    return Row(where, prompt=_text(values["prompt"], "prompt"), answer=_text(values["completion"], "completion"))
+    return Row(where, prompt=_text(values["prompt"], "prompt"), answer=_answer(values["completion"], "completion"))
 
 
 def _plain_text(where: str, values: Mapping[str, Any]) -> Row:
-    return Row(where, answer=_text(values["text"], "text"))
+    return Row(where, answer=_answer(values["text"], "text"))
 
 
 def _messages(where: str, values: Mapping[str, Any]) -> Row:
@@ -251,6 +251,11 @@ def _parsed(value: Any, key: str, kind: type, needed: str) -> Any:
     if not isinstance(parsed, kind):
         raise ValueError(f"{key}: {_kind(value)} where {needed} is needed, or its JSON as a string")
     return parsed
+
+
+def _answer(value: Any, key: str) -> str:
+    """Published data sets have rows without an answer; they are dropped, and counted."""
+    return "" if value in (None, "") else _text(value, key)
 
 
 def _text(value: Any, key: str) -> str:

@@ -48,11 +48,15 @@ def open_source(source: DataSource) -> Opened:
 
 
 def _open_data_set(source: DataSource) -> Opened:
-    from datasets import load_dataset
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
     split = source.split or "train"
     try:
-        data_set = load_dataset(source.path, source.subset, split=split, keep_in_memory=False)
+        if any((Path(source.path).expanduser() / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            data_set = load_from_disk(str(Path(source.path).expanduser()))  # written by save_to_disk
+            data_set = data_set[split] if isinstance(data_set, DatasetDict) else data_set
+        else:
+            data_set = load_dataset(source.path, source.subset, split=split, keep_in_memory=False)
     except Exception as error:  # of datasets, huggingface_hub, requests, pyarrow: whatever stands in the way
         raise DataError(
             [

@@ -103,6 +103,7 @@ class Sparse:
         self._observed_at = -1
         # Of the first group's learning rate; other than 1 where no block has a group and always-on parts differ.
         self._rate_of_blocks = 1.0
+        _let_backward_end(model)
         model.requires_grad_(False)
         for parameter in self.trainable_parameters():
             parameter.requires_grad_(True)
@@ -388,3 +389,15 @@ class Sparse:
     def _registered(self) -> Registration:
         assert self._registration is not None
         return self._registration
+
+
+def _let_backward_end(model: nn.Module) -> None:
+    """Remove the hook that makes embeddings require gradients, for which backward would run down to the first block.
+
+    transformers and PEFT install it with activation checkpointing, because reentrant checkpoints need it; those must
+    keep it.
+    """
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    settings = [getattr(function, "keywords", {}) for function in functions if function is not None]
+    if settings and not any(keywords.get("use_reentrant", True) for keywords in settings):
+        model.disable_input_require_grads()
