@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -237,3 +238,19 @@ def test_every_family_has_a_kernel_by_default() -> None:
         config = ModelConfig(random={"model_type": family, **COMMON, **fields})
         kernel = attention(config, AutoConfig.for_model(**config.random))
         assert kernel == ("eager" if family == "gemma2" else "sdpa"), family
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_of_another_shape_are_named(tmp_path: Path, stage: int) -> None:
+    folder = tmp_path / "model"
+    tiny_llama(layers=2, vocab=300).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    (said,) = distributed.run(_mismatch, folder, stage, ranks=1)
+    assert "model.layers.0.mlp.down_proj.weight" in said and said.startswith("model.path: "), said
+
+
+def _mismatch(rank: int, folder: Path, stage: int) -> str:
+    with pytest.raises(ModelError) as error:
+        models.load(ModelConfig(path=str(folder)), bytes_tokenizer(), seed=0, deepspeed=settings(stage))
+    return str(error.value)

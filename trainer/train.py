@@ -74,7 +74,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     torch.manual_seed(config.seed + rank)  # ranks drop out other units
     sparse = _prepare_model(config, model)
     ds = _size_buckets(ds, sparse, model)
-    optimizer = _build_optimizer(config, sparse, offload=_offloads(ds))
+    optimizer = _build_optimizer(config, sparse, offload=_offload_device(ds, "optimizer") != "none")
     scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
     fused = choose_fused(config.train.fused_loss, model)
     objective = Objective(model, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
@@ -363,8 +363,8 @@ def _build_optimizer(config: RunConfig, sparse: Sparse, *, offload: bool) -> tor
     return kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
 
 
-def _offloads(ds: dict[str, Any]) -> bool:
-    return ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+def _offload_device(ds: dict[str, Any], what: str) -> str:
+    return ds["zero_optimization"].get(f"offload_{what}", {}).get("device", "none")
 
 
 def _output(config: RunConfig) -> Path:
@@ -433,7 +433,7 @@ def describe(config: RunConfig, ranks: int) -> str:
         weight_bytes=4 if config.model.dtype == "fp32" else 2,
         gradient_bytes=4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2,
         moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
-        offload=_offloads(ds),
+        offload=_offload_device(ds, "optimizer") != "none",
     )
     lines = [dump(config).rstrip(), ""]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
@@ -450,8 +450,11 @@ def describe(config: RunConfig, ranks: int) -> str:
         f"trained at a time: {trained:,} parameters; {_one_line(sparse, config, total_steps(config, len(data.train)))}"
     )
     lines.append(f"each of {ranks} ranks holds, under ZeRO stage {stage} and before activations and buffers:")
+    places = {"none": "", "cpu": " in host memory", "nvme": " on NVMe"}
     for name in ("weights", "gradients", "masters", "moments"):
-        where = " in host memory" if state.offload and name != "weights" else ""
+        device = _offload_device(ds, "param" if name == "weights" else "optimizer")
+        # Gradients wait in host memory for the step that swaps their group in.
+        where = places["cpu" if name == "gradients" and device == "nvme" else device]
         lines.append(f"  {name:<10}{readable(getattr(state, name)):>12}{where}")
     lines.append(f"  {'total':<10}{readable(state.total):>12}")
     return "\n".join(lines)

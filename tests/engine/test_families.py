@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from deepspeed.utils import get_z3_leaf_modules
 from torch import Tensor, nn
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from tests import distributed
 from tests.engine import parity
 from tests.engine.parity import Cell, largest_difference, reference, strata
-from tests.models import FAMILIES, tiny_llama
+from tests.models import FAMILIES, tiny_llama, tiny_model
 from trainer.model import gather_experts_together
 
 TOLERANCE = 1e-6
 
 
-def _families(rank: int, families: tuple[str, ...]) -> dict[str, float]:
+def _families(rank: int, families: tuple[str, ...], tied: bool | None) -> dict[str, float]:
     """The largest difference of any weight from the plain loop, by family and stage, after two switches."""
     differences = {}
+    if tied is not None:
+        parity.tiny_model = lambda family: tiny_model(family, tie_word_embeddings=tied)
     for family in families:
         cell = Cell(family=family, steps=6, weight_decay=0.1)
         expected = reference(cell)[0] if rank == 0 else {}
@@ -31,7 +34,17 @@ def _families(rank: int, families: tuple[str, ...]) -> dict[str, float]:
 
 
 def test_every_family_trains_as_in_a_plain_loop() -> None:
-    differences = distributed.run(_families, tuple(FAMILIES), ranks=2, deadline=400)[0]
+    _check(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_family_tied_and_untied(tied: bool) -> None:
+    _check(tied)
+
+
+def _check(tied: bool | None) -> None:
+    differences = distributed.run(_families, tuple(FAMILIES), tied, ranks=2, deadline=400)[0]
     assert len(differences) == 2 * len(FAMILIES)
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     assert not wrong, wrong

@@ -43,6 +43,7 @@ needs_aio = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_aio
 @pytest.mark.timeout(600)
 def test_optimizer_state_on_nvme(tmp_path: Path) -> None:
@@ -67,6 +68,7 @@ def _uneven(rank: int, folder: Path) -> None:
             train_step(cell, engine, step, rank)
 
 
+@pytest.mark.slow
 @needs_aio
 def test_blocks_of_different_shapes_do_not_fit_into_one_file(tmp_path: Path) -> None:
     distributed.run(_uneven, tmp_path, ranks=1)

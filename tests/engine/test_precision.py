@@ -58,6 +58,7 @@ def test_fp16_trains_as_fp32_does() -> None:
         assert losses[-1] != expected[-1]
 
 
+@pytest.mark.slow
 def test_steps_that_overflow_on_the_loss_scale_s_way_down_do_not_count() -> None:
     scaled = {"config": {"fp16": {"enabled": True, "initial_scale_power": 32, "hysteresis": 1}}}
     for stage in (2, 3):
@@ -114,6 +115,7 @@ def _eight_bits(rank: int, stages: tuple[int, ...]) -> list[tuple[float, float, 
     return found
 
 
+@pytest.mark.slow
 def test_eight_bit_moments_train_as_whole_ones_do() -> None:
     for found in distributed.run(_eight_bits, (2, 3), ranks=2):
         for eight, whole, small in found:

@@ -83,10 +83,10 @@ def test_active_blocks_move_every_step_and_frozen_ones_not_by_a_bit() -> None:
 # --- memory and registration -----------------------------------------------------------------------------------
 
 
-def _registration(rank: int, stages: tuple[int, ...]) -> list[str]:
+def _registration(rank: int, cells: tuple[Cell, ...]) -> list[str]:
     problems = []
-    for stage in stages:
-        cell = Cell(stage=stage, interval=1, steps=30, bank="cpu")
+    for cell in cells:
+        stage = cell.stage
         engine, sparse = start(cell)
         live, identity = [], (id(engine.basic_optimizer), id(engine.optimizer))
         for step in range(cell.steps):
@@ -117,7 +117,14 @@ def _registration(rank: int, stages: tuple[int, ...]) -> list[str]:
 
 
 def test_memory_is_flat_and_groups_keep_number_and_identity() -> None:
-    for problems in distributed.run(_registration, (2, 3), ranks=2):
+    settings: tuple[dict[str, Any], ...] = (
+        {"stage": 2},
+        {"stage": 3},
+        {"stage": 2, "offload": True},
+        {"stage": 3, "offload": True, "extra": {"zero": {"offload_param": {"device": "cpu"}}}},
+    )
+    cells = tuple(Cell(interval=1, steps=30, bank="cpu", **changed) for changed in settings)
+    for problems in distributed.run(_registration, cells, ranks=2):
         assert not problems
 
 
