@@ -50,7 +50,8 @@ class Objective:
     `add_fused_lm_head`), forward and backward, so that the logits of a micro-batch never exist as a whole. With
     `router_loss` a mixture of experts is also trained on its load-balancing loss (Switch Transformer,
     https://arxiv.org/abs/2101.03961, eq. 4), at the coefficient in its configuration (`router_aux_loss_coef`).
-    `deepspeed` is the resolved DeepSpeed dictionary; with `fused` and ZeRO-3 it must be given.
+    In packed rows the router's loss counts the padding at a row's end as well. `deepspeed` is the resolved DeepSpeed
+    dictionary; with `fused` and ZeRO-3 it must be given.
     """
 
     def __init__(
