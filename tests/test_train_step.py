@@ -171,6 +171,7 @@ def _fused(rank: int, points: tuple[tuple[int, str], ...]) -> dict[str, tuple[fl
 POINTS = ((2, "gemma2"), (2, "tied"), (3, "llama"), (3, "tied"), (3, "mixtral"))
 
 
+@pytest.mark.slow
 def test_the_fused_loss_equals_the_plain_one_and_trains_the_same() -> None:
     """gemma2 caps its logits, mixtral has a router's loss besides."""
     for found in distributed.run(_fused, POINTS, ranks=2):

@@ -18,11 +18,10 @@ from trainer.model import gather_experts_together
 TOLERANCE = 1e-6
 
 
-def _families(rank: int, families: tuple[str, ...], tied: bool | None) -> dict[str, float]:
+def _families(rank: int, families: tuple[str, ...], tied: bool) -> dict[str, float]:
     """The largest difference of any weight from the plain loop, by family and stage, after two switches."""
     differences = {}
-    if tied is not None:
-        parity.tiny_model = lambda family: tiny_model(family, tie_word_embeddings=tied)
+    parity.tiny_model = lambda family: tiny_model(family, tie_word_embeddings=tied)
     for family in families:
         cell = Cell(family=family, steps=6, weight_decay=0.1)
         expected = reference(cell)[0] if rank == 0 else {}
@@ -33,17 +32,9 @@ def _families(rank: int, families: tuple[str, ...], tied: bool | None) -> dict[s
     return differences
 
 
-def test_every_family_trains_as_in_a_plain_loop() -> None:
-    _check(None)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_family_tied_and_untied(tied: bool) -> None:
-    _check(tied)
-
-
-def _check(tied: bool | None) -> None:
+def test_every_family_trains_as_in_a_plain_loop(tied: bool) -> None:
     differences = distributed.run(_families, tuple(FAMILIES), tied, ranks=2, deadline=400)[0]
     assert len(differences) == 2 * len(FAMILIES)
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
@@ -95,6 +86,7 @@ def _experts(rank: int, cells: tuple[Cell, ...]) -> list[tuple[float, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_experts_in_a_list_are_gathered_and_reduced_together() -> None:
     cells = (Cell(steps=10), Cell(steps=10, bank="cpu", accumulation=2))
     for found in distributed.run(_experts, cells, ranks=2, deadline=200):

@@ -24,6 +24,7 @@ def _parity(rank: int, cells: list[Cell]) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_parameters_in_host_memory() -> None:
     offload = {"zero": {"offload_param": {"device": "cpu"}}}
     cells = [

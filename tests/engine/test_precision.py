@@ -46,6 +46,7 @@ def _losses(rank: int, cells: list[Cell]) -> list[tuple[list[float], list[tuple[
     return found
 
 
+@pytest.mark.slow
 def test_fp16_trains_as_fp32_does() -> None:
     points = ((1, "cpu"), (2, "discard"), (3, "cpu"))
     cells = [
@@ -75,6 +76,7 @@ def _sparse_rule(rank: int) -> None:
         sparse.attach(engine)
 
 
+@pytest.mark.slow
 def test_sparse_rules_would_see_scaled_gradients() -> None:
     distributed.run(_sparse_rule, ranks=1)
 
@@ -139,5 +141,6 @@ def _banked(rank: int) -> None:
             engine.step()
 
 
+@pytest.mark.slow
 def test_eight_bit_moments_cannot_be_banked() -> None:
     distributed.run(_banked, ranks=1)

@@ -61,6 +61,7 @@ def _shares(rank: int) -> list[tuple[float | None, float | None]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_share_of_an_interval_that_a_switch_loses() -> None:
     for found in distributed.run(_shares, ranks=2):
         for tiny, large, banked, exact in (found[:4], found[4:]):

@@ -249,6 +249,7 @@ def _uneven(rank: int, cells: tuple[Cell, ...]) -> list[float]:
     return differences
 
 
+@pytest.mark.slow
 def test_blocks_of_different_shapes() -> None:
     cells = tuple(
         Cell(stage=stage, bank=bank, accumulation=2, offload=offload, interval=1, steps=8, weight_decay=0.1)
