@@ -367,6 +367,7 @@ def test_tensorboard_holds_the_metrics_in_the_run_s_own_folder(place: Path) -> N
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_dry_run_of_each_recipe(run: Run, place: Path, recipe: Path) -> None:
     own = [f"model.path={run.folder / 'model'}", "data.train=train.jsonl", "data.eval_fraction=0.1"]
+    own.append("data.max_length=64")  # as many as that model has positions
     values = [] if recipe.stem == "quickstart" else own
     finished = launch([sys.executable, str(SCRIPT), str(recipe), *values, "output=runs/tiny", "--dry-run"], place)
     assert finished.code == 0, finished.everything
