@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,13 +36,12 @@ from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
 from trainer.engine.attach import Sparse
 from trainer.engine.attach import prepare as prepare_model
+from trainer.engine.registration import stored
 from trainer.engine.rounding import half_unit
 from trainer.export import export
 from trainer.loss import LossError, Objective, check_fused, check_packing, choose_fused
 from trainer.progress import Progress
 from trainer.rank_watch import watch_ranks
-
-logger = logging.getLogger(__name__)
 
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "model", "tensorboard", "checkpoints")
 
@@ -128,8 +127,8 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
             raise _stopped(step, str(error), config) from error
         meter.add(result)
         # Gradients that overflow in fp16 are the loss scale's way down, and DeepSpeed ends that at its minimum.
-        overflow = config.model.dtype == "fp16" and bool(torch.isfinite(result.loss_sum))
-        skipped = 0 if result.applied or overflow else skipped + 1
+        fp16 = config.model.dtype == "fp16"
+        skipped = 0 if result.applied or (fp16 and bool(torch.isfinite(result.loss_sum))) else skipped + 1
         if skipped > may_skip:
             allowed = f"(train.max_skipped_steps is {config.train.max_skipped_steps}"
             allowed += ")" if may_skip == config.train.max_skipped_steps else ", which ZeRO stage 0 cannot do)"
@@ -375,7 +374,8 @@ def _output(config: RunConfig) -> Path:
 def _start_folder(config: RunConfig) -> Iterator[Path]:
     """The run folder, with the resolved configuration in it; a folder that holds a run is never written over.
 
-    Where what happens inside is refused, the folder goes again.
+    Where what happens inside is refused, what was written goes again, and the folder with it if nothing else is there:
+    it may be one of the user's.
     """
     chosen: list[Any] = [_reserve_folder(config) if dist.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(chosen)
@@ -384,7 +384,10 @@ def _start_folder(config: RunConfig) -> Iterator[Path]:
         yield folder
     except BaseException:
         if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "config.yaml").unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 
@@ -465,8 +468,8 @@ def _rounding_warning(config: RunConfig, sparse: Sparse) -> list[str]:
     weights = max(sparse.blocks[sparse.active[0]].parameters.values(), key=full_numel)
     if sparse.bank.keeps or weights.dtype is torch.float32 or len(sparse.active) == len(sparse.blocks):
         return []
-    stored = getattr(weights, "ds_tensor", weights).detach().flatten()[:100_000].float()
-    lost_below = half_unit(float(stored.abs().median()), weights.dtype)
+    sample = stored(weights).detach().flatten()[:100_000].float()
+    lost_below = half_unit(float(sample.abs().median()), weights.dtype)
     reached = config.optimizer.lr * config.selector.interval
     if reached >= lost_below:
         return []

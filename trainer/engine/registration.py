@@ -129,6 +129,11 @@ def missing_names(engine: DeepSpeedEngine, stage: str) -> list[str]:
     ]
 
 
+def stored(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: its partition under ZeRO-3, all of it otherwise."""
+    return getattr(parameter, "ds_tensor", parameter.data)
+
+
 def register(engine: DeepSpeedEngine, groups: Sequence[Parameters]) -> Registration:
     """Take over the optimizer of `engine`, so that `groups[i]` can be refilled later.
 
@@ -211,7 +216,7 @@ class Registration(ABC):
 
     def held(self) -> dict[str, list[Tensor]]:
         """The live tensors of the model's state on this rank: weights, gradients, masters, moments."""
-        weights = [self._stored(p) for p in self.engine.module.parameters()]
+        weights = [stored(p) for p in self.engine.module.parameters()]
         state = self.engine.basic_optimizer.state.values()
         return {
             "weights": weights,
@@ -226,9 +231,6 @@ class Registration(ABC):
 
     def expect_fetch_order(self, order: Sequence[nn.Module]) -> None:
         """Prefetch along `order` from the next step on."""
-
-    def _stored(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.data
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.engine.module.parameters() if p.grad is not None]
@@ -538,9 +540,6 @@ class _Stage3(Registration):
 
     def _master(self, index: int) -> Tensor:
         return self.optimizer.fp32_partitioned_groups_flat[index]
-
-    def _stored(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.ds_tensor
 
     def _gradients(self) -> list[Tensor]:
         return [self.optimizer.grad_partitions_flat_buffer]
