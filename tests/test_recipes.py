@@ -12,7 +12,7 @@ from tests.models import tiny_llama
 from trainer.config import METHODS, RunConfig, load
 from trainer.config.deepspeed import resolve
 from trainer.data.tokenizer import bytes_tokenizer
-from trainer.train import describe
+from trainer.describe import describe
 
 # The one that runs as it stands; the others want a model and data of one's own.
 COMPLETE = "quickstart"

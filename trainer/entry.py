@@ -42,12 +42,13 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     prepare_process()
     from trainer.blocks import BlockError
     from trainer.data.errors import DataError
+    from trainer.describe import describe
     from trainer.engine.guard import GuardError
     from trainer.engine.registration import RegistrationError
     from trainer.export import ExportError
     from trainer.loss import LossError
     from trainer.model import ModelError
-    from trainer.train import StoppedError, describe, run
+    from trainer.train import StoppedError, run
 
     try:
         if command.dry_run:

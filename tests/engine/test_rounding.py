@@ -9,9 +9,9 @@ import trainer
 from tests import distributed
 from tests.engine.parity import Cell, build_model, make_engine, train_step
 from trainer.config import load
+from trainer.describe import rounding_warning
 from trainer.engine.rounding import RoundingLoss, half_unit
 from trainer.selectors import Cyclic
-from trainer.train import _rounding_warning
 
 
 def test_share_by_hand() -> None:
@@ -78,7 +78,7 @@ def test_a_run_that_would_lose_nearly_everything_is_warned_about(lr: float, bank
     config = load(None, [*values, "data.train=x.jsonl", "model.path=/x"], check_files=False)
     model = build_model(Cell(dtype="bf16"))
     sparse = trainer.prepare(model, selector=Cyclic(blocks=1, interval=20), bank=bank)
-    lines = _rounding_warning(config, sparse)
+    lines = rounding_warning(config, sparse)
     assert bool(lines) == warned
     if warned:
         assert "optimizer.lr=1e-07 a weight moves by 2.0e-06" in lines[0] and "bank.name=cpu" in lines[0]

@@ -1,0 +1,109 @@
+"""The parts of a run that its configuration names: process group, blocks and what trains, buckets, optimizer."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+from trainer import selectors, updates
+from trainer.blocks import PARTS, full_numel, full_shape
+from trainer.config import ConfigError, RunConfig
+from trainer.config import deepspeed as ds_config
+from trainer.engine.attach import Sparse
+from trainer.engine.attach import prepare as prepare_sparse
+
+
+def check_hardware(config: RunConfig) -> None:
+    """Half precision that the hardware has. What torch calls supported includes an emulation of bf16 that is slower
+    than fp32."""
+    accelerator = get_accelerator()
+    on_cuda = accelerator.device_name() == "cuda"
+    has = {
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else accelerator.is_bf16_supported(),
+        "fp16": bool(accelerator.is_fp16_supported()),
+        "fp32": True,
+    }
+    if not has[config.model.dtype]:
+        name = torch.cuda.get_device_name() if on_cuda else accelerator.device_name()
+        allowed = ", ".join(dtype for dtype, present in has.items() if present)
+        raise ConfigError([f"model.dtype: {config.model.dtype}, which {name} does not have; allowed here: {allowed}"])
+
+
+def check_length(config: RunConfig, model: torch.nn.Module) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            [
+                f"data.max_length: {config.data.max_length} tokens, but the model has {positions} positions "
+                f"(max_position_embeddings); allowed: 1 to {positions}"
+            ]
+        )
+
+
+def initialise_process_group() -> None:
+    """From the launcher's variables; a process started by itself is a group of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False)
+
+
+def prepare_model(config: RunConfig, model: torch.nn.Module) -> Sparse:
+    parts = [part for part in PARTS if getattr(config.always_on, part)]
+    settings = {key: value for key, value in config.selector.model_dump().items() if key != "name"}
+    selector = selectors.build(config.selector.name, seed=config.seed, **settings)
+    try:
+        return prepare_sparse(
+            model,
+            selector=selector,
+            update=updates.build(config.update.name),
+            bank=config.bank.name,
+            always_on=parts,
+            substrate=config.substrate.name,
+            blocks=config.model.blocks,
+        )
+    except ValueError as error:  # from the selector: more blocks than there are
+        raise ConfigError([str(error)]) from error
+
+
+def size_buckets(ds: dict[str, Any], sparse: Sparse, model: torch.nn.Module) -> dict[str, Any]:
+    candidates = [p for block in sparse.blocks for p in block.parameters.values()]
+    candidates += [p for part in sparse.always_on.values() for p in part.values()]
+    outside = [sum(full_numel(p) for p in part.values()) for part in sparse.always_on.values()]
+    return ds_config.size_buckets(
+        ds,
+        largest_parameter=max(full_numel(p) for p in candidates),
+        largest_group=max([block.numel for block in sparse.blocks] + outside),
+        hidden=full_shape(model.get_input_embeddings().weight)[-1],
+    )
+
+
+def build_optimizer(config: RunConfig, sparse: Sparse, *, offload: bool) -> torch.optim.Optimizer:
+    chosen = config.optimizer
+    groups = sparse.param_groups(lr=chosen.lr, weight_decay=chosen.weight_decay, lr_always_on=chosen.lr_always_on)
+    settings: dict[str, Any] = {"lr": chosen.lr, "betas": chosen.betas, "eps": chosen.eps}
+    decoupled = chosen.name == "adamw"
+    if offload:
+        return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **settings)
+    if chosen.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    return kind(groups, fused=get_accelerator().device_name() == "cuda", **settings)
+
+
+def offload_device(ds: dict[str, Any], what: str) -> str:
+    return ds["zero_optimization"].get(f"offload_{what}", {}).get("device", "none")

@@ -1,0 +1,116 @@
+"""What a run says of itself: the dry run, a line and a warning before it starts, a report when it is done."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from trainer import model as models
+from trainer.accounting import model_state, readable
+from trainer.blocks import full_numel
+from trainer.build import check_hardware, check_length, offload_device, prepare_model, size_buckets
+from trainer.config import RunConfig, dump, total_steps
+from trainer.config.deepspeed import resolve
+from trainer.data import Prepared, prepare_run
+from trainer.data.show import describe as describe_data
+from trainer.data.tokenizer import load_tokenizer, tokenizer_name
+from trainer.engine.attach import Sparse
+from trainer.engine.registration import stored
+from trainer.engine.rounding import half_unit
+
+
+def describe(config: RunConfig, ranks: int) -> str:
+    """The dry run: the model on the meta device, its blocks, and what each rank will hold. Trains nothing."""
+    tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
+    data = prepare_run(config, tokenizer)
+    ds = resolve(config, ranks)
+    check_hardware(config)
+    model = models.on_meta(config.model, tokenizer)
+    check_length(config, model)
+    sparse = prepare_model(config, model)
+    size_buckets(ds, sparse, model)
+    stage = ds["zero_optimization"]["stage"]
+    state = model_state(
+        [p.numel() for p in model.parameters()],
+        [[p.numel() for p in group["params"]] for group in sparse.param_groups()],
+        stage=stage,
+        ranks=ranks,
+        weight_bytes=4 if config.model.dtype == "fp32" else 2,
+        gradient_bytes=4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2,
+        moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
+        offload=offload_device(ds, "optimizer") != "none",
+    )
+    lines = [dump(config).rstrip(), ""]
+    lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
+    lines.append(f"steps: {total_steps(config, len(data.train))} of {config.train.global_batch_size} sequences")
+    lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    lines.append(
+        f"blocks: {len(sparse.blocks)} at {sparse.structure.path}, {sparse.blocks[0].numel:,} parameters in the first"
+    )
+    for part, parameters in sparse.always_on.items():
+        count = sum(p.numel() for p in parameters.values())
+        lines.append(f"always on: {part}, {count:,} parameters ({', '.join(parameters)})")
+    trained = sum(p.numel() for p in sparse.trainable_parameters())
+    lines.append(
+        f"trained at a time: {trained:,} parameters; {one_line(sparse, config, total_steps(config, len(data.train)))}"
+    )
+    lines.append(f"each of {ranks} ranks holds, under ZeRO stage {stage} and before activations and buffers:")
+    places = {"none": "", "cpu": " in host memory", "nvme": " on NVMe"}
+    for name in ("weights", "gradients", "masters", "moments"):
+        device = offload_device(ds, "param" if name == "weights" else "optimizer")
+        # Gradients wait in host memory for the step that swaps their group in.
+        where = places["cpu" if name == "gradients" and device == "nvme" else device]
+        lines.append(f"  {name:<10}{readable(getattr(state, name)):>12}{where}")
+    lines.append(f"  {'total':<10}{readable(state.total):>12}")
+    return "\n".join(lines)
+
+
+def rounding_warning(config: RunConfig, sparse: Sparse) -> list[str]:
+    """Adam moves a weight by about the learning rate a step; whether an interval of that shows in the weights."""
+    weights = max(sparse.blocks[sparse.active[0]].parameters.values(), key=full_numel)
+    if sparse.bank.keeps or weights.dtype is torch.float32 or len(sparse.active) == len(sparse.blocks):
+        return []
+    sample = stored(weights).detach().flatten()[:100_000].float()
+    lost_below = half_unit(float(sample.abs().median()), weights.dtype)
+    reached = config.optimizer.lr * config.selector.interval
+    if reached >= lost_below:
+        return []
+    return [
+        f"WARNING: nearly all that a block learns will be rounded away when it is frozen again: in "
+        f"{config.selector.interval} steps at optimizer.lr={config.optimizer.lr} a weight moves by {reached:.1e} at "
+        f"most, and half a unit in the last place of the typical one here is {lost_below:.1e} ({weights.dtype}). Keep "
+        "masters with bank.name=cpu, raise optimizer.lr or selector.interval, or set model.dtype=fp32"
+    ]
+
+
+def one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
+    parts = ", ".join(sparse.always_on) or "nothing else"
+    if len(sparse.active) == len(sparse.blocks):
+        return f"all {len(sparse.blocks)} blocks, with {parts}, for {num_steps} steps"
+    return (
+        f"{len(sparse.active)} of {len(sparse.blocks)} blocks at a time ({config.selector.name}, a new draw every "
+        f"{config.selector.interval} steps), with {parts}, for {num_steps} steps"
+    )
+
+
+def report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, folder: Path) -> str:
+    always_on = ", ".join(sparse.always_on) or "nothing"
+    lines = [f"\nTrained {num_steps} steps on {data.train_report.samples} samples; always on: {always_on}."]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[max(evaluations)]
+        lines.append(
+            f"Evaluation loss fell from {first:.4f} to {last:.4f}."
+            if last < first
+            else f"Evaluation loss did not fall: {first:.4f} before, {last:.4f} after."
+        )
+    lines.append("Steps in which each block trained:")
+    widest = max(sparse.times_active) or 1
+    for index, times in enumerate(sparse.times_active):
+        lines.append(f"  block {index:>3} {times:>6} {'#' * math.ceil(30 * times / widest)}")
+    never = [i for i, times in enumerate(sparse.times_active) if not times]
+    if never:
+        lines.append(f"Never drawn: {never}; more steps or a shorter selector.interval would reach them.")
+    lines.append(f"Model: {folder / 'model'}")
+    return "\n".join(lines)
