@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import json
 import sys
 import time
@@ -24,6 +25,7 @@ import transformers  # noqa: E402
 from deepspeed import comm as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -69,6 +71,13 @@ def llama(
     return model
 
 
+def with_lora(model: LlamaForCausalLM, *, rank: int) -> PeftModel:
+    """`model` with LoRA of `rank` on the layers of the published IST point, in the model's dtype."""
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
 def start_engine(
     model: torch.nn.Module,
     sparse: trainer.Sparse,
@@ -78,6 +87,7 @@ def start_engine(
     dtype: str = "fp32",
     offload: bool = False,
     lr: float = 1e-4,
+    **attach: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The engine of a prepared model with AdamW, attached, and its DeepSpeed settings: buckets as train.py has them."""
     on_cpu = get_accelerator().device_name() == "cpu"
@@ -95,6 +105,7 @@ def start_engine(
     }
     ds = size_buckets(
         ds,
+        largest_block=max(sum(p.numel() for p in block.module.parameters()) for block in sparse.blocks),
         largest_parameter=max(p.numel() for group in groups for p in group["params"]),
         largest_group=max(sum(p.numel() for p in group["params"]) for group in groups),
         hidden=model.config.hidden_size,
@@ -104,7 +115,7 @@ def start_engine(
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, fused=not on_cpu)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
-    sparse.attach(engine)
+    sparse.attach(engine, **attach)
     engine.train()
     return engine, ds
 
@@ -125,6 +136,20 @@ def random_batch(engine: Any, step: int, *, batch: int, length: int, vocabulary:
     """Token ids [batch, length] of this rank for `step`."""
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
     return torch.randint(vocabulary, (batch, length), generator=generator).to(engine.device)
+
+
+def probe_batches(*, length: int, vocabulary: int) -> Iterator[torch.Tensor]:
+    """Token ids [16 / ranks, length] of this rank for each probe."""
+    device = get_accelerator().current_device_name()
+    for number in itertools.count():
+        generator = torch.Generator().manual_seed(9_000_000 + 100 * number + dist.get_rank())
+        yield torch.randint(vocabulary, (-(-16 // dist.get_world_size()), length), generator=generator).to(device)
+
+
+def summed_loss(module: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(cross-entropy summed over the predicted tokens of `ids`, their number)."""
+    count = ids[:, 1:].numel()
+    return module(input_ids=ids, labels=ids).loss * count, count
 
 
 def train_step(engine: Any, ids: torch.Tensor) -> float:

@@ -4,7 +4,8 @@
 
 ZeRO-3 with eager attention, because the counter sees no FLOPs in fused kernels on a CPU. Two of the blocks train: the
 top two, the bottom two or two at random; embeddings, head and norm train as well or not; with activation checkpointing
-or without it. Recomputation stops early, once it has what backward asked for, so those ratios may lie below 1.
+or without it. Then the same with the adapters of LoRA. Recomputation stops early, once it has what backward asked for,
+so those ratios may lie below 1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import finish, llama, random_batch, start_engine, start_process, train_step
+from common import finish, llama, random_batch, start_engine, start_process, train_step, with_lora
 from torch.utils.flop_counter import FlopCounterMode
 
 import trainer
@@ -29,12 +30,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--batch", type=int, default=2, help="sequences per rank and step")
     parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--lora", type=int, default=8, help="rank of the adapters")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def case(args: argparse.Namespace, name: str, blocks: tuple[int, ...], *, outside: bool, checkpointing: bool) -> Any:
+def case(
+    args: argparse.Namespace, name: str, blocks: tuple[int, ...], *, outside: bool, checkpointing: bool, rank: int = 0
+) -> Any:
     model = llama(
         blocks=args.blocks,
         hidden=args.hidden,
@@ -43,10 +47,13 @@ def case(args: argparse.Namespace, name: str, blocks: tuple[int, ...], *, outsid
         checkpointing=checkpointing,
         attn_implementation="eager",
     )
+    if rank:
+        model = with_lora(model, rank=rank)
     always_on = ("embeddings", "head", "norm") if outside else ()
-    sparse = trainer.prepare(model, selector=Fixed(blocks=blocks, interval=1), always_on=always_on)
+    substrate = "adapter" if rank else "full"
+    sparse = trainer.prepare(model, selector=Fixed(blocks=blocks, interval=1), always_on=always_on, substrate=substrate)
     minimum = step_flops(
-        [block_shape(block, model.config) for block in sparse.blocks],
+        [block_shape(block, model.config, entry=("q_proj", "k_proj", "v_proj")) for block in sparse.blocks],
         head=args.hidden * args.vocabulary,
         batch=args.batch,
         length=args.length,
@@ -81,6 +88,18 @@ def main() -> None:
         )
         for name, blocks in chosen.items()
         for outside in (False, True)
+        for checkpointing in (False, True)
+    ]
+    cases += [
+        case(
+            args,
+            f"{name}, LoRA{', checkpointing' if checkpointing else ''}",
+            blocks,
+            outside=False,
+            checkpointing=checkpointing,
+            rank=args.lora,
+        )
+        for name, blocks in chosen.items()
         for checkpointing in (False, True)
     ]
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "local_rank")}

@@ -2,6 +2,8 @@
 
     deepspeed --num_accelerators 2 benchmarks/switch.py --stage 3 --blocks 24 --hidden 256 --active 2 --interval 10 \\
         --switches 20 --bank cpu --json switch.json
+    deepspeed --num_accelerators 2 benchmarks/switch.py --substrate lora --order importance --active 6 \\
+        --interval 1 --switches 60 --bank device
 
 Rank 0's figures. Memory is measured in a second pass over the same engine, because watching every storage is slow.
 """
@@ -21,11 +23,14 @@ from common import (
     finish,
     live_bytes,
     llama,
+    probe_batches,
     quiet_collector,
     random_batch,
     start_engine,
     start_process,
+    summed_loss,
     train_step,
+    with_lora,
 )
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -33,7 +38,7 @@ from deepspeed.accelerator import get_accelerator
 import trainer
 from trainer.accounting import measured_state, model_state
 from trainer.blocks import full_numel
-from trainer.selectors import Cyclic, Selector, Uniform
+from trainer.selectors import Cyclic, Importance, Selector, Uniform
 
 
 def arguments() -> argparse.Namespace:
@@ -46,8 +51,15 @@ def arguments() -> argparse.Namespace:
         "--interval", type=int, default=10, help="optimizer steps between switches, 6 or more for times"
     )
     parser.add_argument("--switches", type=int, default=20, help="switches to measure")
-    parser.add_argument("--order", default="random", choices=("random", "ascending", "descending"))
-    parser.add_argument("--bank", default="discard", choices=("discard", "cpu"))
+    parser.add_argument("--substrate", default="full", choices=("full", "lora"), help="what trains inside a block")
+    parser.add_argument("--lora", type=int, default=8, help="rank of the adapters")
+    parser.add_argument(
+        "--order",
+        default="random",
+        choices=("random", "ascending", "descending", "importance"),
+        help="importance probes every ten steps, with 16 sequences over all ranks",
+    )
+    parser.add_argument("--bank", default="discard", choices=("discard", "device", "cpu"))
     parser.add_argument("--offload", action="store_true", help="optimizer state in host memory")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--frozen-embeddings", action="store_true", help="no always-on parts: backward depth varies")
@@ -70,17 +82,29 @@ def build(args: argparse.Namespace) -> tuple[Any, trainer.Sparse, dict[str, Any]
         dtype=args.dtype,
         checkpointing=args.checkpointing,
     )
+    adapters = args.substrate == "lora"
+    if adapters:
+        model = with_lora(model, rank=args.lora)
     sparse = trainer.prepare(
         model,
         selector=build_selector(args),
         bank=args.bank,
-        always_on=() if args.frozen_embeddings else ("embeddings", "head", "norm"),
+        always_on=() if adapters or args.frozen_embeddings else ("embeddings", "head", "norm"),
+        substrate="adapter" if adapters else "full",
     )
-    engine, ds = start_engine(model, sparse, stage=args.stage, batch=args.batch, dtype=args.dtype, offload=args.offload)
+    measures: dict[str, Any] = {}
+    if sparse.selector.measures:
+        probes = probe_batches(length=args.sequence, vocabulary=args.vocabulary)
+        measures = {"probe_batches": probes, "loss_function": summed_loss}
+    engine, ds = start_engine(
+        model, sparse, stage=args.stage, batch=args.batch, dtype=args.dtype, offload=args.offload, **measures
+    )
     return engine, sparse, ds
 
 
 def build_selector(args: argparse.Namespace) -> Selector:
+    if args.order == "importance":
+        return Importance(active_share=args.active / args.blocks, interval=args.interval)
     if args.order == "random":
         return Uniform(blocks=args.active, interval=args.interval)
     return Cyclic(blocks=args.active, interval=args.interval, order=args.order)
@@ -92,6 +116,7 @@ class Watch:
     def __init__(self, engine: Any, sparse: trainer.Sparse, args: argparse.Namespace) -> None:
         self.engine, self.sparse, self.args = engine, sparse, args
         self.switch_seconds: list[float] = []
+        self.probe_seconds: list[float] = []  # of switches that began with an update of what is learned
         self.switch_peaks: list[int] = []
         self.live_after_switch: list[int] = []
         self.bank_bytes: list[int] = []
@@ -99,11 +124,13 @@ class Watch:
         self.switches = 0  # of the memory pass; every tenth is looked at, because scanning all objects is slow
         self._tracker: Tracker | None = None
         self._before = 0
+        self._probes = False
         self._started = 0.0
         around_switch(sparse, self._enter, self._leave)
 
     def _enter(self) -> None:
         self._before = self.sparse.interval
+        self._probes = self.sparse.selector.needs(self.sparse.steps) is not None
         due = self.sparse.steps // self.args.interval != self._before
         if self.memory_pass and due and self.switches % 10 == 9:
             self._tracker = Tracker()
@@ -126,7 +153,7 @@ class Watch:
             if self.switches == 1 or self.switches % 10 == 0:
                 self.live_after_switch.append(live_bytes(exclude=self.sparse.bank))
         else:
-            self.switch_seconds.append(seconds)
+            (self.probe_seconds if self._probes else self.switch_seconds).append(seconds)
 
     def step(self, number: int) -> float:
         args = self.args
@@ -148,7 +175,10 @@ def timed_pass(watch: Watch, args: argparse.Namespace) -> dict[str, float | None
         "step_seconds_median": step,
         "switch_seconds_median": switch,
         "switch_over_step": switch / step,
+        "probe_seconds_median": statistics.median(watch.probe_seconds) if watch.probe_seconds else None,
         "after_switch_ratio": statistics.median(ratios) if ratios else None,
+        "after_switch_ratio_max": max(ratios, default=None),
+        "after_switches": len(ratios),
     }
 
 

@@ -1,4 +1,4 @@
-"""Several real processes over gloo, with a deadline: a hang becomes a failure, an error comes with its traceback."""
+"""Several real processes in one group, with a deadline: a hang becomes a failure, an error comes with its traceback."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.multiprocessing as mp
 
 
-def run(worker: Callable[..., Any], *args: Any, ranks: int, deadline: float = 300) -> list[Any]:
-    """Run `worker(rank, *args)` in `ranks` processes of one gloo group and return what each returned (picklable).
+def run(
+    worker: Callable[..., Any], *args: Any, ranks: int, deadline: float = 300, accelerator: str = "cpu"
+) -> list[Any]:
+    """Run `worker(rank, *args)` in `ranks` processes of one group and return what each returned (picklable).
 
+    `accelerator` is `cpu` (over gloo) or `cuda` (over nccl, a GPU for each rank).
     Raises `AssertionError` with every rank's traceback if one fails, or if they are not done after `deadline` seconds.
     """
     context = mp.get_context("spawn")
@@ -28,8 +32,10 @@ def run(worker: Callable[..., Any], *args: Any, ranks: int, deadline: float = 30
             context.Process(target=_enter, args=(worker, rank, ranks, store, results, args), daemon=True)
             for rank in range(ranks)
         ]
-        for process in processes:
-            process.start()
+        # Set before they start: `worker` is unpickled first, and DeepSpeed, which it imports, reads this once.
+        with mock.patch.dict(os.environ, DS_ACCELERATOR=accelerator):
+            for process in processes:
+                process.start()
         answers: dict[int, Any] = {}
         failures: list[str] = []
         end = time.monotonic() + deadline
@@ -63,7 +69,7 @@ def _enter(worker: Callable[..., Any], rank: int, ranks: int, store: str, result
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
     # One ninja for all: another version would compile DeepSpeed's operators anew.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     import gc
     import logging
 
@@ -71,12 +77,16 @@ def _enter(worker: Callable[..., Any], rank: int, ranks: int, store: str, result
 
     torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        backend = "gloo"
+        if os.environ["DS_ACCELERATOR"] == "cuda":
+            backend = "nccl"
+            torch.cuda.set_device(rank)
+        torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         gc.freeze()  # DeepSpeed collects garbage when it builds an optimizer; the modules need no second look
-        deepspeed.init_distributed(dist_backend="gloo")
+        deepspeed.init_distributed(dist_backend=backend)
         answer = worker(rank, *args)
         torch.distributed.barrier()
         results.put((rank, pickle.dumps(answer), None))  # by value: a tensor's shared memory ends with its process

@@ -16,6 +16,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cyclic": {"blocks": 3, "interval": 5},
     "fixed": {"blocks": [0, -1, 4], "interval": 5},
     "all": {"interval": 5},
+    "importance": {"interval": 5},
 }
 
 
@@ -66,7 +67,7 @@ def test_cyclic_orders() -> None:
         ("fixed", {"blocks": [0, -8]}, "distinct"),
         ("fixed", {"blocks": []}, "at least one"),
         ("uniform", {"interval": 0}, "selector.interval: 0; allowed: 1 or more"),
-        ("gradient", {}, "unknown selector 'gradient'; allowed: uniform, cyclic, fixed, all"),
+        ("gradient", {}, "unknown selector 'gradient'; allowed: uniform, cyclic, fixed, all, importance"),
     ],
 )
 def test_wrong_settings_are_refused_by_key(name: str, settings: dict[str, Any], words: str) -> None:

@@ -61,13 +61,13 @@ def step_and_evaluation(data: Prepared, *, flat: bool = False) -> Outcome:
     size = len(data.train)
     engine, objective = start(model, stage=2, ranks=1, micro_batch=size)
     check_packing(engine)
-    feed = _Feed(data, pad_id=256, flat=flat)
+    feed = _Feed(CONFIG, data, pad_id=256, flat=flat)
     batches = Batches(
         data.sizes, seed=0, global_batch_size=size, micro_batch_size=size, rank=0, ranks=1,
         fingerprint=data.fingerprint, weights=data.weights,
     )  # fmt: skip
     result = train_step(engine, objective, feed.micro_batches(batches.indices(0)))
-    evaluation = evaluate(engine, objective, feed, CONFIG)
+    evaluation = evaluate(engine, objective, feed.eval_batches())
     return Outcome(float(result.loss_sum), int(result.targets), int(result.tokens), evaluation, full_weights(engine))
 
 

@@ -61,8 +61,10 @@ def initialise_process_group() -> None:
 
 
 def prepare_model(config: RunConfig, model: torch.nn.Module) -> Sparse:
-    parts = [part for part in PARTS if getattr(config.always_on, part)]
-    settings = {key: value for key, value in config.selector.model_dump().items() if key != "name"}
+    adapters = config.substrate.name == "adapter"
+    # Outside the blocks PEFT decides what trains: `modules_to_save`.
+    parts = None if adapters else [part for part in PARTS if getattr(config.always_on, part)]
+    settings = {key: value for key, value in config.selector.model_dump().items() if key not in ("name", "probe")}
     selector = selectors.build(config.selector.name, seed=config.seed, **settings)
     try:
         return prepare_sparse(
@@ -84,6 +86,7 @@ def size_buckets(ds: dict[str, Any], sparse: Sparse, model: torch.nn.Module) -> 
     outside = [sum(full_numel(p) for p in part.values()) for part in sparse.always_on.values()]
     return ds_config.size_buckets(
         ds,
+        largest_block=max(sum(full_numel(p) for p in block.module.parameters()) for block in sparse.blocks),
         largest_parameter=max(full_numel(p) for p in candidates),
         largest_group=max([block.numel for block in sparse.blocks] + outside),
         hidden=full_shape(model.get_input_embeddings().weight)[-1],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from trainer import model as models
-from trainer.accounting import model_state, readable
+from trainer.accounting import banked_bytes, model_state, readable
+from trainer.adapters import adapt
 from trainer.blocks import full_numel
 from trainer.build import check_hardware, check_length, offload_device, prepare_model, size_buckets
 from trainer.config import RunConfig, dump, total_steps
@@ -29,6 +31,8 @@ def describe(config: RunConfig, ranks: int) -> str:
     check_hardware(config)
     model = models.on_meta(config.model, tokenizer)
     check_length(config, model)
+    if config.substrate.name == "adapter":
+        model = adapt(model, config.substrate, empty=True).model
     sparse = prepare_model(config, model)
     size_buckets(ds, sparse, model)
     stage = ds["zero_optimization"]["stage"]
@@ -64,6 +68,11 @@ def describe(config: RunConfig, ranks: int) -> str:
         where = places["cpu" if name == "gradients" and device == "nvme" else device]
         lines.append(f"  {name:<10}{readable(getattr(state, name)):>12}{where}")
     lines.append(f"  {'total':<10}{readable(state.total):>12}")
+    if sparse.bank.keeps:
+        inactive = [b.numel for b in sparse.blocks if b.index not in sparse.active]
+        where = " in host memory" if config.bank.name == "cpu" else ""
+        banked = readable(banked_bytes(inactive, ranks=ranks))
+        lines.append(f"  {'bank':<10}{banked:>12}{where} more, once all blocks were drawn")
     return "\n".join(lines)
 
 
@@ -95,7 +104,9 @@ def one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
     )
 
 
-def report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, folder: Path) -> str:
+def report(
+    sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, written: Sequence[tuple[str, Path]]
+) -> str:
     always_on = ", ".join(sparse.always_on) or "nothing"
     lines = [f"\nTrained {num_steps} steps on {data.train_report.samples} samples; always on: {always_on}."]
     if len(evaluations) > 1:
@@ -112,5 +123,5 @@ def report(sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_st
     never = [i for i, times in enumerate(sparse.times_active) if not times]
     if never:
         lines.append(f"Never drawn: {never}; more steps or a shorter selector.interval would reach them.")
-    lines.append(f"Model: {folder / 'model'}")
+    lines += [f"{label}: {path}" for label, path in written]
     return "\n".join(lines)

@@ -40,6 +40,7 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
         return refuse(str(error), rank)
 
     prepare_process()
+    from trainer.adapters import AdapterError
     from trainer.blocks import BlockError
     from trainer.data.errors import DataError
     from trainer.describe import describe
@@ -56,7 +57,7 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
                 print(describe(config, ranks))
         else:
             run(config)
-    except (ConfigError, DataError, ModelError, BlockError, LossError, RegistrationError) as error:
+    except (ConfigError, DataError, ModelError, AdapterError, BlockError, LossError, RegistrationError) as error:
         return refuse(str(error), rank)
     except (StoppedError, GuardError, ExportError) as error:
         return refuse(str(error), rank)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+
+from trainer.adapters import Adapted
 
 _HEARTBEAT_SECONDS = 10
 
@@ -23,24 +29,66 @@ class ExportError(RuntimeError):
     """What was written is not what the model holds."""
 
 
+def save(
+    engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, adapters: Adapted | None, *, merge: bool
+) -> list[tuple[str, Path]]:
+    """Write what was trained into a run folder; returns what there is now, as (label, path).
+
+    `model/` for whole models; `adapter/` in PEFT's format for adapters, those of all blocks, and with `merge` also the
+    model that they make of their base.
+    """
+    if adapters is None:
+        export(engine, tokenizer, folder / "model")
+        return [("Model", folder / "model")]
+    export_adapter(engine, adapters, folder / "adapter")
+    if not merge:
+        return [("Adapter", folder / "adapter")]
+    export_merged(engine, adapters, tokenizer, folder / "model")
+    return [("Adapter", folder / "adapter"), ("Model", folder / "model")]
+
+
 def export(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Gather the weights parameter by parameter and write `folder`, which `from_pretrained` opens.
 
     All ranks take part; rank 0 holds the whole model in host memory and writes. The folder appears complete or not at
     all, and only after it was read back and compared with the model.
     """
-    model = engine.module
+    weights = _gather(engine, engine.module.state_dict(keep_vars=True))
+    _write_together(engine, lambda: _write_model(engine.module, weights, tokenizer, folder))
+
+
+def export_adapter(engine: DeepSpeedEngine, adapters: Adapted, folder: Path) -> None:
+    """Write the adapters of all blocks in PEFT's format, which `PeftModel.from_pretrained` opens on the base.
+
+    Only they are gathered. As `export`: all ranks take part, and the folder is compared before it appears.
+    """
+    everything = adapters.model.state_dict(keep_vars=True)
+    weights = _gather(engine, {name: everything[name] for name in everything if name in adapters.names})
+    _write_together(engine, lambda: _write_adapter(adapters.model, weights, folder))
+
+
+def export_merged(engine: DeepSpeedEngine, adapters: Adapted, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the base with the adapters merged into it, as `export` writes a model."""
+    weights = _gather(engine, adapters.model.state_dict(keep_vars=True))
+    _write_together(engine, lambda: _write_merged(adapters, weights, tokenizer, folder))
+
+
+def _gather(engine: DeepSpeedEngine, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory on rank 0, one tensor at a time. Names that share a tensor share its copy."""
     engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
     speaks = dist.get_rank() == 0
     copies: dict[int, Tensor] = {}
-    weights: dict[str, Tensor] = {}  # tied names share one tensor, which is written once
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for tensor in tensors.values():
         if id(tensor) not in copies:
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 copies[id(tensor)] = tensor.detach().cpu().clone() if speaks else tensor
-        weights[name] = copies[id(tensor)]
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _write_together(engine: DeepSpeedEngine, write: Callable[[], None]) -> None:
+    """`write` on rank 0, in the background; the others wait."""
     with ThreadPoolExecutor(max_workers=1) as background:
-        written = background.submit(_write, model, weights, tokenizer, folder) if speaks else None
+        written = background.submit(write) if dist.get_rank() == 0 else None
         _wait_together(written, engine.device)
     if written is not None:
         written.result()  # raises what writing raised
@@ -56,19 +104,53 @@ def _wait_together(written: Future[None] | None, device: torch.device) -> None:
         dist.broadcast(done, src=0)
 
 
-def _write(
-    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
+@contextmanager
+def _complete_or_not_at_all(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    was_caching, model.config.use_cache = model.config.use_cache, True  # training only switched it off
-    model.save_pretrained(partial, state_dict=dict(weights))  # it empties what it is given
-    model.config.use_cache = was_caching
-    tokenizer.save_pretrained(partial)
-    # On disk experts stand one by one, as in the checkpoints that other tools read.
-    _verify(partial, revert_weight_conversion(model, dict(weights)))
+    yield partial
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def _write_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    with _complete_or_not_at_all(folder) as partial:
+        was_caching, model.config.use_cache = model.config.use_cache, True  # training only switched it off
+        model.save_pretrained(partial, state_dict=dict(weights))  # it empties what it is given
+        model.config.use_cache = was_caching
+        tokenizer.save_pretrained(partial)
+        # On disk experts stand one by one, as in the checkpoints that other tools read.
+        _verify(partial, revert_weight_conversion(model, dict(weights)))
+
+
+def _write_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    with _complete_or_not_at_all(folder) as partial:
+        # Embeddings that adapters sit on are the base's: PEFT would write them as well.
+        model.save_pretrained(partial, state_dict=dict(weights), save_embedding_layers=False)
+        named = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
+        _verify(partial, {name: tensor.contiguous() for name, tensor in named.items()})
+        config = PeftConfig.from_pretrained(str(partial))
+        if config.peft_type != model.active_peft_config.peft_type:
+            raise ExportError(f"{folder}: adapter_config.json says {config.peft_type}")
+
+
+def _write_merged(
+    adapters: Adapted, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """A second model in host memory, of the gathered tensors, because the engine's own is in parts."""
+    base = adapters.model.get_base_model()
+    with torch.device("meta"):
+        model = type(base)(copy.deepcopy(base.config))
+    config = copy.deepcopy(adapters.model.active_peft_config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA and its like would change the base again
+    twin = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    twin.load_state_dict(weights, assign=True)
+    merged = twin.merge_and_unload()
+    merged.generation_config = base.generation_config
+    _write_model(merged, dict(merged.state_dict()), tokenizer, folder)
 
 
 def _verify(folder: Path, weights: dict[str, Tensor]) -> None:

@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
@@ -34,7 +42,7 @@ def load(
     """
     architecture = _architecture(config, tokenizer)
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
-    with _partitioned_creation(deepspeed):
+    with partitioned_creation(deepspeed):
         if config.path is None:
             torch.manual_seed(seed)
             model = _from_config(config, architecture, options)
@@ -156,6 +164,7 @@ def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, option
             output_loading_info=True,
             # So that they can be named; under ZeRO-3 transformers names them itself.
             ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
+            **_quantized(config),
             **options,
         )
     except Exception as error:
@@ -173,6 +182,21 @@ def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, option
             "folder complete?"
         )
     return model
+
+
+def _quantized(config: ModelConfig) -> dict[str, Any]:
+    """NF4 with quantised scales (QLoRA, https://arxiv.org/abs/2305.14314), on the device where it is to be used."""
+    if config.quantization is None:
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[config.dtype],
+        # One byte is what DeepSpeed's broadcast at the start understands.
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+    return {"quantization_config": settings, "device_map": {"": get_accelerator().current_device_name()}}
 
 
 def _embedded(model: PreTrainedModel) -> int:
@@ -194,8 +218,9 @@ def _in_short(error: Exception) -> str:
 
 
 @contextmanager
-def _partitioned_creation(deepspeed: dict[str, Any]) -> Iterator[None]:
-    """While this object lives, transformers creates and loads parameters partitioned, if the stage is 3."""
+def partitioned_creation(deepspeed: dict[str, Any]) -> Iterator[None]:
+    """While inside, transformers creates and loads parameters partitioned, if the stage is 3, and PEFT gathers those
+    that it computes with."""
     keep = HfDeepSpeedConfig(deepspeed) if deepspeed["zero_optimization"]["stage"] == 3 else None
     try:
         yield

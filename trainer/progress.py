@@ -27,6 +27,7 @@ class Progress:
         self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8") if self._speaks else None
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if self._speaks and terminal else None
+        self._importance: tuple[float, ...] | None = None
         self._started = self._last_line = time.monotonic()
 
     def step(self, step: int, *, active: Sequence[int], **values: float) -> None:
@@ -43,6 +44,13 @@ class Progress:
             self._last_line = time.monotonic()
             left = (self._last_line - self._started) / step * (self._total - step)
             print(f"step {step}/{self._total}: {short}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def importance(self, step: int, learned: tuple[float, ...] | None) -> None:
+        """Record what a selector has learned of each block by step `step`, where that is news."""
+        if not self._speaks or learned == self._importance:
+            return
+        self._importance = learned
+        self._write({"step": step, "importance": list(learned or ())})
 
     def evaluation(self, step: int, loss: float) -> None:
         """Record an evaluation after `step` steps (0: before training)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import deepspeed
 import torch
@@ -19,15 +21,18 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from trainer import build
 from trainer import model as models
+from trainer.adapters import adapt
 from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed import resolve
 from trainer.data import Prepared, prepare_run
-from trainer.data.batches import Batches, collate, count_targets, count_tokens, eval_batches
+from trainer.data.batches import Batches, collate, count_targets, count_tokens, deal, eval_batches
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
 from trainer.describe import one_line, report, rounding_warning
-from trainer.export import export
+from trainer.engine.attach import Sparse
+from trainer.export import save
 from trainer.loss import LossError, Objective, check_fused, check_packing, choose_fused
+from trainer.picture import draw_importance
 from trainer.progress import Progress
 from trainer.rank_watch import watch_ranks
 from trainer.run_folder import move_tensorboard, start_run_folder
@@ -57,17 +62,26 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     torch.manual_seed(config.seed)
     model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds)
     build.check_length(config, model)
+    fused = choose_fused(config.train.fused_loss, model)
+    objective = Objective(model, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
+    adapters = None
+    if config.substrate.name == "adapter":
+        torch.manual_seed(config.seed)
+        with models.partitioned_creation(ds):
+            adapters = adapt(model, config.substrate)
+        model = adapters.model
     torch.manual_seed(config.seed + rank)  # ranks drop out other units
     sparse = build.prepare_model(config, model)
     ds = build.size_buckets(ds, sparse, model)
     optimizer = build.build_optimizer(config, sparse, offload=build.offload_device(ds, "optimizer") != "none")
     scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
-    fused = choose_fused(config.train.fused_loss, model)
-    objective = Objective(model, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
+    # How FlashAttention keeps packed samples apart.
+    flat = model.config.get_text_config()._attn_implementation == "flash_attention_2"
+    feed = _Feed(config, data, pad_id=padding_id(tokenizer), flat=flat)
     with start_run_folder(config) as folder:
         move_tensorboard(ds, config, folder)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds)
-        sparse.attach(engine, guard_every=config.train.guard_every)
+        sparse.attach(engine, guard_every=config.train.guard_every, **_probing(engine, objective, feed, sparse))
         engine.train()
         if fused:
             _check_fused(config, engine, objective)
@@ -84,9 +98,6 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
         rank=rank,
         ranks=ranks,
     )
-    # How FlashAttention keeps packed samples apart.
-    flat = model.config.get_text_config()._attn_implementation == "flash_attention_2"
-    feed = _Feed(data, pad_id=padding_id(tokenizer), flat=flat)
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank)
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
     for line in [*describe_data(data, config.data.max_length), *rounding_warning(config, sparse)]:
@@ -97,7 +108,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     def evaluate_after(step: int) -> None:
         if data.eval is not None and step not in evaluations:
             with meter.paused():
-                evaluations[step] = evaluate(engine, objective, feed, config)
+                evaluations[step] = evaluate(engine, objective, feed.eval_batches())
             progress.evaluation(step, evaluations[step])
 
     evaluate_after(0)
@@ -123,16 +134,18 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
         if (step + 1) % config.train.log_every == 0 or step + 1 == num_steps:
             rounded = {} if sparse.rounded_away is None else {"rounded_away": sparse.rounded_away}
             progress.step(step + 1, active=sparse.active, lr=lr, **meter.read(engine), **rounded)
+        progress.importance(step + 1, sparse.selector.importance())
         if config.eval.every and (step + 1) % config.eval.every == 0:
             evaluate_after(step + 1)
     evaluate_after(num_steps)
     last_loss = evaluations.get(num_steps, float(result.loss_sum))
     if not math.isfinite(last_loss):
         raise _stopped(step, f"the loss is {last_loss}", config)
-    export(engine, tokenizer, folder / "model")
+    written = save(engine, tokenizer, folder, adapters, merge=config.merges)
     progress.close()
     if rank == 0:
-        print(report(sparse, evaluations, data, num_steps, folder), flush=True)
+        pictures = draw_importance(folder, sparse.times_active)
+        print(report(sparse, evaluations, data, num_steps, [*written, *pictures]), flush=True)
 
 
 @dataclass
@@ -177,39 +190,87 @@ def _applied(engine: DeepSpeedEngine, loss_sum: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def evaluate(engine: DeepSpeedEngine, objective: Objective, feed: _Feed, config: RunConfig) -> float:
-    """Mean loss over the target tokens of the evaluation data, over all ranks."""
+def evaluate(engine: DeepSpeedEngine, objective: Objective, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Mean loss over the target tokens of the batches of all ranks."""
     engine.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for batch in feed.eval_batches(config, rank=dist.get_rank(), ranks=dist.get_world_size()):
-        count = count_targets(batch["labels"])
-        batch = {key: value.to(engine.device) for key, value in batch.items()}
-        loss, _ = objective(engine, batch)
-        sums += torch.stack([loss.double(), sums.new_tensor(count)])
+    loss, count = _summed(engine, objective, batches)
     engine.train()
+    sums = torch.stack([loss, loss.new_tensor(count)])
     dist.all_reduce(sums)
     return float(sums[0] / sums[1])
 
 
-class _Feed:
-    """Samples to padded batches on the host."""
+def _summed(
+    engine: DeepSpeedEngine, objective: Objective, batches: list[dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, int]:
+    """(loss summed over this rank's target tokens, fp64; their number)."""
+    total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
+    for batch in batches:
+        count += count_targets(batch["labels"])
+        loss, _ = objective(engine, {key: value.to(engine.device) for key, value in batch.items()})
+        total += loss.double()
+    return total, count
 
-    def __init__(self, data: Prepared, *, pad_id: int, flat: bool) -> None:
+
+def _probing(engine: DeepSpeedEngine, objective: Objective, feed: _Feed, sparse: Sparse) -> dict[str, Any]:
+    """What `attach` wants for a selector that measures."""
+    if not sparse.selector.measures:
+        return {}
+    return {
+        "probe_batches": feed.probe_batches(),
+        "loss_function": lambda module, batches: _summed(engine, objective, batches),
+    }
+
+
+class _Feed:
+    """Samples to padded batches on the host, for this rank."""
+
+    def __init__(self, config: RunConfig, data: Prepared, *, pad_id: int, flat: bool) -> None:
+        self._config = config
         self._data = data
         self._collate = partial(collate, pad_id=pad_id, flat=flat)
+        self._place = {"rank": dist.get_rank(), "ranks": dist.get_world_size()}
 
     def micro_batches(self, indices: list[list[int]]) -> list[dict[str, torch.Tensor]]:
         return [self._collate([self._data.train[i] for i in chosen]) for chosen in indices]
 
-    def eval_batches(self, config: RunConfig, *, rank: int, ranks: int) -> list[dict[str, torch.Tensor]]:
+    def eval_batches(self) -> list[dict[str, torch.Tensor]]:
         assert self._data.eval is not None
-        size = config.eval.micro_batch_size or config.train.micro_batch_size
+        dealt = eval_batches(
+            len(self._data.eval),
+            micro_batch_size=self._eval_size,
+            max_samples=self._config.eval.max_samples,
+            **self._place,
+        )
+        return self._batches_of(self._data.eval, dealt)
+
+    def probe_batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """For each probe its sequences, in an order of their own: one pass over the data after another."""
+        probe = self._config.selector.probe
+        samples = self._data.eval if probe.data == "eval" else self._data.train
+        size = min(probe.batch_size, len(samples))
+        # Seeds of training are below 2**63.
+        order = Batches(
+            [len(samples)],
+            seed=self._config.seed + 2**63,
+            global_batch_size=size,
+            micro_batch_size=size,
+            rank=0,
+            ranks=1,
+        )
+        for number in itertools.count():
+            dealt = deal(order.indices(number)[0], micro_batch_size=self._eval_size, **self._place)
+            yield self._batches_of(samples, dealt)
+
+    @property
+    def _eval_size(self) -> int:
+        return self._config.eval.micro_batch_size or self._config.train.micro_batch_size
+
+    def _batches_of(self, samples: Any, dealt: list[list[int]]) -> list[dict[str, torch.Tensor]]:
         batches = []
-        for chosen in eval_batches(
-            len(self._data.eval), micro_batch_size=size, rank=rank, ranks=ranks, max_samples=config.eval.max_samples
-        ):
+        for chosen in dealt:
             # A rank without samples left goes through the forward all the same: under ZeRO-3 it is collective.
-            batch = self._collate([self._data.eval[i] for i in chosen or [0]])
+            batch = self._collate([samples[i] for i in chosen or [0]])
             if not chosen:
                 batch["labels"].fill_(-100)
             batches.append(batch)

@@ -10,7 +10,7 @@ import pytest
 from trainer.config import ConfigError, RunConfig, deepspeed_keys
 from trainer.config.deepspeed import PRESET_FOLDER, presets, read, resolve, size_buckets
 
-SIZES = {"largest_parameter": 4097, "largest_group": 20_000, "hidden": 64}
+SIZES = {"largest_parameter": 4097, "largest_group": 20_000, "largest_block": 20_000, "hidden": 64}
 
 
 def config(deepspeed: str = "zero3", *, dtype: str = "fp32", output: str = "runs/x", **train: Any) -> RunConfig:

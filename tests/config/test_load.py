@@ -317,10 +317,10 @@ def test_an_override_that_is_no_yaml() -> None:
         ),
         (
             "selector.name=unform",
-            "selector.name: got 'unform'; allowed: uniform | cyclic | fixed | all; nearest: 'uniform'",
+            "selector.name: got 'unform'; allowed: uniform | cyclic | fixed | all | importance; nearest: 'uniform'",
         ),
-        ("bank.name=gpu", "bank.name: got 'gpu'; allowed: discard | cpu"),
-        ("method=lsia", "method: got 'lsia'; allowed: lisa | badam | full | null; nearest: 'lisa'"),
+        ("bank.name=gpu", "bank.name: got 'gpu'; allowed: discard | device | cpu"),
+        ("method=lsia", "method: got 'lsia'; allowed: lisa | badam | ist | lora | full | null; nearest: 'lisa'"),
         ("update.name=unmask", "update.name: got 'unmask'; allowed: dense"),
         ("schedule.name=cosin", "schedule.name: got 'cosin'; allowed: linear | cosine"),
         ("deepspeed=zero33", "deepspeed: got 'zero33'; allowed: zero0 | zero1"),

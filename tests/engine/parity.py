@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -55,14 +57,48 @@ class Cell:
 
 def make_selector(cell: Cell) -> Any:
     settings = {} if cell.selector == "all" else {"blocks": cell.blocks}
+    if cell.selector == "importance":  # probes at every other step, and rewards that show in so few of them
+        settings = {"active_share": 0.4, "update_every": 2, "reward_rate": 500.0}
     return build(cell.selector, seed=7, interval=cell.interval, **settings)
 
 
 def batch(step: int, micro: int, *, ranks: int, rank: int, vocab: int = 64) -> Tensor:
     """[2, SEQUENCE] token ids; a step's global batch is 4 sequences per accumulation step, whatever the ranks."""
     generator = torch.Generator().manual_seed(1000 * step + micro)
-    whole = torch.randint(vocab, (4, SEQUENCE), generator=generator)
+    whole = torch.randint(vocab, (4, SEQUENCE), generator=generator).to(get_accelerator().current_device_name())
     return whole.chunk(ranks)[rank] if ranks <= 4 else whole
+
+
+def probe_batch(number: int, *, ranks: int, rank: int) -> Tensor:
+    """This rank's token ids of a probe: of three sequences, so that ranks weigh differently."""
+    generator = torch.Generator().manual_seed(777_000 + number)
+    return torch.randint(64, (3, SEQUENCE), generator=generator)[rank::ranks]
+
+
+def summed_loss(module: torch.nn.Module, ids: Tensor) -> tuple[Tensor, int]:
+    """(cross-entropy summed over the tokens that are predicted, their number)."""
+    logits = module(input_ids=ids).logits
+    targets = ids[:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
+    return loss, targets.numel()
+
+
+@torch.no_grad()
+def plain_probe(model: torch.nn.Module, trials: Any, factor: float, number: int) -> tuple[float, ...]:
+    """The loss for each trial on the whole probe batch: LoRA's scaling by hand, else the blocks' own outputs."""
+    losses = []
+    ids = torch.cat([probe_batch(number, ranks=3, rank=rank) for rank in range(3)])
+    layers = model.get_submodule("base_model.model.model.layers")
+    for trial in trials:
+        scaled = [m for i in trial for m in layers[i].modules() if hasattr(m, "scaling") and hasattr(m, "lora_A")]
+        before = [dict(module.scaling) for module in scaled]
+        for module in scaled:
+            module.scaling["default"] *= factor
+        loss, count = summed_loss(model, ids)
+        for module, values in zip(scaled, before, strict=True):
+            module.scaling = values
+        losses.append(float(loss / count))
+    return tuple(losses)
 
 
 def learning_rate(cell: Cell, step: int) -> float:
@@ -72,8 +108,9 @@ def learning_rate(cell: Cell, step: int) -> float:
 
 def build_model(cell: Cell) -> torch.nn.Module:
     if cell.family is not None:
-        return tiny_model(cell.family).train()
-    model = tiny_llama(hidden=cell.hidden, tied=cell.tied, dtype=DTYPES[cell.dtype])
+        model = tiny_model(cell.family).to(DTYPES[cell.dtype])
+    else:
+        model = tiny_llama(hidden=cell.hidden, tied=cell.tied, dtype=DTYPES[cell.dtype])
     if cell.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
@@ -81,7 +118,7 @@ def build_model(cell: Cell) -> torch.nn.Module:
         targets = ["q_proj", "v_proj", "down_proj"]
         config = LoraConfig(r=cell.lora, target_modules=targets, modules_to_save=["lm_head"], lora_dropout=0.0)
         model = get_peft_model(model, config)
-    return model.train()
+    return model.to(get_accelerator().current_device_name()).train()  # built on the CPU: the same weights everywhere
 
 
 def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
@@ -101,6 +138,10 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
     previous: set[str] = set()
     draws = []
     for step in range(cell.steps):
+        wanted = selector.needs(step)
+        if wanted is not None:
+            number = step // selector.update_every
+            selector.observe(wanted, plain_probe(model, wanted.trials, wanted.factor, number))
         drawn = selector.select(step // cell.interval, len(layers))
         draws.append(drawn)
         active = {n: p for i in drawn for n, p in layers[i].items()} | on
@@ -135,7 +176,13 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
                 s["v"].mul_(b2).addcmul_(g, g, value=1 - b2)
                 denominator = (s["v"] / (1 - b2**t)).sqrt().add_(ADAM["eps"])
                 p.addcdiv_(s["m"] / (1 - b1**t), denominator, value=-lr)
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, draws
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return weights | _scores(selector), draws
+
+
+def _scores(selector: Any) -> dict[str, Tensor]:
+    learned = selector.importance()
+    return {} if learned is None else {"importance": torch.tensor(learned)}
 
 
 def _part(name: str) -> str:
@@ -174,7 +221,10 @@ def make_engine(cell: Cell, model: torch.nn.Module, sparse: trainer.Sparse) -> A
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     groups = sparse.param_groups(weight_decay=cell.weight_decay)
-    optimizer = DeepSpeedCPUAdam(groups, **ADAM) if cell.offload else torch.optim.AdamW(groups, **ADAM)
+    if cell.offload:
+        optimizer = DeepSpeedCPUAdam(groups, **ADAM)
+    else:  # fused where trainer/build.py has it
+        optimizer = torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda", **ADAM)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(cell, step))
     config = deepspeed_config(cell, micro_batch=4 // cell.ranks)
     engine, *_ = deepspeed.initialize(
@@ -213,7 +263,9 @@ def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ..
         substrate="adapter" if cell.lora else "full",
     )
     engine = make_engine(cell, model, sparse)
-    sparse.attach(engine, guard_every=1)
+    probes = (probe_batch(number, ranks=cell.ranks, rank=rank) for number in itertools.count(1))
+    measures = {"probe_batches": probes, "loss_function": summed_loss} if sparse.selector.measures else {}
+    sparse.attach(engine, guard_every=1, **measures)
     draws = []
     for step in range(cell.steps):
         train_step(cell, engine, step, rank)
@@ -223,7 +275,7 @@ def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ..
                 engine(input_ids=batch(step, 9, ranks=cell.ranks, rank=rank))
             engine.train()
         draws.append(sparse.active)
-    weights = full_weights(engine)
+    weights = full_weights(engine) | _scores(sparse.selector)
     engine.destroy()
     return weights, draws
 

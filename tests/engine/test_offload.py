@@ -10,7 +10,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from tests import distributed
 from tests.engine.parity import Cell, largest_difference, reference, strata
-from tests.engine.test_switching import start, train_step
+from tests.engine.test_switching import _registration, start, train_step
 from trainer.engine.registration import RegistrationError
 
 TOLERANCE = 1e-6
@@ -55,6 +55,15 @@ def test_optimizer_state_on_nvme(tmp_path: Path) -> None:
     ]
     assert max(distributed.run(_parity, cells, ranks=2, deadline=500)[0]) <= TOLERANCE
     assert any(file.stat().st_size > 2**20 for file in (tmp_path / "a").rglob("*.swp"))
+
+
+@pytest.mark.slow
+@needs_aio
+@pytest.mark.timeout(600)
+def test_memory_is_flat_with_optimizer_state_on_nvme(tmp_path: Path) -> None:
+    cell = Cell(extra=nvme(tmp_path), offload=True, hidden=256, interval=1, steps=14, bank="cpu")
+    for problems in distributed.run(_registration, (cell,), ranks=2, deadline=500):
+        assert not problems
 
 
 def _uneven(rank: int, folder: Path) -> None:

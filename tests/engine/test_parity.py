@@ -44,6 +44,15 @@ SPECIAL = [
     Cell(family="gpt2", steps=6, stage=2),
     Cell(lora=4, weight_decay=0.1),
     Cell(lora=4, weight_decay=0.1, stage=2, bank="cpu", checkpointing=True),
+    # IST: scores, draws and weights, at intervals of one step.
+    *(
+        Cell(selector="importance", lora=4, interval=1, bank="device", stage=stage, ranks=ranks, weight_decay=0.1)
+        for stage in (0, 1, 2, 3)
+        for ranks in (1, 2)
+    ),
+    Cell(selector="importance", lora=4, interval=2, bank="cpu", stage=3, accumulation=2, clipping=0.3),
+    Cell(bank="device", interval=1, blocks=2, steps=8),
+    Cell(bank="device", interval=1, blocks=2, steps=8, stage=2, offload=True),
     # Buckets smaller than a gradient, and hooks replaced by a reduction at the boundary.
     Cell(stage=2, extra={"zero": {"reduce_bucket_size": 500, "overlap_comm": True}}, accumulation=2),
     Cell(stage=1, extra={"zero": {"contiguous_gradients": False}}, accumulation=2),

@@ -1,7 +1,8 @@
 """The run configuration: one YAML file and dotted overrides in, one frozen `RunConfig` out, all problems at once.
 
-Everything here runs before torch is imported. Its other modules: `schema` (models and rules), `files`,
-`errors` (messages), `keys` (a listing), `command_line`, `run_size` (numbers that follow), `deepspeed`.
+Everything here runs before torch is imported. Its other modules: `schema` (models), `methods` (the published points),
+`rules` (that tie keys together), `sources` (how data is named), `files`, `errors` (messages), `keys` (a listing),
+`command_line`, `run_size` (numbers that follow), `deepspeed`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,10 @@ from trainer.config.command_line import Command, help_text, parse_command_line
 from trainer.config.errors import ConfigError, validation_problems
 from trainer.config.files import dump, file_problems, parse_value, read_yaml, resolve_paths
 from trainer.config.keys import union_members
+from trainer.config.methods import METHODS, PARTS, expand_method
+from trainer.config.rules import rule_problems
 from trainer.config.run_size import Batch, resolve_batch, total_steps, warmup_steps
-from trainer.config.schema import METHODS, PARTS, ModelConfig, RunConfig, expand_method, rule_problems
+from trainer.config.schema import ModelConfig, RunConfig
 
 __all__ = [
     "METHODS",

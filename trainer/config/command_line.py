@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 from trainer.config.deepspeed import presets
 from trainer.config.errors import ConfigError, hint
 from trainer.config.keys import Key, allowed, keys, union_members
-from trainer.config.schema import METHODS, RunConfig
+from trainer.config.methods import METHODS
+from trainer.config.schema import RunConfig
 
 USAGE = "deepspeed launch/train.py [RECIPE.yaml] [key=value ...] [--dry-run] [--help]"
 

@@ -242,6 +242,12 @@ def _zero_problems(values: Mapping[str, Any], config: RunConfig, source: str) ->
             f"deepspeed: zero_optimization.stage is 0 in {source} but model.dtype is {config.model.dtype}: stage 0 is "
             "the fp32 reference; set model.dtype=fp32 or another preset (deepspeed=zero1)"
         )
+    if stage == 3 and config.model.quantization is not None:
+        problems.append(
+            f"deepspeed: zero_optimization.stage is 3 in {source} but model.quantization is "
+            f"{config.model.quantization}: ZeRO-3 would cut packed weights apart; set deepspeed=zero2, or "
+            "model.quantization=null"
+        )
     problems += _offload_problems(values, stage, source)
     offload = _get(values, "zero_optimization.offload_optimizer.device", "none")
     if config.optimizer.name == "adamw_8bit" and offload != "none":
@@ -334,19 +340,22 @@ def _auto_problems(values: Mapping[str, Any], source: str, prefix: str = "") -> 
     return problems
 
 
-def size_buckets(ds: Mapping[str, Any], *, largest_parameter: int, largest_group: int, hidden: int) -> dict[str, Any]:
+def size_buckets(
+    ds: Mapping[str, Any], *, largest_parameter: int, largest_group: int, largest_block: int, hidden: int
+) -> dict[str, Any]:
     """A copy of `ds` with the buffer and prefetch sizes of its ZeRO stage that it leaves open ("auto" or missing).
 
     All sizes are elements, not bytes. largest_parameter: of those that may train. largest_group: of the optimizer's
-    groups, so at least a block's. hidden: the model's hidden size. A value in `ds` stands, except that ConfigError is
-    raised for a sub_group_size below largest_group on stage 3.
+    groups. largest_block: all that a block holds, with what never trains. hidden: the model's hidden size. A value in
+    `ds` stands, except that ConfigError is raised for a sub_group_size below largest_group on stage 3.
     """
-    assert min(largest_parameter, largest_group, hidden) >= 1, (largest_parameter, largest_group, hidden)
+    given = (largest_parameter, largest_group, largest_block, hidden)
+    assert min(given) >= 1, given
     sized = copy.deepcopy(dict(ds))
     zero = sized["zero_optimization"]
     # The spelling of each key: the one that stands there, else the documented one.
     spelled = {name: name if name in zero else ZERO_ALIASES.get(name, name) for name in _SIZED}
-    sizes = _sizes(zero["stage"], largest_parameter, largest_group, hidden)
+    sizes = _sizes(zero["stage"], *given)
     for name, key in spelled.items():
         if zero.get(key, AUTO) == AUTO:
             zero.pop(key, None)
@@ -362,7 +371,7 @@ def size_buckets(ds: Mapping[str, Any], *, largest_parameter: int, largest_group
     return sized
 
 
-def _sizes(stage: int, largest_parameter: int, largest_group: int, hidden: int) -> dict[str, int]:
+def _sizes(stage: int, largest_parameter: int, largest_group: int, largest_block: int, hidden: int) -> dict[str, int]:
     if stage == 0:
         return {}
     # A buffer of this many elements is held on every rank (stages 1 and 2 with overlap_comm hold two). DeepSpeed's 5e8
@@ -372,19 +381,20 @@ def _sizes(stage: int, largest_parameter: int, largest_group: int, hidden: int) 
     if stage < 3:
         # Only backends without all_gather_into_tensor gather in pieces of this size. DeepSpeed asserts that it is even.
         return sizes | {"allgather_bucket_size": largest_parameter + largest_parameter % 2}
+    fetched = max(largest_group, largest_block)  # at a time
     return sizes | {
         # The limit of one sub-group; it reserves nothing, so DeepSpeed's own limit unless a group is larger.
         "sub_group_size": max(_LIVE_DEFAULT, largest_group),
         # Gathered ahead of use, at each module: at most one block, so that a small model is not held whole.
-        "prefetch_bucket_size": min(_PREFETCH_DEFAULT, largest_group),
+        "prefetch_bucket_size": min(_PREFETCH_DEFAULT, fetched),
         # Norms and biases (a few times `hidden`) stay whole on every rank: gathering them costs latency, saves little.
         # The last bound keeps hidden x hidden matrices partitioned in models of ten columns or fewer.
         "param_persistence_threshold": min(_PERSISTENCE_DEFAULT, 10 * hidden, max(hidden, hidden * hidden - 1)),
         # Prefetching stops at this many gathered elements: a block in use, the next one, and one large matrix (the
         # head). DeepSpeed's 1e9 would let it run ahead through the whole of a small model.
-        "max_live_parameters": min(_LIVE_DEFAULT, 2 * largest_group + largest_parameter),
+        "max_live_parameters": min(_LIVE_DEFAULT, 2 * fetched + largest_parameter),
         # What is used again within this distance is not released: the last block between forward and backward, and
         # with activation checkpointing each block between its recomputation and its backward. At 1e9 nothing of a
         # small model is ever released.
-        "max_reuse_distance": min(_LIVE_DEFAULT, largest_group),
+        "max_reuse_distance": min(_LIVE_DEFAULT, fetched),
     }

@@ -12,8 +12,10 @@ import yaml
 
 from trainer.config import deepspeed as deepspeed_config
 from trainer.config.errors import ConfigError, nearest
-from trainer.config.schema import DATA_SUFFIXES, RunConfig, hub_name, source_list
+from trainer.config.schema import RunConfig
+from trainer.config.sources import DATA_SUFFIXES, hub_name, source_list
 
+MODEL_MARKER, ADAPTER_MARKER = "config.json", "adapter_config.json"
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
 
@@ -87,6 +89,9 @@ def resolve_paths(values: Mapping[str, Any], bases: Sequence[Path]) -> dict[str,
     for name in ("path", "tokenizer"):
         if isinstance(model, dict) and isinstance(model.get(name), str) and model[name] != "bytes":
             model[name] = _resolve_path(model[name], bases)
+    substrate = resolved.get("substrate")
+    if isinstance(substrate, dict) and isinstance(substrate.get("adapter"), str):
+        substrate["adapter"] = _resolve_path(substrate["adapter"], bases)
     named = resolved.get("deepspeed")
     if isinstance(named, str) and deepspeed_config.is_path(named):
         resolved["deepspeed"] = _resolve_path(named, bases)
@@ -125,7 +130,10 @@ def file_problems(values: Mapping[str, Any], bases: Sequence[Path]) -> list[str]
             if isinstance(source, Mapping) and isinstance(source.get("path"), str) and source["path"]:
                 problems += _source_problems(key, source, bases)
     if isinstance(model.get("path"), str) and model["path"]:
-        problems += _model_problems("model.path", model["path"], bases, marker="config.json")
+        problems += _model_problems("model.path", model["path"], bases, marker=MODEL_MARKER)
+    adapter = _section(values, "substrate").get("adapter")
+    if isinstance(adapter, str) and adapter:
+        problems += _model_problems("substrate.adapter", adapter, bases, marker=ADAPTER_MARKER)
     if isinstance(model.get("tokenizer"), str) and model["tokenizer"] not in ("", "bytes"):
         problems += _model_problems("model.tokenizer", model["tokenizer"], bases)
     problems += _folder_problems("output", values.get("output", RunConfig.model_fields["output"].default))
@@ -133,6 +141,11 @@ def file_problems(values: Mapping[str, Any], bases: Sequence[Path]) -> list[str]
     problems += _deepspeed_problems(values.get("deepspeed", RunConfig.model_fields["deepspeed"].default))
     if _section(values, "monitor").get("tensorboard") is True and importlib.util.find_spec("tensorboard") is None:
         problems.append("monitor.tensorboard: got true, but package tensorboard is missing; install it or set false")
+    if model.get("quantization") is not None and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(
+            f"model.quantization: {model['quantization']}, but package bitsandbytes is missing; pip install "
+            "'strata-trainer[4bit]', or set null"
+        )
     if _section(values, "optimizer").get("name") == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         problems.append(
             "optimizer.name: adamw_8bit, but package bitsandbytes is missing; pip install "
@@ -199,9 +212,23 @@ def _model_problems(key: str, path: str, bases: Sequence[Path], *, marker: str |
         return [f"{key}: {missing}; allowed: {expected}"]
     if not folder.is_dir():
         return [f"{key}: {path!r} is a file; allowed: {expected}"]
+    if marker == MODEL_MARKER and (folder / ADAPTER_MARKER).is_file():
+        return [
+            f"{key}: {path!r} holds an adapter ({ADAPTER_MARKER}), no model of its own; set model.path to the base "
+            f"{_base_of(folder)}and, to go on training the adapter, substrate.adapter={path}"
+        ]
     if marker and not (folder / marker).is_file():
         return [f"{key}: folder {path!r} has no {marker}; allowed: {expected}"]
     return _weight_problems(key, path, folder) if marker else []
+
+
+def _base_of(adapter: Path) -> str:
+    """`(owner/name) `, as PEFT noted it."""
+    try:
+        base = json.loads((adapter / ADAPTER_MARKER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f"({base}) " if isinstance(base, str) and base else ""
 
 
 def _weight_problems(key: str, path: str, folder: Path) -> list[str]:

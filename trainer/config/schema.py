@@ -1,16 +1,20 @@
-"""The run configuration as frozen, typed models; the published methods; the rules that tie several keys together."""
+"""The run configuration as frozen, typed models."""
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trainer.config.methods import expand_method
+from trainer.config.rules import rule_problems
+from trainer.config.sources import source_list
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 # The members of transformers' SchedulerType that `get_scheduler` builds from warm-up and total steps alone.
@@ -20,8 +24,6 @@ ScheduleName = Literal[
 
 
 Format = Literal["auto", "alpaca", "qa", "prompt", "messages", "sharegpt", "text"]
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?::(\w[^/]*))?")
 
 
 class Section(BaseModel):
@@ -44,6 +46,11 @@ class ModelConfig(Section):
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto", description="Attention kernel; auto takes the fastest one that the machine has."
     )
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="Hold the frozen base in four bits (bitsandbytes, the extra strata-trainer[4bit]): for adapters "
+        "under ZeRO-2 or below.",
+    )
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in backward: less memory, about a third more compute."
     )
@@ -62,6 +69,31 @@ class ModelConfig(Section):
 
 class FullSubstrate(Section):
     name: Literal["full"] = Field("full", description="What may train inside a block: all of its weights.")
+
+
+class AdapterSubstrate(Section):
+    name: Literal["adapter"] = Field("adapter", description="What may train inside a block: adapters, made by PEFT.")
+    peft: dict[str, Any] | None = Field(
+        None, description="PEFT's own configuration: peft_type (LORA, IA3, LOHA, ...) and its fields. This or adapter."
+    )
+    adapter: Text | None = Field(None, description="Folder of a PEFT adapter to go on training. This or peft.")
+    frozen: tuple[Text, ...] = Field(
+        (), strict=False, description="Adapter weights that stay as they are, by part of a name: [lora_A] is LoRA-FA."
+    )
+    merge: Literal["auto"] | bool = Field(
+        "auto",
+        description="Also write model/ with the adapters merged into the base; auto: if the base is in no folder "
+        "(model.random).",
+    )
+
+    @field_validator("peft")
+    @classmethod
+    def _names_its_type(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and not isinstance(value.get("peft_type"), str):
+            raise ValueError(
+                f"got keys {sorted(map(str, value))} without peft_type: set substrate.peft.peft_type, such as LORA"
+            )
+        return value
 
 
 class UniformSelector(Section):
@@ -100,6 +132,27 @@ class AllSelector(Section):
     interval: Count = Field(20, description="Optimizer steps per draw (the draw is always the same).")
 
 
+class ProbeConfig(Section):
+    batch_size: Count = Field(16, description="Sequences (packed rows) that a probe looks at, over all ranks.")
+    data: Literal["train", "eval"] = Field("train", description="Where they come from: training or evaluation data.")
+
+
+class ImportanceSelector(Section):
+    name: Literal["importance"] = Field(
+        "importance", description="Learns which blocks matter, and trains those more often (IST)."
+    )
+    active_share: Share = Field(0.25, description="Share of the blocks that are active at a time, rounded down.")
+    interval: Count = Field(1, description="Optimizer steps per draw.")
+    update_every: Count = Field(10, description="Optimizer steps between two updates of what was learned.")
+    probes: Annotated[int, Field(ge=2)] = Field(3, description="Sets of blocks suppressed and compared per update.")
+    suppressed_share: Share = Field(0.5, description="Share of the blocks that a probe suppresses, rounded down.")
+    suppression_factor: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.25, description="What is left of a suppressed block's contribution; with adapters of theirs."
+    )
+    reward_rate: Positive = Field(10.0, description="Step size of what is learned from a probe.")
+    probe: ProbeConfig = ProbeConfig()
+
+
 class DenseUpdate(Section):
     name: Literal["dense"] = Field("dense", description="How a block trains: the optimizer on all of its weights.")
 
@@ -108,12 +161,19 @@ class DiscardBank(Section):
     name: Literal["discard"] = Field("discard", description="Forget optimizer state and fp32 masters at a switch.")
 
 
+class DeviceBank(Section):
+    name: Literal["device"] = Field("device", description="Keep optimizer state and fp32 masters where they are.")
+
+
 class CpuBank(Section):
     name: Literal["cpu"] = Field("cpu", description="Keep optimizer state and fp32 masters in host memory.")
 
 
-Selector = Annotated[UniformSelector | CyclicSelector | FixedSelector | AllSelector, Field(discriminator="name")]
-Bank = Annotated[DiscardBank | CpuBank, Field(discriminator="name")]
+Substrate = Annotated[FullSubstrate | AdapterSubstrate, Field(discriminator="name")]
+Selector = Annotated[
+    UniformSelector | CyclicSelector | FixedSelector | AllSelector | ImportanceSelector, Field(discriminator="name")
+]
+Bank = Annotated[DiscardBank | DeviceBank | CpuBank, Field(discriminator="name")]
 
 
 class AlwaysOn(Section):
@@ -229,34 +289,10 @@ class MonitorConfig(Section):
     tensorboard: bool = Field(False, description="Write TensorBoard files to tensorboard/ in the run folder.")
 
 
-PARTS = ("substrate", "selector", "update", "bank", "always_on")
-
-_ALL_ON = {"embeddings": True, "head": True, "norm": True}
-_ALL_OFF = dict.fromkeys(_ALL_ON, False)
-_COMMON = {"substrate": {"name": "full"}, "update": {"name": "dense"}, "bank": {"name": "discard"}}
-
-# Each method's published point.
-METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    # LISA, arXiv 2403.17919, Algorithm 1. gamma = 2 and K = 20: defaults and fine-tuning script of the authors' LMFlow.
-    # Embeddings, head and final norm are never frozen there; state of re-frozen layers "is treated as being discarded".
-    "lisa": {**_COMMON, "selector": {"name": "uniform", "blocks": 2, "interval": 20}, "always_on": _ALL_ON},
-    # BAdam, arXiv 2404.02827. K = 100 and random reshuffling: the paper's scripts (the code's own defaults, 50 and
-    # descending, differ). One layer at a time, embeddings and head frozen, state and master dropped with the block.
-    "badam": {
-        **_COMMON,
-        "selector": {"name": "cyclic", "blocks": 1, "interval": 100, "order": "reshuffled"},
-        "always_on": _ALL_OFF,
-    },
-    "full": {**_COMMON, "selector": {"name": "all", "interval": 20}, "always_on": _ALL_ON},
-}
-# What stands for a part that neither a method nor the user names.
-DEFAULT_PARTS = METHODS["lisa"]
-
-
 class RunConfig(Section):
     """One run. Built from a mapping, in which `method` fills what the parts leave open."""
 
-    method: Literal["lisa", "badam", "full"] | None = Field(
+    method: Literal["lisa", "badam", "ist", "lora", "full"] | None = Field(
         None, description="Fills substrate, selector, update, bank and always_on with the published point."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
@@ -264,7 +300,7 @@ class RunConfig(Section):
     )
     output: Text = Field("runs/strata", description="Run folder: config.yaml, metrics.jsonl, model/.")
     model: ModelConfig = ModelConfig()
-    substrate: FullSubstrate = FullSubstrate()
+    substrate: Substrate = FullSubstrate()
     selector: Selector = UniformSelector()
     update: DenseUpdate = DenseUpdate()
     bank: Bank = DiscardBank()
@@ -277,6 +313,13 @@ class RunConfig(Section):
     deepspeed: Text = Field("zero3", description="A preset in ds_configs/ (without .json) or the path of a JSON file.")
     monitor: MonitorConfig = MonitorConfig()
 
+    @property
+    def merges(self) -> bool:
+        """Whether adapters are merged into their base at the end."""
+        if self.substrate.name != "adapter":
+            return False
+        return self.model.path is None if self.substrate.merge == "auto" else self.substrate.merge
+
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, values: Any) -> Any:
@@ -288,139 +331,3 @@ class RunConfig(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-
-SECTIONS = ("model", "optimizer", "schedule", "train", "eval", "data", "monitor")
-
-
-def expand_method(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with every section present and every part laid over the method's point (or over the defaults).
-
-    A part with another `name` than the point's starts from that member's own defaults. Null counts as absent.
-    """
-    method = values.get("method")
-    point = METHODS.get(method, DEFAULT_PARTS) if isinstance(method, str) else DEFAULT_PARTS
-    expanded = dict(values)
-    for section in SECTIONS:
-        expanded[section] = {} if values.get(section) is None else values[section]
-    for part in PARTS:
-        expanded[part] = _lay_over(point[part], values.get(part))
-    return expanded
-
-
-def _lay_over(point: Mapping[str, Any], given: Any) -> Any:
-    if given is None:
-        return dict(point)
-    if not isinstance(given, Mapping) or given.get("name", point.get("name")) != point.get("name"):
-        return given
-    return {**point, **given}
-
-
-def source_list(value: Any) -> Any:
-    """The sources that `data.train` or `data.eval` names, each a mapping; what is of a wrong type stays as it is."""
-    if isinstance(value, str | Mapping | DataSource):
-        value = [value]
-    return [_spelled_out(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _spelled_out(source: Any) -> Any:
-    if not isinstance(source, str):
-        return source
-    name, split = hub_name(source) or (source, None)
-    return {"path": name, "split": split} if split else {"path": source}
-
-
-def hub_name(path: str) -> tuple[str, str | None] | None:
-    """(owner/name, split or None) of a path that may stand for a data set on the Hub; None for a file's name."""
-    match = _HUB_NAME.fullmatch(path)
-    return None if match is None or path.endswith(DATA_SUFFIXES) else (match[1], match[2])
-
-
-def rule_problems(values: Mapping[str, Any]) -> list[str]:
-    """Contradictions between keys of a nested mapping; values of a wrong type are left to the models."""
-    return [
-        *_exactly_one(values, "model.path", "model.random"),
-        *_exactly_one(values, "train.steps", "train.epochs"),
-        *_batch_rules(values),
-        *_schedule_rules(values),
-        *_eval_rules(values),
-        *_weight_rules(values),
-        *_optimizer_rules(values),
-    ]
-
-
-def _get(values: Any, path: str) -> Any:
-    for name in path.split("."):
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
-
-
-def _number(values: Mapping[str, Any], path: str, default: float = 0) -> float:
-    value = _get(values, path)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else default
-
-
-def _exactly_one(values: Mapping[str, Any], first: str, second: str) -> list[str]:
-    given = [path for path in (first, second) if _get(values, path) is not None]
-    if len(given) == 1:
-        return []
-    return [f"{first}, {second}: {'both' if given else 'neither'} given; set exactly one of them"]
-
-
-def _batch_rules(values: Mapping[str, Any]) -> list[str]:
-    global_batch, micro_batch = _number(values, "train.global_batch_size"), _number(values, "train.micro_batch_size", 1)
-    whole = isinstance(global_batch, int) and isinstance(micro_batch, int)
-    if not whole or global_batch < 1 or micro_batch < 1 or global_batch % micro_batch == 0:
-        return []
-    return [
-        f"train.micro_batch_size: {micro_batch} does not divide train.global_batch_size {global_batch}; "
-        "the global batch is ranks x micro-batch x accumulation steps"
-    ]
-
-
-def _schedule_rules(values: Mapping[str, Any]) -> list[str]:
-    problems = []
-    steps, ratio = _get(values, "schedule.warmup_steps"), _get(values, "schedule.warmup_ratio")
-    name, total = _get(values, "schedule.name"), _number(values, "train.steps")
-    if steps is not None and ratio is not None:
-        problems.append(f"schedule.warmup_steps, schedule.warmup_ratio: got {steps} and {ratio}; set one to null")
-    if name == "constant" and (steps or ratio):
-        problems.append("schedule.name: constant has no warm-up; use constant_with_warmup, or set no warm-up")
-    if total and _number(values, "schedule.warmup_steps") > total:
-        problems.append(f"schedule.warmup_steps: {steps} is more than train.steps {total}")
-    if name == "polynomial" and _number(values, "optimizer.lr", 1.0) <= 1e-7:
-        problems.append(
-            f"optimizer.lr: got {_get(values, 'optimizer.lr')}; allowed with schedule polynomial: number > 1e-7"
-        )
-    return problems
-
-
-def _eval_rules(values: Mapping[str, Any]) -> list[str]:
-    problems = []
-    file, fraction = _get(values, "data.eval"), _number(values, "data.eval_fraction")
-    if file is not None and fraction:
-        problems.append(f"data.eval, data.eval_fraction: got {file!r} and {fraction}; set null or 0 for one")
-    if _get(values, "eval.every") is not None and file is None and not fraction:
-        problems.append("eval.every: no evaluation data; set data.eval or data.eval_fraction, or eval.every=null")
-    return problems
-
-
-def _weight_rules(values: Mapping[str, Any]) -> list[str]:
-    sources = source_list(_get(values, "data.train"))
-    given = [_get(source, "weight") is not None for source in sources] if isinstance(sources, list) else []
-    if all(given) or not any(given):
-        return []
-    return [
-        f"data.train: weight given for {sum(given)} of {len(given)} sources; give it for all of them, or for none, and "
-        "every sample is seen once per epoch"
-    ]
-
-
-def _optimizer_rules(values: Mapping[str, Any]) -> list[str]:
-    bank = _get(expand_method(values), "bank.name")
-    if _get(values, "optimizer.name") == "adamw_8bit" and bank not in (None, "discard"):
-        return [
-            f"bank.name: {bank}, but the moments of optimizer.name=adamw_8bit are quantised for where they lie and "
-            "cannot be kept; allowed: discard, or optimizer.name=adamw"
-        ]
-    return []

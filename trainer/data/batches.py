@@ -150,7 +150,12 @@ def eval_batches(
     """
     count = num_samples if max_samples is None else min(num_samples, max_samples)
     chosen = [index * num_samples // count for index in range(count)]
-    batches = [chosen[start : start + micro_batch_size] for start in range(0, count, micro_batch_size)]
+    return deal(chosen, micro_batch_size=micro_batch_size, rank=rank, ranks=ranks)
+
+
+def deal(samples: Sequence[int], *, micro_batch_size: int, rank: int, ranks: int) -> list[list[int]]:
+    """This rank's micro-batches of `samples`; the last may be shorter, or empty so that all ranks have as many."""
+    batches = [list(samples[start : start + micro_batch_size]) for start in range(0, len(samples), micro_batch_size)]
     batches += [[]] * (-len(batches) % ranks)
     return batches[rank::ranks]
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.schema import DATA_SUFFIXES, DataSource, hub_name
+from trainer.config.schema import DataSource
+from trainer.config.sources import DATA_SUFFIXES, hub_name
 from trainer.data.errors import DataError, in_short
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from trainer.engine.local_gradients import LocalGradients
 from trainer.engine.probe import LossFunction, Prober
 from trainer.engine.registration import Registration, register
 from trainer.engine.rounding import RoundingLoss
+from trainer.engine.suppression import suppressed_adapters, suppressed_residuals
 from trainer.selectors import Selector
 from trainer.updates import Dense, UpdateRule
 
@@ -85,6 +86,7 @@ class Sparse:
     ) -> None:
         self.structure = structure_of.find(model, path=blocks, substrate=substrate)
         self.blocks: tuple[Block, ...] = self.structure.blocks
+        self.substrate = substrate
         if always_on is None:
             always_on = [part for part, found in self.structure.outside.items() if found]
         self.always_on = structure_of.always_on(self.structure, always_on)
@@ -181,7 +183,7 @@ class Sparse:
             raise RuntimeError("already attached: prepare the model once for each engine")
         if (probe_batches is None) != (loss_function is None):
             raise ValueError("attach() got one of probe_batches and loss_function: it takes both or neither")
-        if self.selector.needs(0) is not None and probe_batches is None:
+        if self.selector.measures and probe_batches is None:
             raise self._cannot_measure()
         if self._sparse_rule and engine.gradient_clipping() > 0:
             raise ValueError(
@@ -206,7 +208,13 @@ class Sparse:
         self._local.replace(self._outside_optimizer())
         self._guard = Guard(registration, self.blocks, every=guard_every, expect_motion=not self._sparse_rule)
         if probe_batches is not None and loss_function is not None:
-            self._prober = Prober(engine, self.blocks, batches=probe_batches, loss_function=loss_function)
+            self._prober = Prober(
+                registration,
+                self.blocks,
+                suppress=suppressed_adapters if self.substrate == "adapter" else suppressed_residuals,
+                batches=probe_batches,
+                loss_function=loss_function,
+            )
         self._guard.after_switch(interval=0, step=0, active=self.active, expected=self._expected())
         self._wrap_forward(engine)
         self._wrap_step(engine)

@@ -66,26 +66,18 @@ class Discard(Bank):
         raise AssertionError("the discard bank holds nothing")
 
 
-class Cpu(Bank):
-    """Keep masters and moments in host memory (page-locked where there is an accelerator) and bring them back exactly.
+class Device(Bank):
+    """Keep masters and moments where they are: 12 bytes for each inactive parameter that was ever active.
 
-    At most 12 bytes for each inactive parameter that was ever active (torch's page-locked allocator rounds each
-    tensor up to a power of two beyond that). On an accelerator the way in runs on a stream of its own, beside the next
-    forward and backward, and `wait` orders the optimizer step after it; the way out must be over before the buffers
-    that it reads are filled again.
+    For what is small, such as adapters. Comes back exactly, without a transfer.
     """
 
     def __init__(self) -> None:
         self._stored: dict[str, Slice] = {}
-        self._stream: Any = None
 
     def put(self, slices: Sequence[Slice]) -> None:
-        self._after_compute()
-        with get_accelerator().stream(self._stream):
-            for piece in slices:
-                tensors = {key: self._to_host(value) for key, value in piece.tensors.items()}
-                self._stored[piece.name] = replace(piece, tensors=tensors)
-        self.wait()
+        for piece in slices:
+            self._stored[piece.name] = replace(piece, tensors={k: self._copy(v) for k, v in piece.tensors.items()})
 
     def holds(self, names: Sequence[str]) -> bool:
         return all(name in self._stored for name in names)
@@ -96,26 +88,52 @@ class Cpu(Bank):
         return moments, dict(pieces[0].scalars)
 
     def take(self, slices: Sequence[Slice]) -> None:
-        self._after_compute()
-        with get_accelerator().stream(self._stream):
-            for piece in slices:
-                stored = self._stored.pop(piece.name)
-                if (stored.start, stored.stop, stored.shape) != (piece.start, piece.stop, piece.shape):
-                    raise AssertionError(
-                        f"{piece.name}: banked {stored.start}:{stored.stop}, wanted {piece.start}:{piece.stop}"
-                    )
-                for key, value in stored.tensors.items():
-                    piece.tensors[key].copy_(value, non_blocking=True)
-
-    def wait(self) -> None:
-        if self._stream is not None:
-            get_accelerator().current_stream().wait_stream(self._stream)
+        for piece in slices:
+            stored = self._stored.pop(piece.name)
+            if (stored.start, stored.stop, stored.shape) != (piece.start, piece.stop, piece.shape):
+                raise AssertionError(
+                    f"{piece.name}: banked {stored.start}:{stored.stop}, wanted {piece.start}:{piece.stop}"
+                )
+            for key, value in stored.tensors.items():
+                piece.tensors[key].copy_(value, non_blocking=True)
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for piece in self._stored.values() for t in piece.tensors.values())
 
-    def _to_host(self, value: Tensor) -> Tensor:
+    def _copy(self, value: Tensor) -> Tensor:
+        return value.clone()
+
+
+class Cpu(Device):
+    """Keep masters and moments in host memory (page-locked where there is an accelerator) and bring them back exactly.
+
+    At most 12 bytes for each inactive parameter that was ever active (torch's page-locked allocator rounds each
+    tensor up to a power of two beyond that). On an accelerator the way in runs on a stream of its own, beside the next
+    forward and backward, and `wait` orders the optimizer step after it; the way out must be over before the buffers
+    that it reads are filled again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stream: Any = None
+
+    def put(self, slices: Sequence[Slice]) -> None:
+        self._after_compute()
+        with get_accelerator().stream(self._stream):
+            super().put(slices)
+        self.wait()
+
+    def take(self, slices: Sequence[Slice]) -> None:
+        self._after_compute()
+        with get_accelerator().stream(self._stream):
+            super().take(slices)
+
+    def wait(self) -> None:
+        if self._stream is not None:
+            get_accelerator().current_stream().wait_stream(self._stream)
+
+    def _copy(self, value: Tensor) -> Tensor:
         pinned = self._stream is not None
         host = torch.empty(value.numel(), dtype=value.dtype, device="cpu", pin_memory=pinned)
         return host.copy_(value, non_blocking=pinned)
@@ -128,7 +146,7 @@ class Cpu(Bank):
         self._stream.wait_stream(get_accelerator().current_stream())
 
 
-REGISTRY: dict[str, type[Bank]] = {"discard": Discard, "cpu": Cpu}
+REGISTRY: dict[str, type[Bank]] = {"discard": Discard, "device": Device, "cpu": Cpu}
 
 
 def build(name: str) -> Bank:

@@ -4,9 +4,16 @@ from trainer.selectors.base import Measurement, Selector, keyed_generator
 from trainer.selectors.cyclic import Cyclic
 from trainer.selectors.every import All
 from trainer.selectors.fixed import Fixed
+from trainer.selectors.importance import Importance
 from trainer.selectors.uniform import Uniform
 
-REGISTRY: dict[str, type[Selector]] = {"uniform": Uniform, "cyclic": Cyclic, "fixed": Fixed, "all": All}
+REGISTRY: dict[str, type[Selector]] = {
+    "uniform": Uniform,
+    "cyclic": Cyclic,
+    "fixed": Fixed,
+    "all": All,
+    "importance": Importance,
+}
 
 
 def build(name: str, *, seed: int, **settings: object) -> Selector:
@@ -16,4 +23,15 @@ def build(name: str, *, seed: int, **settings: object) -> Selector:
     return REGISTRY[name](seed=seed, **settings)
 
 
-__all__ = ["All", "Cyclic", "Fixed", "Measurement", "REGISTRY", "Selector", "Uniform", "build", "keyed_generator"]
+__all__ = [
+    "All",
+    "Cyclic",
+    "Fixed",
+    "Importance",
+    "Measurement",
+    "REGISTRY",
+    "Selector",
+    "Uniform",
+    "build",
+    "keyed_generator",
+]

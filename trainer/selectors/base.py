@@ -13,9 +13,9 @@ import numpy as np
 class Measurement:
     """A wish for the prober: `kind` over each of `trials`, a tuple of block sets.
 
-    `ablated_loss`: the loss on one probe batch for each trial, with the blocks of that trial suppressed to `factor`
-    of their residual contribution (0 removes them). The answer is one number per trial, averaged over all ranks'
-    target tokens.
+    `ablated_loss`: the loss on one probe batch for each trial, with the blocks of that trial suppressed to `factor` of
+    what they add (0 removes it): their residual contribution, or with adapters the adapters' effect. The answer is one
+    number per trial, averaged over all ranks' target tokens.
     """
 
     kind: Literal["ablated_loss"]
@@ -37,6 +37,9 @@ class Selector(ABC):
     prober measures, the selector never touches the model.
     """
 
+    # Whether `needs` ever asks for something; then the engine must be given batches to probe with.
+    measures = False
+
     def __init__(self, *, interval: int, seed: int) -> None:
         if interval < 1:
             raise ValueError(f"selector.interval: {interval}; allowed: 1 or more optimizer steps")
@@ -57,6 +60,10 @@ class Selector(ABC):
 
     def observe(self, measurement: Measurement, result: tuple[float, ...]) -> None:
         """Receive the answer to `measurement`: one number per trial, the same on every rank."""
+
+    def importance(self) -> tuple[float, ...] | None:
+        """What was learned: a number for each block, larger where the block matters more; None: nothing is learned."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned from measurements, as JSON-compatible values."""

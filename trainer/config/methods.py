@@ -1,0 +1,86 @@
+"""The published methods, as points in substrate x selector x update x bank x what is always on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+PARTS = ("substrate", "selector", "update", "bank", "always_on")
+
+ALL_ON = {"embeddings": True, "head": True, "norm": True}
+_ALL_OFF = dict.fromkeys(ALL_ON, False)
+_COMMON = {"substrate": {"name": "full"}, "update": {"name": "dense"}, "bank": {"name": "discard"}}
+
+_LORA = {
+    "peft_type": "LORA",
+    "r": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.05,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+}
+_ADAPTERS = {**_COMMON, "substrate": {"name": "adapter", "peft": _LORA}, "always_on": _ALL_OFF}
+
+# Each method's published point.
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    # LISA, arXiv 2403.17919, Algorithm 1. gamma = 2 and K = 20: defaults and fine-tuning script of the authors' LMFlow.
+    # Embeddings, head and final norm are never frozen there; state of re-frozen layers "is treated as being discarded".
+    "lisa": {**_COMMON, "selector": {"name": "uniform", "blocks": 2, "interval": 20}, "always_on": ALL_ON},
+    # BAdam, arXiv 2404.02827. K = 100 and random reshuffling: the paper's scripts (the code's own defaults, 50 and
+    # descending, differ). One layer at a time, embeddings and head frozen, state and master dropped with the block.
+    "badam": {
+        **_COMMON,
+        "selector": {"name": "cyclic", "blocks": 1, "interval": 100, "order": "reshuffled"},
+        "always_on": _ALL_OFF,
+    },
+    "full": {**_COMMON, "selector": {"name": "all", "interval": 20}, "always_on": ALL_ON},
+    # IST, arXiv 2410.11772: constants of the authors' ist.py, adapters of their llama_7B_LoRA_IST.sh. The state of
+    # inactive adapters is kept.
+    "ist": {**_ADAPTERS, "selector": {"name": "importance"}, "bank": {"name": "device"}},
+    # LoRA, arXiv 2106.09685, with the same adapters, all of them always.
+    "lora": {**_ADAPTERS, "selector": {"name": "all", "interval": 20}},
+}
+# What stands for a part that neither a method nor the user names.
+DEFAULT_PARTS = METHODS["lisa"]
+
+SECTIONS = ("model", "optimizer", "schedule", "train", "eval", "data", "monitor")
+
+
+def expand_method(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with every section present and every part laid over the method's point (or over the defaults).
+
+    A part with another `name` than the point's starts from that member's own defaults. Null counts as absent.
+    """
+    method = values.get("method")
+    point = METHODS.get(method, DEFAULT_PARTS) if isinstance(method, str) else DEFAULT_PARTS
+    expanded = dict(values)
+    for section in SECTIONS:
+        expanded[section] = {} if values.get(section) is None else values[section]
+    for part in PARTS:
+        expanded[part] = _lay_over(point[part], values.get(part))
+    if get(expanded, "substrate.name") == "adapter" and point["substrate"]["name"] != "adapter":
+        expanded["always_on"] = _lay_over(_ALL_OFF, values.get("always_on"))
+    return expanded
+
+
+def _lay_over(point: Mapping[str, Any], given: Any) -> Any:
+    if given is None:
+        return dict(point)
+    if not isinstance(given, Mapping) or given.get("name", point.get("name")) != point.get("name"):
+        return given
+    laid = {**point, **given}
+    if "peft" in point:
+        laid["peft"] = _lay_over_peft(point["peft"], given)
+    return laid
+
+
+def _lay_over_peft(point: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """Fields of the point's adapters that `given` changes one by one; those of another kind stand alone."""
+    peft = given.get("peft")
+    if peft is None:
+        return None if given.get("adapter") is not None else dict(point)
+    same = isinstance(peft, Mapping) and peft.get("peft_type", point["peft_type"]) == point["peft_type"]
+    return {**point, **peft} if same else peft
+
+
+def get(values: Any, path: str) -> Any:
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
