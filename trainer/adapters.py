@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.config.schema import AdapterSubstrate
@@ -25,7 +25,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model with adapters, and what belongs to them: names of parameters and buffers in its state dictionary."""
+    """A model with adapters, and what belongs to them: the names of their parameters and buffers."""
 
     model: PeftModel
     names: frozenset[str]
@@ -36,7 +36,7 @@ def adapt(model: PreTrainedModel, config: AdapterSubstrate, *, empty: bool = Fal
 
     `empty` leaves them on the meta device, for the dry run. Raises `AdapterError`.
     """
-    base = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    base = {id(tensor) for _, tensor in _tensors(model)}
     if config.adapter is not None:
         adapted = _load(model, config.adapter, empty=empty)
     else:
@@ -46,8 +46,13 @@ def adapt(model: PreTrainedModel, config: AdapterSubstrate, *, empty: bool = Fal
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != model.dtype:
             parameter.data = parameter.data.to(model.dtype)
-    owned = {name for name, tensor in adapted.state_dict(keep_vars=True).items() if id(tensor) not in base}
-    return Adapted(adapted, frozenset(owned))
+    return Adapted(adapted, frozenset(name for name, tensor in _tensors(adapted) if id(tensor) not in base))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, tied ones under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _make(model: PreTrainedModel, fields: dict[str, Any], *, empty: bool) -> PeftModel:

@@ -56,6 +56,11 @@ def load(
             "modules of their own: set deepspeed=zero3"
         )
     model.config.use_cache = False
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack four-bit weights for inference in the first evaluation, and after that let no
+            # gradient through (0.50.2, `Linear4bit.forward`).
+            module.support_avx512bf16_for_cpu = False
     if config.activation_checkpointing:
         # Non-reentrant, and without the hook that makes embeddings require gradients: with it, backward would always
         # run down to the first block.

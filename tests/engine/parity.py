@@ -57,8 +57,8 @@ class Cell:
 
 def make_selector(cell: Cell) -> Any:
     settings = {} if cell.selector == "all" else {"blocks": cell.blocks}
-    if cell.selector == "importance":  # probes at every other step, and rewards that show in so few of them
-        settings = {"active_share": 0.4, "update_every": 2, "reward_rate": 500.0}
+    if cell.selector == "importance":  # probes at every other step
+        settings = {"active_share": 0.4, "update_every": 2}
     return build(cell.selector, seed=7, interval=cell.interval, **settings)
 
 
@@ -116,7 +116,15 @@ def build_model(cell: Cell) -> torch.nn.Module:
         model.disable_input_require_grads()
     if cell.lora:
         targets = ["q_proj", "v_proj", "down_proj"]
-        config = LoraConfig(r=cell.lora, target_modules=targets, modules_to_save=["lm_head"], lora_dropout=0.0)
+        config = LoraConfig(
+            r=cell.lora,
+            target_modules=targets,
+            modules_to_save=["lm_head"],
+            lora_dropout=0.0,
+            lora_alpha=8 * cell.lora,
+            # Adapters that do nothing yet would not be missed when they are suppressed.
+            init_lora_weights=cell.selector != "importance",
+        )
         model = get_peft_model(model, config)
     return model.to(get_accelerator().current_device_name()).train()  # built on the CPU: the same weights everywhere
 
