@@ -1,0 +1,87 @@
+"""Probes of adapters in the middle of training leave no trace: weights, random numbers, ZeRO-3's prefetching."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
+
+import trainer
+from tests import distributed
+from tests.engine.parity import Cell, batch, full_weights, make_engine, probe_batch, summed_loss
+from tests.models import tiny_llama
+from trainer.selectors import Importance, Measurement
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2},
+    "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},  # blended
+}
+
+
+class Forgetful(Importance):
+    """Probes one set twice and another, and learns nothing from it: the draws are those of a run without probes."""
+
+    def needs(self, step: int) -> Measurement | None:
+        wanted = super().needs(step)
+        return wanted and replace(wanted, trials=(wanted.trials[0], *wanted.trials[:2]))
+
+    def observe(self, measurement: Measurement, result: tuple[float, ...]) -> None:
+        assert result[0] == result[1], "without dropout"
+        assert result[1] != result[2], "suppressing other blocks changes the loss"
+
+
+class Idle(Importance):
+    def needs(self, step: int) -> None:
+        return None
+
+
+def _trained(rank: int, cell: Cell, method: str, selector: Importance) -> tuple[dict[str, Any], float, list[Any]]:
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", **ADAPTERS[method])
+    model = get_peft_model(tiny_llama(), config, autocast_adapter_dtype=False).train()
+    with torch.no_grad():  # adapters that do something
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    sparse = trainer.prepare(model, selector=selector, bank="device", substrate="adapter")
+    engine = make_engine(cell, model, sparse)
+    probes = (probe_batch(number, ranks=2, rank=rank) for number in itertools.count())
+    sparse.attach(engine, guard_every=1, probe_batches=probes, loss_function=summed_loss)
+    torch.manual_seed(5 + rank)
+    orders: list[Any] = []
+    measure, registration = sparse._measure, sparse._registered()
+
+    def measured(step: int) -> None:
+        measure(step)
+        orders.append([names[module] for module in registration.fetch_order()])
+
+    sparse._measure = measured  # type: ignore[method-assign]
+    names = {module: name for name, module in model.named_modules()}
+    for step in range(8):
+        ids = batch(step, 0, ranks=2, rank=rank)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    result = full_weights(engine), torch.rand(1).item(), orders
+    engine.destroy()
+    return result
+
+
+def _compared(rank: int, stage: int, method: str) -> tuple[bool, bool, list[Any], list[Any]]:
+    cell = Cell(stage=stage, extra={"zero": {"stage3_prefetch_bucket_size": 100_000}})
+    settings: dict[str, Any] = {"active_share": 0.34, "update_every": 3, "seed": 2}
+    probed, noise, orders = _trained(rank, cell, method, Forgetful(**settings))
+    plain, plain_noise, plain_orders = _trained(rank, cell, method, Idle(**settings))
+    return all(torch.equal(probed[n], plain[n]) for n in probed), noise == plain_noise, orders, plain_orders
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_next_step_is_that_of_a_run_without_probes(stage: int, method: str) -> None:
+    for same_weights, same_noise, orders, plain_orders in distributed.run(_compared, stage, method, ranks=2):
+        assert same_weights and same_noise
+        assert orders == plain_orders
+        assert all(order for order in orders[2:]) == (stage == 3), "ZeRO-3 prefetches along a recorded order"
