@@ -4,21 +4,22 @@
 
 Every method starts from the same random Llama. Its speed is that of whole intervals, switches and guard included;
 `allowed` is the speed-up over full fine-tuning that its FLOPs allow (`trainer/accounting.py`), and `share` how much of
-that was reached. `overhead` is the time of draws, guard and switches over that of the steps. `profile` shows where the
-time of a step of full fine-tuning goes, by operator: FLOPs decide only where matrix products dominate.
+that was reached. `overhead` is the time of draws, guard, switches and metrics over that of the steps. `profile` shows
+where the time of a step of full fine-tuning goes, by operator: FLOPs decide only where matrix products dominate.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import (
     Tracker,
     around_switch,
@@ -33,9 +34,11 @@ from common import (
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
+from torch.profiler import profile as recording
 
 import trainer
 from trainer.accounting import block_shape, step_flops
+from trainer.progress import Progress
 from trainer.selectors import All, Cyclic, Selector, Uniform
 
 PARTS = ("embeddings", "head", "norm")
@@ -80,7 +83,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Clock:
-    """Seconds spent on draws, the guard and switches."""
+    """Seconds spent on draws, the guard, switches and metrics."""
 
     def __init__(self, sparse: trainer.Sparse) -> None:
         self.seconds = 0.0
@@ -89,6 +92,12 @@ class Clock:
     def _enter(self) -> None:
         get_accelerator().synchronize()
         self._started = time.perf_counter()
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        self._enter()
+        yield
+        self._leave()
 
     def _leave(self) -> None:
         get_accelerator().synchronize()
@@ -107,7 +116,8 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
         **{key: value for key, value in more.items() if value},
     )
     if method.rank:
-        model = get_peft_model(model, LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules="all-linear"))
+        config = LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules="all-linear")
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
     sparse = trainer.prepare(
         model,
         selector=method.selector(args.interval),
@@ -116,11 +126,17 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     )
     engine, _ = start_engine(model, sparse, stage=args.stage, batch=args.batch, dtype=args.dtype)
     clock = Clock(sparse)
-    shapes = [block_shape(block, model.config) for block in sparse.blocks]
+    entry = ("q_proj", "k_proj", "v_proj")
+    shapes = [block_shape(block, model.config, entry=entry) for block in sparse.blocks]
+    folder = tempfile.TemporaryDirectory()
+    progress = Progress(Path(folder.name), engine=engine, total_steps=args.interval * (args.intervals + 1) + 2, rank=dist.get_rank())
 
     def step(number: int) -> float:
         ids = random_batch(engine, number, batch=args.batch, length=args.length, vocabulary=args.vocabulary)
-        return train_step(engine, ids)
+        seconds = train_step(engine, ids)
+        with clock.counting():
+            progress.step(number + 1, active=sparse.active, loss=0.0, lr=engine.get_lr()[0], tokens_per_second=1.0)
+        return seconds
 
     for number in range(args.interval):  # the first steps of a process compile and allocate
         step(number)
@@ -149,18 +165,20 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
         "tokens_per_second": args.batch * args.length * len(seconds) * dist.get_world_size() / sum(seconds),
         "overhead": clock.seconds / sum(seconds),
         "peak_bytes": tracker.peak,
-        "flops": None if method.rank else statistics.mean(flops),
+        "flops": statistics.mean(flops),
         "profile": profile(lambda: step(number + 2)) if method.name == "full" else None,
     }
-    if args.peak_flops and not method.rank:
+    if args.peak_flops:
         figures["share_of_peak_flops"] = statistics.mean(flops) * len(seconds) / sum(seconds) / args.peak_flops
+    progress.close()
+    folder.cleanup()
     engine.destroy()
     return figures
 
 
 def profile(step: Callable[[], float]) -> dict[str, float]:
     """Shares of a step's own time on this rank, by operator: the eight largest."""
-    with torch.profiler.profile() as recorded:
+    with recording() as recorded:
         step()
     on_cpu = get_accelerator().device_name() == "cpu"
     events = {e.key: e.self_cpu_time_total if on_cpu else e.self_device_time_total for e in recorded.key_averages()}
@@ -176,9 +194,8 @@ def main() -> None:
     for figures in methods:
         figures["speed_over_full"] = figures["tokens_per_second"] / full["tokens_per_second"]
         figures["memory_over_full"] = figures["peak_bytes"] / full["peak_bytes"]
-        if figures["flops"]:
-            figures["allowed"] = full["flops"] / figures["flops"]
-            figures["share"] = figures["speed_over_full"] / figures["allowed"]
+        figures["allowed"] = full["flops"] / figures["flops"]
+        figures["share"] = figures["speed_over_full"] / figures["allowed"]
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "local_rank")}
     finish({"methods": methods, "settings": settings}, args.json)
 

@@ -165,7 +165,10 @@ def test_a_base_in_four_bits(run: Run) -> None:
         (["substrate.adapter=base"], "substrate.peft, substrate.adapter: both given"),
         (["always_on.head=true"], "always_on.head: true, but with adapters"),
         (["model.path=adapter"], "model.path: 'adapter' holds an adapter"),
-        (["model.quantization=nf4", "substrate.merge=false"], "model.quantization is nf4: ZeRO-3 would cut packed weights apart"),
+        (
+            ["model.quantization=nf4", "substrate.merge=false"],
+            "model.quantization is nf4: ZeRO-3 would cut packed weights apart",
+        ),
         (["model.quantization=nf4", "deepspeed=zero2", "method=lisa"], "four bits cannot be trained"),
         (["model.quantization=nf4", "deepspeed=zero2"], "substrate.merge: true, but weights of four bits"),
     ],

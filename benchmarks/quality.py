@@ -1,0 +1,135 @@
+"""What adapters learn: LoRA on all blocks, on random blocks, and IST, from one base, steps and samples alike.
+
+    python benchmarks/quality.py --data ../shared/data/gsm8k --json quality.json
+
+A small Llama is first trained whole for a while, to have a base worth adapting; then every method runs with every seed
+at every learning rate, through `launch/train.py` on one process, `--parallel` of them at a time. A method's figure is
+the evaluation loss at the end, with the best of its learning rates, by mean over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
+LORA = ["substrate.peft.r=8", "substrate.peft.lora_alpha=16", "substrate.peft.lora_dropout=0"]
+METHODS = {
+    "LoRA, all blocks": ["method=lora", *LORA],
+    "LoRA, a random quarter": [
+        "method=lora",
+        *LORA,
+        "selector={name: uniform, blocks: 2, interval: 1}",
+        "bank.name=device",
+    ],
+    "IST": ["method=ist", *LORA],
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--base-steps", type=int, default=300, help="of full fine-tuning, for the base")
+    parser.add_argument("--steps", type=int, default=100, help="of each method")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--length", type=int, default=288, help="bytes; longer samples are left out")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        common = [
+            f"data.train={args.data.absolute() / 'train.jsonl'}",
+            f"data.eval={args.data.absolute() / 'test.jsonl'}",
+            f"data.max_length={args.length}",
+            "data.overflow=drop",
+            f"data.cache={place / 'cache'}",
+            f"train.global_batch_size={args.batch}",
+            f"train.micro_batch_size={args.batch}",
+            "eval.micro_batch_size=8",
+            "model.dtype=fp32",
+            "deepspeed=zero2",
+        ]
+        random = (
+            f"model.random={{model_type: llama, hidden_size: {args.hidden}, intermediate_size: {3 * args.hidden}, "
+            f"num_hidden_layers: {args.blocks}, num_attention_heads: 4, max_position_embeddings: {args.length}}}"
+        )
+        base = [
+            "method=full",
+            random,
+            f"train.steps={args.base_steps}",
+            "optimizer.lr=1e-3",
+            "schedule.warmup_steps=20",
+        ]
+        start = trained(place / "base", [*common, *base], threads=os.cpu_count() or 1)
+        print(f"base: evaluation loss {start['first']:.4f} -> {start['last']:.4f}", file=sys.stderr)
+        adapting = [*common, f"model.path={place / 'base' / 'model'}", f"train.steps={args.steps}"]
+        jobs = [(name, rate, seed) for name in METHODS for rate in args.rates for seed in range(args.seeds)]
+
+        def run(job: tuple[str, float, int]) -> dict[str, Any]:
+            name, rate, seed = job
+            output = place / f"{list(METHODS).index(name)}-{rate}-{seed}"
+            return trained(output, [*adapting, *METHODS[name], f"optimizer.lr={rate}", f"seed={seed}"], threads=1)
+
+        with ThreadPoolExecutor(args.parallel) as pool:
+            results = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    figures = {
+        "base_eval_loss": start["last"],
+        "methods": [summary(name, args.rates, args.seeds, results) for name in METHODS],
+        "settings": {key: value for key, value in vars(args).items() if key not in ("json", "data", "parallel")},
+        "environment": {
+            "command": f"python benchmarks/quality.py --data {args.data.name}",
+            "date": datetime.date.today().isoformat(),
+            "device": "cpu",
+            "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
+        },
+    }
+    print(json.dumps(figures, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def trained(output: Path, values: list[str], *, threads: int) -> dict[str, float]:
+    """Train as `values` say; the first and the last evaluation loss."""
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(TRAIN), str(TRAIN.parent / "recipes" / "full.yaml"), *values, f"output={output}"]
+    finished = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if finished.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{finished.stdout}\n{finished.stderr}")
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["eval_loss"] for record in records if "eval_loss" in record]
+    return {"first": losses[0], "last": losses[-1]}
+
+
+def summary(name: str, rates: list[float], seeds: int, results: dict[Any, dict[str, float]]) -> dict[str, Any]:
+    losses = {rate: [results[name, rate, seed]["last"] for seed in range(seeds)] for rate in rates}
+    best = min(rates, key=lambda rate: statistics.mean(losses[rate]))
+    return {
+        "name": name,
+        "eval_loss": statistics.mean(losses[best]),
+        "spread": max(losses[best]) - min(losses[best]),
+        "learning_rate": best,
+        "all": {str(rate): values for rate, values in losses.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
