@@ -129,7 +129,8 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     entry = ("q_proj", "k_proj", "v_proj")
     shapes = [block_shape(block, model.config, entry=entry) for block in sparse.blocks]
     folder = tempfile.TemporaryDirectory()
-    progress = Progress(Path(folder.name), engine=engine, total_steps=args.interval * (args.intervals + 1) + 2, rank=dist.get_rank())
+    total = args.interval * (args.intervals + 1) + 2
+    progress = Progress(Path(folder.name), engine=engine, total_steps=total, rank=dist.get_rank())
 
     def step(number: int) -> float:
         ids = random_batch(engine, number, batch=args.batch, length=args.length, vocabulary=args.vocabulary)
