@@ -11,9 +11,12 @@ from peft import PeftModel
 
 import trainer
 from tests.models import tiny_llama, tiny_model
+from trainer.accounting import nf4_bytes
 from trainer.adapters import AdapterError, adapt
 from trainer.blocks import BlockError
-from trainer.config.schema import AdapterSubstrate
+from trainer.config.schema import AdapterSubstrate, ModelConfig
+from trainer.data.tokenizer import bytes_tokenizer
+from trainer.model import load
 from trainer.selectors import All
 
 LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -117,3 +120,17 @@ def test_adapters_in_some_blocks_only_are_refused() -> None:
     adapted = adapt(tiny_llama(), substrate(peft={**LORA, "layers_to_transform": [0, 1]}))
     with pytest.raises(BlockError, match="model.layers.2 has no parameters to train .* every block needs some"):
         trainer.prepare(adapted.model, selector=All(), substrate="adapter")
+
+
+def test_bytes_of_a_base_in_four_bits(tmp_path: Path) -> None:
+    """The formula of the dry run against what bitsandbytes holds."""
+    tiny_llama(layers=2, hidden=64, vocab=261).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), tokenizer="bytes", dtype="bf16", quantization="nf4")
+    model = load(config, bytes_tokenizer(), seed=0, deepspeed={"zero_optimization": {"stage": 2}})
+    packed = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    assert len(packed) == 2 * 7
+    for parameter in packed:
+        state = parameter.quant_state
+        held = [parameter.data, state.absmax, state.state2.absmax]
+        numel = state.shape[0] * state.shape[1]
+        assert sum(t.numel() * t.element_size() for t in held) == nf4_bytes(numel) < 0.53 * numel

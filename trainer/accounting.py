@@ -77,6 +77,13 @@ def model_state(
     )
 
 
+def nf4_bytes(numel: int) -> int:
+    """A matrix in NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3): four bits for a weight, a byte for
+    the scale of 64 of them, and four for the scale of 256 such scales."""
+    scales = -(-numel // 64)
+    return -(-numel // 2) + scales + 4 * -(-scales // 256)
+
+
 def banked_bytes(blocks: Iterable[int], *, ranks: int) -> int:
     """What a bank keeps on a rank of blocks of so many elements: fp32 masters and Adam's two moments."""
     return sum(12 * -(-numel // ranks) for numel in blocks)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trainer import model as models
-from trainer.accounting import banked_bytes, model_state, readable
+from trainer.accounting import banked_bytes, model_state, nf4_bytes, readable
 from trainer.adapters import adapt
 from trainer.blocks import full_numel
 from trainer.build import check_hardware, check_length, offload_device, prepare_model, size_buckets
@@ -31,17 +33,20 @@ def describe(config: RunConfig, ranks: int) -> str:
     check_hardware(config)
     model = models.on_meta(config.model, tokenizer)
     check_length(config, model)
+    quantised = _quantised(config, model)
     if config.substrate.name == "adapter":
         model = adapt(model, config.substrate, empty=True).model
     sparse = prepare_model(config, model)
     size_buckets(ds, sparse, model)
     stage = ds["zero_optimization"]["stage"]
+    weight_bytes = 4 if config.model.dtype == "fp32" else 2
     state = model_state(
-        [p.numel() for p in model.parameters()],
+        # What is in four bits counts as so many weights of the dtype.
+        [nf4_bytes(p.numel()) // weight_bytes if id(p) in quantised else p.numel() for p in model.parameters()],
         [[p.numel() for p in group["params"]] for group in sparse.param_groups()],
         stage=stage,
         ranks=ranks,
-        weight_bytes=4 if config.model.dtype == "fp32" else 2,
+        weight_bytes=weight_bytes,
         gradient_bytes=4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2,
         moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
         offload=offload_device(ds, "optimizer") != "none",
@@ -74,6 +79,15 @@ def describe(config: RunConfig, ranks: int) -> str:
         banked = readable(banked_bytes(inactive, ranks=ranks))
         lines.append(f"  {'bank':<10}{banked:>12}{where} more, once all blocks were drawn")
     return "\n".join(lines)
+
+
+def _quantised(config: RunConfig, model: PreTrainedModel) -> set[int]:
+    """Ids of the weights that `model.quantization` stores in four bits: transformers leaves out the head."""
+    if config.model.quantization is None:
+        return set()
+    kept = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    return linear - kept
 
 
 def rounding_warning(config: RunConfig, sparse: Sparse) -> list[str]:

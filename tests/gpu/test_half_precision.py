@@ -127,5 +127,5 @@ def test_masters_come_back_from_page_locked_memory_and_bf16_trains_as_fp32_does(
         for run in found:
             assert run.returned and not run.changed and run.pinned
         for whole, half in zip(found[::2], found[1::2], strict=True):
-            assert half.losses == pytest.approx(whole.losses, rel=1e-2)
+            assert half.losses == pytest.approx(whole.losses, rel=3e-3)
             assert whole.losses[-1] < whole.losses[0] - 0.1

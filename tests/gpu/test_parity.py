@@ -25,6 +25,7 @@ ON_DEVICE = [
     Cell(stage=3, bank="cpu", accumulation=2, clipping=0.3, schedule="cosine"),
     Cell(stage=3, evaluate=True, interval=1, steps=8),
     Cell(stage=3, bank="cpu", checkpointing=True, always_on=("norm",)),
+    Cell(stage=3, bank="device", lora=4, weight_decay=0.1),
 ]
 OFFLOADED = [
     Cell(stage=2, offload=True, bank="cpu", extra={"zero": {"offload_optimizer": PINNED}}),
