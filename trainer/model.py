@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_modules
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,12 +46,6 @@ def load(
         else:
             model = _from_pretrained(config, architecture, options)
     _check_vocabulary(_embedded(model), tokenizer)
-    stage = deepspeed["zero_optimization"]["stage"]
-    if gather_experts_together(model) and stage in (1, 2) and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ModelError(
-            f"deepspeed: ZeRO stage {stage} waits for experts that a rank sends no token, and this model's experts are "
-            "modules of their own: set deepspeed=zero3"
-        )
     model.config.use_cache = False
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -67,22 +58,6 @@ def load(
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
     return model
-
-
-def gather_experts_together(model: nn.Module) -> bool:
-    """Let ZeRO-3 gather and reduce experts that are modules of their own all at once; whether there are such.
-
-    Ranks send their tokens to different experts. Gathered one by one, a rank would wait for an expert that the other
-    ranks do not call. (Most of transformers' experts are stacked in one parameter and need nothing.)
-    """
-    holders = {
-        type(module)
-        for module in model.modules()
-        if any(name == "experts" and isinstance(child, nn.ModuleList) for name, child in module.named_children())
-    }
-    if holders:
-        set_z3_leaf_modules(model, list(holders))
-    return bool(holders)
 
 
 def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -9,11 +9,12 @@ import torch
 from deepspeed.utils import get_z3_leaf_modules
 from torch import Tensor, nn
 
+import trainer
 from tests import distributed
 from tests.engine import parity
 from tests.engine.parity import Cell, largest_difference, reference, strata
 from tests.models import FAMILIES, tiny_llama, tiny_model
-from trainer.model import gather_experts_together
+from trainer.engine.registration import RegistrationError
 
 TOLERANCE = 1e-6
 
@@ -72,7 +73,6 @@ def _with_experts(cell: Cell) -> nn.Module:
     torch.manual_seed(2)
     for layer in model.model.layers:
         layer.mlp = RoutedExperts(model.model.embed_tokens)
-    gather_experts_together(model)
     return model.train()
 
 
@@ -80,7 +80,9 @@ def _experts(rank: int, cells: tuple[Cell, ...]) -> list[tuple[float, bool]]:
     parity.build_model = _with_experts
     found = []
     for cell in cells:
-        leaves = {type(module) for module in get_z3_leaf_modules(_with_experts(cell))}
+        model = _with_experts(cell)
+        trainer.prepare(model, selector=parity.make_selector(cell))
+        leaves = {type(module) for module in get_z3_leaf_modules(model)}
         weights, _ = strata(rank, cell)
         found.append((largest_difference(weights, reference(cell)[0]), leaves == {RoutedExperts}))
     return found
@@ -92,3 +94,15 @@ def test_experts_in_a_list_are_gathered_and_reduced_together() -> None:
     for found in distributed.run(_experts, cells, ranks=2, deadline=200):
         for difference, leaf in found:
             assert difference <= TOLERANCE and leaf
+
+
+def _refused(rank: int) -> str:
+    parity.build_model = _with_experts
+    with pytest.raises(RegistrationError) as caught:
+        strata(rank, Cell(stage=2))
+    return str(caught.value)
+
+
+def test_experts_in_a_list_are_refused_where_a_rank_would_wait_for_ever() -> None:
+    for said in distributed.run(_refused, ranks=2):
+        assert said.startswith("deepspeed: ZeRO stage 2 waits for experts") and "set deepspeed=zero3" in said

@@ -24,6 +24,7 @@ from trainer.blocks import Block
 from trainer.engine import bank as banks
 from trainer.engine.bank import Bank
 from trainer.engine.depth import FetchOrder
+from trainer.engine.experts import gather_experts_together, refuse_waiting_experts
 from trainer.engine.guard import Guard
 from trainer.engine.local_gradients import LocalGradients
 from trainer.engine.probe import LossFunction, Prober
@@ -106,6 +107,7 @@ class Sparse:
         # Of the first group's learning rate; other than 1 where no block has a group and always-on parts differ.
         self._rate_of_blocks = 1.0
         _let_backward_end(model)
+        gather_experts_together(model)
         model.requires_grad_(False)
         for parameter in self.trainable_parameters():
             parameter.requires_grad_(True)
@@ -192,6 +194,7 @@ class Sparse:
             )
         if self._sparse_rule and engine.fp16_enabled():
             raise ValueError(f"fp16 gradients are scaled, which {type(self.update).__name__} does not see: use bf16")
+        refuse_waiting_experts(engine)
         registration = register(engine, self.groups())
         if registration.rebuilt:
             logger.warning(

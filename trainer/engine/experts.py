@@ -1,0 +1,34 @@
+"""Mixtures of experts whose experts are modules of their own, in a list: what ZeRO must be told about them.
+
+Ranks send their tokens to different experts. Where ZeRO handles experts one by one, a rank waits for one that the other
+ranks do not call. (Most of transformers' experts are stacked in one parameter and need nothing.)
+"""
+
+from __future__ import annotations
+
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
+from torch import nn
+
+from trainer.engine.registration import RegistrationError
+
+
+def gather_experts_together(model: nn.Module) -> None:
+    """Let ZeRO-3 gather and reduce all experts of a layer at once. Before `deepspeed.initialize`."""
+    holders = {
+        type(module)
+        for module in model.modules()
+        if any(name == "experts" and isinstance(child, nn.ModuleList) for name, child in module.named_children())
+    }
+    if holders:
+        set_z3_leaf_modules(model, list(holders))
+
+
+def refuse_waiting_experts(engine: DeepSpeedEngine) -> None:
+    """Raise `RegistrationError` on stages 1 and 2, which have no such setting: a rank would wait for ever."""
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2) and engine.world_size > 1 and get_z3_leaf_modules(engine.module):
+        raise RegistrationError(
+            f"deepspeed: ZeRO stage {stage} waits for experts that a rank sends no token, and this model's experts are "
+            "modules of their own: set deepspeed=zero3"
+        )
