@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import trainer
 from tests.models import tiny_llama, tiny_model
@@ -16,6 +17,8 @@ from trainer.adapters import AdapterError, adapt
 from trainer.blocks import BlockError
 from trainer.config.schema import AdapterSubstrate, ModelConfig
 from trainer.data.tokenizer import bytes_tokenizer
+from trainer.export import ExportError, _write_merged
+from trainer.loss import LossError, choose_fused
 from trainer.model import load
 from trainer.selectors import All
 
@@ -134,3 +137,47 @@ def test_bytes_of_a_base_in_four_bits(tmp_path: Path) -> None:
         held = [parameter.data, state.absmax, state.state2.absmax]
         numel = state.shape[0] * state.shape[1]
         assert sum(t.numel() * t.element_size() for t in held) == nf4_bytes(numel) < 0.53 * numel
+
+
+def merged(model: PreTrainedModel, peft: dict[str, Any], folder: Path) -> tuple[PeftModel, PreTrainedModel]:
+    """The model with adapters that do something, and what was written of both together."""
+    adapted = adapt(model, substrate(peft=peft))
+    with torch.no_grad():
+        for parameter in adapted.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    weights = {name: tensor.clone() for name, tensor in adapted.model.state_dict().items()}
+    _write_merged(adapted, weights, bytes_tokenizer(), folder)
+    return adapted.model.eval(), AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"modules_to_save": ["norm"]}], ids=["lora", "dora", "saved"])
+def test_a_merged_model_computes_what_base_and_adapter_do(tmp_path: Path, tied: bool, more: dict[str, Any]) -> None:
+    before, after = merged(tiny_llama(tied=tied), {**LORA, **more}, tmp_path / "model")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(before(input_ids=ids).logits, after(input_ids=ids).logits, atol=1e-5)
+    assert (after.get_input_embeddings().weight is after.get_output_embeddings().weight) == tied
+
+
+def test_what_cannot_be_merged_is_said_with_the_adapter_s_place(tmp_path: Path) -> None:
+    words = (
+        "substrate.merge: PEFT cannot merge LORA into LlamaForCausalLM: .* written to .*adapter; set substrate.merge"
+    )
+    with pytest.raises(ExportError, match=words):
+        merged(tiny_llama(), {**LORA, "lora_bias": True}, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("more", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapted_head_is_not_fused(more: dict[str, Any]) -> None:
+    """The fused head would multiply with the base's weights, and the adapter would never learn."""
+    model = tiny_llama(vocab=40_000)
+    assert choose_fused("auto", model)
+    adapt(model, substrate(peft={**LORA, **more}))
+    assert not choose_fused("auto", model) and not choose_fused(False, model)
+    with pytest.raises(
+        LossError, match="train.fused_loss: true, but the output head is a .*set train.fused_loss=false"
+    ):
+        choose_fused(True, model)

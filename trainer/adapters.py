@@ -16,6 +16,7 @@ from trainer.config.schema import AdapterSubstrate
 # Why a method whose weights do sit inside blocks cannot be trained here.
 _REFUSED = {
     PeftType.ADALORA: "it prunes ranks by calls during training that only its own trainer makes; use LORA",
+    PeftType.POLY: "it wants the number of a task with every batch",
 }
 
 
@@ -81,7 +82,7 @@ def _configuration(fields: dict[str, Any], *, empty: bool) -> PeftConfig:
         names = [name for name in settings if name not in known[wanted].__dataclass_fields__]
         near = "".join(f"; {name}: unknown{_nearest(name, known[wanted].__dataclass_fields__)}" for name in names)
         raise AdapterError(f"substrate.peft: {wanted} takes no {', '.join(names) or fields}{near or error}") from error
-    except ValueError as error:
+    except Exception as error:  # a value, or a package that the method needs
         raise AdapterError(f"substrate.peft: PEFT refuses {fields}: {error}") from error
 
 

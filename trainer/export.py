@@ -146,11 +146,26 @@ def _write_merged(
     config = copy.deepcopy(adapters.model.active_peft_config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would change the base again
-    twin = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-    twin.load_state_dict(weights, assign=True)
-    merged = twin.merge_and_unload()
+    try:
+        twin = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        twin.load_state_dict(weights, assign=True)
+        merged = twin.merge_and_unload()
+    except Exception as error:  # NotImplementedError, RuntimeError, ...: not every method can be merged
+        raise ExportError(
+            f"substrate.merge: PEFT cannot merge {config.peft_type.value} into {type(base).__name__}: {error}. The "
+            f"adapter was written to {folder.with_name('adapter')}; set substrate.merge=false"
+        ) from error
+    _tie_again(merged, base)
     merged.generation_config = base.generation_config
-    _write_model(merged, dict(merged.state_dict()), tokenizer, folder)
+    _write_model(merged, dict(merged.state_dict(keep_vars=True)), tokenizer, folder)
+
+
+def _tie_again(merged: PreTrainedModel, base: PreTrainedModel) -> None:
+    """PEFT unties embeddings and head in a merged model, also where no adapter made them differ."""
+    embeddings, head = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    if base.config.get_text_config().tie_word_embeddings and torch.equal(embeddings, head):
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = True
+        merged.tie_weights()
 
 
 def _verify(folder: Path, weights: dict[str, Tensor]) -> None:

@@ -102,7 +102,17 @@ def _has_experts(model: PreTrainedModel) -> bool:
 
 
 def choose_fused(wanted: bool | str, model: PreTrainedModel) -> bool:
-    """Whether to fuse head and loss: as `wanted`, or with `auto` for large vocabularies."""
+    """Whether to fuse head and loss: as `wanted`, or with `auto` for large vocabularies.
+
+    Raises `LossError` where it is wanted and adapters sit on the head: the fused one multiplies with its weights alone.
+    """
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        if wanted is True:
+            raise LossError(
+                f"train.fused_loss: true, but the output head is a {type(model.get_output_embeddings()).__name__}, of "
+                "which the fused head would miss the adapter; set train.fused_loss=false"
+            )
+        return False
     if wanted == "auto":
         return full_shape(model.get_output_embeddings().weight)[0] >= FUSED_FROM_VOCABULARY
     return bool(wanted)

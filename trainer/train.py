@@ -62,14 +62,14 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     torch.manual_seed(config.seed)
     model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds)
     build.check_length(config, model)
-    fused = choose_fused(config.train.fused_loss, model)
-    objective = Objective(model, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
-    adapters = None
+    base, adapters = model, None
     if config.substrate.name == "adapter":
         torch.manual_seed(config.seed)
         with models.partitioned_creation(ds):
-            adapters = adapt(model, config.substrate)
+            adapters = adapt(base, config.substrate)
         model = adapters.model
+    fused = choose_fused(config.train.fused_loss, base)
+    objective = Objective(base, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
     torch.manual_seed(config.seed + rank)  # ranks drop out other units
     sparse = build.prepare_model(config, model)
     ds = build.size_buckets(ds, sparse, model)
