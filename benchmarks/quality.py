@@ -65,6 +65,10 @@ def main() -> None:
             f"train.global_batch_size={args.batch}",
             f"train.micro_batch_size={args.batch}",
             "eval.micro_batch_size=8",
+            # What the recipe has and does not go with these.
+            "data.eval_fraction=0",
+            "train.epochs=null",
+            "model.activation_checkpointing=false",
             "model.dtype=fp32",
             "deepspeed=zero2",
         ]
@@ -77,7 +81,6 @@ def main() -> None:
             random,
             f"train.steps={args.base_steps}",
             "optimizer.lr=1e-3",
-            "schedule.warmup_steps=20",
         ]
         start = trained(place / "base", [*common, *base], threads=os.cpu_count() or 1)
         print(f"base: evaluation loss {start['first']:.4f} -> {start['last']:.4f}", file=sys.stderr)
