@@ -7,7 +7,7 @@ ranks do not call. (Most of transformers' experts are stacked in one parameter a
 from __future__ import annotations
 
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from trainer.engine.registration import RegistrationError
@@ -15,20 +15,28 @@ from trainer.engine.registration import RegistrationError
 
 def gather_experts_together(model: nn.Module) -> None:
     """Let ZeRO-3 gather and reduce all experts of a layer at once. Before `deepspeed.initialize`."""
-    holders = {
-        type(module)
-        for module in model.modules()
-        if any(name == "experts" and isinstance(child, nn.ModuleList) for name, child in module.named_children())
-    }
+    holders = _holders(model)
     if holders:
-        set_z3_leaf_modules(model, list(holders))
+        set_z3_leaf_modules(model, holders)
 
 
 def refuse_waiting_experts(engine: DeepSpeedEngine) -> None:
     """Raise `RegistrationError` on stages 1 and 2, which have no such setting: a rank would wait for ever."""
     stage = engine.zero_optimization_stage()
-    if stage in (1, 2) and engine.world_size > 1 and get_z3_leaf_modules(engine.module):
+    if stage in (1, 2) and engine.world_size > 1 and _holders(engine.module):
         raise RegistrationError(
             f"deepspeed: ZeRO stage {stage} waits for experts that a rank sends no token, and this model's experts are "
             "modules of their own: set deepspeed=zero3"
         )
+
+
+def _holders(model: nn.Module) -> list[type[nn.Module]]:
+    """The classes of the modules that hold a list of experts. DeepSpeed's own marks say less: it puts them on stacked
+    experts as well."""
+    return list(
+        {
+            type(module)
+            for module in model.modules()
+            if any(name == "experts" and isinstance(child, nn.ModuleList) for name, child in module.named_children())
+        }
+    )
