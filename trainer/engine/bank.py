@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -116,34 +117,39 @@ class Cpu(Device):
 
     def __init__(self) -> None:
         super().__init__()
-        self._stream: Any = None
+        # Each way has its own: a switch sends groups out and in by turns, and waits at once for what goes out.
+        self._streams: dict[str, Any] = {}
 
     def put(self, slices: Sequence[Slice]) -> None:
-        self._after_compute()
-        with get_accelerator().stream(self._stream):
+        with self._beside_compute("out"):
             super().put(slices)
-        self.wait()
+        self._let_compute_wait("out")
 
     def take(self, slices: Sequence[Slice]) -> None:
-        self._after_compute()
-        with get_accelerator().stream(self._stream):
+        with self._beside_compute("in"):
             super().take(slices)
 
     def wait(self) -> None:
-        if self._stream is not None:
-            get_accelerator().current_stream().wait_stream(self._stream)
+        self._let_compute_wait("in")
 
     def _copy(self, value: Tensor) -> Tensor:
-        pinned = self._stream is not None
+        pinned = bool(self._streams)
         host = torch.empty(value.numel(), dtype=value.dtype, device="cpu", pin_memory=pinned)
         return host.copy_(value, non_blocking=pinned)
 
-    def _after_compute(self) -> None:
-        if get_accelerator().is_synchronized_device():
-            return
-        if self._stream is None:  # not before the process has chosen its device
-            self._stream = get_accelerator().Stream()
-        self._stream.wait_stream(get_accelerator().current_stream())
+    def _beside_compute(self, way: str) -> AbstractContextManager[Any]:
+        """Copies go to the stream of `way`, after what the current stream has been given so far."""
+        accelerator = get_accelerator()
+        if accelerator.is_synchronized_device():
+            return nullcontext()
+        if way not in self._streams:  # not before the process has chosen its device
+            self._streams[way] = accelerator.Stream()
+        self._streams[way].wait_stream(accelerator.current_stream())
+        return accelerator.stream(self._streams[way])
+
+    def _let_compute_wait(self, way: str) -> None:
+        if way in self._streams:
+            get_accelerator().current_stream().wait_stream(self._streams[way])
 
 
 REGISTRY: dict[str, type[Bank]] = {"discard": Discard, "device": Device, "cpu": Cpu}

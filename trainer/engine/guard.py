@@ -98,6 +98,7 @@ class Guard:
         ballot = [number, -number, int(problem is not None), *(moved or [])]
         votes = torch.tensor(ballot, dtype=torch.int64, device=device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        # ZeRO-3 relies on this as well: its gather stream does not wait for the copies of a switch, the host does here.
         highest, lowest, any_problem, *moved_anywhere = votes.tolist()
         still = [index for index, any_rank in enumerate(moved_anywhere) if not any_rank]
         if still and self._snapshot is not None:
