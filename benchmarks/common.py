@@ -32,6 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import trainer  # noqa: E402
 from trainer.config.deepspeed import size_buckets  # noqa: E402
+from trainer.engine.bank import Device  # noqa: E402
+
+# Of the published IST point.
+IST_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+# What reads a Llama block's input, for `accounting.block_shape`.
+ENTRY = ("q_proj", "k_proj", "v_proj")
 
 
 def start_process(local_rank: int) -> None:
@@ -71,9 +77,8 @@ def llama(
     return model
 
 
-def with_lora(model: LlamaForCausalLM, *, rank: int) -> PeftModel:
-    """`model` with LoRA of `rank` on the layers of the published IST point, in the model's dtype."""
-    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+def with_lora(model: LlamaForCausalLM, *, rank: int, targets: str | list[str] = IST_TARGETS) -> PeftModel:
+    """`model` with LoRA of `rank`, in the model's dtype."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
@@ -202,9 +207,9 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 def live_bytes(*, exclude: Any = None) -> int:
     """Bytes of all live storages of this process, those of the bank apart. The device's own count where it has one."""
     gc.collect()
-    if get_accelerator().device_name() != "cpu":
-        return get_accelerator().memory_allocated()  # a bank lies in host memory
     banked = storages(t for piece in getattr(exclude, "_stored", {}).values() for t in piece.tensors.values())
+    if get_accelerator().device_name() != "cpu":
+        return get_accelerator().memory_allocated() - (sum(banked.values()) if type(exclude) is Device else 0)
     return sum(size for pointer, size in storages(live_tensors()).items() if pointer not in banked)
 
 

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import finish, llama, random_batch, start_engine, start_process, train_step, with_lora
+from common import ENTRY, finish, llama, random_batch, start_engine, start_process, train_step, with_lora
 from torch.utils.flop_counter import FlopCounterMode
 
 import trainer
@@ -53,7 +53,7 @@ def case(
     substrate = "adapter" if rank else "full"
     sparse = trainer.prepare(model, selector=Fixed(blocks=blocks, interval=1), always_on=always_on, substrate=substrate)
     minimum = step_flops(
-        [block_shape(block, model.config, entry=("q_proj", "k_proj", "v_proj")) for block in sparse.blocks],
+        [block_shape(block, model.config, entry=ENTRY) for block in sparse.blocks],
         head=args.hidden * args.vocabulary,
         batch=args.batch,
         length=args.length,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import (
+    ENTRY,
     Tracker,
     around_switch,
     finish,
@@ -30,10 +31,10 @@ from common import (
     start_engine,
     start_process,
     train_step,
+    with_lora,
 )
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from peft import LoraConfig, get_peft_model
 from torch.profiler import profile as recording
 
 import trainer
@@ -116,8 +117,7 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
         **{key: value for key, value in more.items() if value},
     )
     if method.rank:
-        config = LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules="all-linear")
-        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        model = with_lora(model, rank=method.rank, targets="all-linear")
     sparse = trainer.prepare(
         model,
         selector=method.selector(args.interval),
@@ -126,8 +126,7 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     )
     engine, _ = start_engine(model, sparse, stage=args.stage, batch=args.batch, dtype=args.dtype)
     clock = Clock(sparse)
-    entry = ("q_proj", "k_proj", "v_proj")
-    shapes = [block_shape(block, model.config, entry=entry) for block in sparse.blocks]
+    shapes = [block_shape(block, model.config, entry=ENTRY) for block in sparse.blocks]
     folder = tempfile.TemporaryDirectory()
     total = args.interval * (args.intervals + 1) + 2
     progress = Progress(Path(folder.name), engine=engine, total_steps=total, rank=dist.get_rank())

@@ -44,7 +44,7 @@ from trainer.selectors import build
 
 @dataclass(frozen=True)
 class Run:
-    """The one training run that several tests look at."""
+    """A training run that several tests look at."""
 
     place: Path  # where it was started
     finished: Finished
@@ -68,16 +68,16 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def evaluation_samples(run: Run) -> Iterable[Mapping[str, Any]]:
+def evaluation_samples(place: Path) -> Iterable[Mapping[str, Any]]:
     prepared = prepare(
-        train=[TrainSource(path=str(run.place / "train.jsonl"))],
+        train=[TrainSource(path=str(place / "train.jsonl"))],
         eval=(),
         eval_fraction=0.2,
         tokenizer=bytes_tokenizer(),
         max_length=48,
         overflow="truncate",
         packing=False,
-        cache=run.place / "cache-of-test",
+        cache=place / "cache-of-test",
         seed=0,
     )
     assert prepared.eval is not None
@@ -145,7 +145,7 @@ def test_the_saved_model_has_the_last_evaluation_loss(run: Run) -> None:
     assert model.dtype == torch.float32
     last = metrics(run.folder)[-1]
     assert last["step"] == 6
-    assert loss_by_hand(model, evaluation_samples(run)) == pytest.approx(last["eval_loss"], abs=1e-4)
+    assert loss_by_hand(model, evaluation_samples(run.place)) == pytest.approx(last["eval_loss"], abs=1e-4)
 
 
 def test_the_report_says_what_trained_how_far_the_loss_fell_and_where_the_model_is(run: Run) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.launching import SCRIPT, Finished, deepspeed, launch, metrics, write_inputs
+from tests.launching import SCRIPT, deepspeed, launch, metrics, write_inputs
 from tests.models import tiny_llama
-from tests.test_launch import loss_by_hand
-from trainer.config.schema import TrainSource
-from trainer.data import prepare
+from tests.test_launch import Run, evaluation_samples, loss_by_hand
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.selectors import build
 
@@ -36,16 +33,6 @@ IST = [
     "train.steps=8",
     "optimizer.lr=2.0e-2",
 ]
-
-
-@dataclass(frozen=True)
-class Run:
-    place: Path
-    finished: Finished
-
-    @property
-    def folder(self) -> Path:
-        return self.place / "runs" / "tiny"
 
 
 def write_base(place: Path) -> None:
@@ -93,20 +80,8 @@ def test_the_adapter_holds_all_blocks_and_has_the_last_evaluation_loss(run: Run)
             assert bool(tensor.any()) == (int(name.split(".layers.")[1].split(".")[0]) in drawn), name
     base = AutoModelForCausalLM.from_pretrained(run.place / "base")
     adapted = PeftModel.from_pretrained(base, str(run.folder / "adapter")).eval()
-    samples = prepare(
-        train=[TrainSource(path=str(run.place / "train.jsonl"))],
-        eval=(),
-        eval_fraction=0.2,
-        tokenizer=bytes_tokenizer(),
-        max_length=48,
-        overflow="truncate",
-        packing=False,
-        cache=run.place / "cache-of-test",
-        seed=0,
-    ).eval
-    assert samples is not None
     last = [line["eval_loss"] for line in metrics(run.folder) if "eval_loss" in line][-1]
-    assert loss_by_hand(adapted, samples) == pytest.approx(last, abs=1e-4)
+    assert loss_by_hand(adapted, evaluation_samples(run.place)) == pytest.approx(last, abs=1e-4)
     merged = AutoModelForCausalLM.from_pretrained(run.folder / "model").eval()
     ids = torch.arange(40)[None]
     with torch.no_grad():

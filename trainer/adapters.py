@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, T
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.config.errors import did_you_mean
 from trainer.config.schema import AdapterSubstrate
 
 # Why a method whose weights do sit inside blocks cannot be trained here.
@@ -70,7 +70,8 @@ def _configuration(fields: dict[str, Any], *, empty: bool) -> PeftConfig:
     known = {str(kind.value): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if wanted not in known:
         raise AdapterError(
-            f"substrate.peft.peft_type: '{fields['peft_type']}'{_nearest(wanted, known)}; allowed: {', '.join(known)}"
+            f"substrate.peft.peft_type: '{fields['peft_type']}'{did_you_mean(wanted, known)}; allowed: "
+            f"{', '.join(known)}"
         )
     _refuse(PeftType(wanted), "substrate.peft.peft_type")
     settings = {"task_type": TaskType.CAUSAL_LM, **{k: v for k, v in fields.items() if k != "peft_type"}}
@@ -80,7 +81,7 @@ def _configuration(fields: dict[str, Any], *, empty: bool) -> PeftConfig:
         return known[wanted](**settings)
     except TypeError as error:
         names = [name for name in settings if name not in known[wanted].__dataclass_fields__]
-        near = "".join(f"; {name}: unknown{_nearest(name, known[wanted].__dataclass_fields__)}" for name in names)
+        near = "".join(f"; {name}: unknown{did_you_mean(name, known[wanted].__dataclass_fields__)}" for name in names)
         raise AdapterError(f"substrate.peft: {wanted} takes no {', '.join(names) or fields}{near or error}") from error
     except Exception as error:  # a value, or a package that the method needs
         raise AdapterError(f"substrate.peft: PEFT refuses {fields}: {error}") from error
@@ -116,7 +117,7 @@ def _check_targets(model: nn.Module, targets: Any) -> None:
     lost = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name, _ in model.named_modules())]
     if lost:
         leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-        near = _nearest(lost[0], leaves) or ";"
+        near = did_you_mean(lost[0], leaves) or ";"
         raise AdapterError(
             f"substrate.peft.target_modules: {', '.join(sorted(lost))} match no module of {type(model).__name__}{near} "
             f"modules there: {', '.join(leaves)}"
@@ -134,8 +135,3 @@ def _freeze(model: nn.Module, parts: Iterable[str]) -> None:
             )
         for parameter in found:
             parameter.requires_grad_(False)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean '{match[0]}'?" if match else ""

@@ -7,12 +7,13 @@ embeddings, head and norm.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+
+from trainer.config.errors import did_you_mean
 
 PARTS = ("embeddings", "head", "norm")
 # A second module list of at least this share of the largest one's parameters makes the choice ambiguous
@@ -114,7 +115,8 @@ def always_on(structure: Structure, parts: Iterable[str]) -> dict[str, dict[str,
     chosen = tuple(dict.fromkeys(parts))
     for part in chosen:
         if part not in PARTS:
-            raise BlockError(f"always_on: unknown part '{part}'{_nearest(part, PARTS)}; allowed: {', '.join(PARTS)}")
+            near = did_you_mean(part, PARTS)
+            raise BlockError(f"always_on: unknown part '{part}'{near}; allowed: {', '.join(PARTS)}")
     if structure.tied and ("embeddings" in chosen) != ("head" in chosen):
         raise BlockError(
             f"always_on: embeddings={'embeddings' in chosen} and head={'head' in chosen}, but this model ties them "
@@ -142,7 +144,7 @@ def _resolve_path(model: nn.Module, path: str | None) -> str:
             module = model.get_submodule(path)
         except AttributeError:
             raise BlockError(
-                f"model.blocks: no module '{path}'{_nearest(path, candidates)}; lists in this model: {listing}"
+                f"model.blocks: no module '{path}'{did_you_mean(path, candidates)}; lists in this model: {listing}"
             ) from None
         if not list(module.children()):
             raise BlockError(
@@ -205,8 +207,3 @@ def _sort_outside(
         else:
             parts["embeddings" if before_blocks else "head"][name] = parameter
     return parts
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean '{match[0]}'?" if match else ""

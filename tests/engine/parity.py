@@ -85,7 +85,7 @@ def summed_loss(module: torch.nn.Module, ids: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def plain_probe(model: torch.nn.Module, trials: Any, factor: float, number: int) -> tuple[float, ...]:
-    """The loss for each trial on the whole probe batch: LoRA's scaling by hand, else the blocks' own outputs."""
+    """The loss for each trial on the whole probe batch, with the scaling of LoRA multiplied by hand."""
     losses = []
     ids = torch.cat([probe_batch(number, ranks=3, rank=rank) for rank in range(3)])
     layers = model.get_submodule("base_model.model.model.layers")

@@ -67,6 +67,19 @@ def test_adapters_turned_off_on_and_half_way(method: str) -> None:
     assert torch.equal(logits(model), full), "undone"
 
 
+@pytest.mark.parametrize("method", ["LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA"])
+def test_a_layer_without_lora_s_scaling_gives_a_blend(method: str) -> None:
+    """One quarter with the adapter, three quarters without."""
+    model = adapted(method)
+    layer = blocks(model, 0)[0].self_attn.q_proj
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = 0.75 * layer.get_base_layer()(x) + 0.25 * layer(x)
+        with suppressed_adapters(blocks(model, 0), 0.25):
+            found = layer(x)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["LORA", "IA3"])
 def test_it_is_undone_when_a_probe_raises(method: str) -> None:
     model = adapted(method)
@@ -106,16 +119,23 @@ def test_dora_loses_the_direction_of_its_adapter() -> None:
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_residuals_of_whole_blocks() -> None:
+@pytest.mark.parametrize("factor", [0.0, 0.25, 1.0])
+def test_a_residual_is_scaled_by_the_factor(factor: float) -> None:
     model = tiny_llama().eval()
+    passed: list[Tensor] = []
+
+    def remember(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+        passed.extend([args[0], output])
+
+    handle = model.model.layers[2].register_forward_hook(remember)
     full = logits(model)
-    inputs: list[Tensor] = []
-    handle = model.model.layers[3].register_forward_hook(lambda module, args, output: inputs.append(args[0]))
-    with suppressed_residuals([model.model.layers[2]], 0.0):
+    before, after = passed
+    handle.remove()
+    handle = model.model.layers[3].register_forward_hook(lambda module, args, output: passed.append(args[0]))
+    with suppressed_residuals([model.model.layers[2]], factor):
         logits(model)
     handle.remove()
-    seen = inputs.pop()
-    handle = model.model.layers[2].register_forward_hook(lambda module, args, output: inputs.append(args[0]))
-    assert torch.equal(logits(model), full)
-    handle.remove()
-    assert torch.equal(seen, inputs.pop()), "a block of factor zero passes on what it got"
+    assert torch.allclose(passed[-1], before + factor * (after - before), atol=1e-6)
+    with pytest.raises(ZeroDivisionError), suppressed_residuals([model.model.layers[2]], factor):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model), full), "undone"

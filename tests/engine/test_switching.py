@@ -23,6 +23,7 @@ from tests.engine.parity import (
     make_selector,
     reference,
     strata,
+    summed_loss,
     train_step,
 )
 from tests.models import tiny_llama
@@ -405,14 +406,7 @@ def _probe(rank: int, stages: tuple[int, ...]) -> list[Any]:
             ids = batch(99, 0, ranks=2, rank=rank)
             keep = 2 - rank  # ragged: ranks weigh by their tokens
 
-            def loss(module: torch.nn.Module, chosen: Tensor) -> tuple[Tensor, int]:
-                logits = module(input_ids=chosen).logits
-                total = torch.nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), chosen[:, 1:].flatten(), reduction="sum"
-                )
-                return total, chosen[:, 1:].numel()
-
-            sparse.attach(engine, probe_batches=iter(lambda chosen=ids[:keep]: chosen, None), loss_function=loss)
+            sparse.attach(engine, probe_batches=iter(lambda chosen=ids[:keep]: chosen, None), loss_function=summed_loss)
             torch.manual_seed(5)
             for step in range(cell.steps):
                 train_step(cell, engine, step, rank)

@@ -28,6 +28,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?`, or nothing."""
+    match = nearest(word, known)
+    return f", did you mean '{match}'?" if match else ""
+
+
 def hint(word: str, known: Iterable[str]) -> str:
     """`; nearest: 'x'`, or nothing."""
     match = nearest(word, known)

@@ -162,7 +162,9 @@ class DiscardBank(Section):
 
 
 class DeviceBank(Section):
-    name: Literal["device"] = Field("device", description="Keep optimizer state and fp32 masters where they are.")
+    name: Literal["device"] = Field(
+        "device", description="Keep copies of optimizer state and fp32 masters where they are."
+    )
 
 
 class CpuBank(Section):

@@ -67,11 +67,8 @@ class Discard(Bank):
         raise AssertionError("the discard bank holds nothing")
 
 
-class Device(Bank):
-    """Keep masters and moments where they are: 12 bytes for each inactive parameter that was ever active.
-
-    For what is small, such as adapters. Comes back exactly, without a transfer.
-    """
+class _Keeping(Bank):
+    """Copies of what left, by parameter, until it comes back exactly; a subclass says where they lie."""
 
     def __init__(self) -> None:
         self._stored: dict[str, Slice] = {}
@@ -102,11 +99,21 @@ class Device(Bank):
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for piece in self._stored.values() for t in piece.tensors.values())
 
+    @abstractmethod
+    def _copy(self, value: Tensor) -> Tensor:
+        """`value` [elements], kept apart from it."""
+
+
+class Device(_Keeping):
+    """Keep masters and moments on the device that they are on, as copies: 12 bytes for each inactive parameter that was
+    ever active. For what is small, such as adapters: no transfer to the host.
+    """
+
     def _copy(self, value: Tensor) -> Tensor:
         return value.clone()
 
 
-class Cpu(Device):
+class Cpu(_Keeping):
     """Keep masters and moments in host memory (page-locked where there is an accelerator) and bring them back exactly.
 
     At most 12 bytes for each inactive parameter that was ever active (torch's page-locked allocator rounds each
