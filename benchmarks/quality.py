@@ -1,10 +1,11 @@
-"""What adapters learn: LoRA on all blocks, on random blocks, and IST, from one base, steps and samples alike.
+"""What adapters learn: LoRA on all blocks, on random blocks, and IST, from one base.
 
     python benchmarks/quality.py --data ../shared/data/gsm8k --json quality.json
 
 A small Llama is first trained whole for a while, to have a base worth adapting; then every method runs with every seed
 at every learning rate, through `launch/train.py` on one process, `--parallel` of them at a time. A method's figure is
-the evaluation loss at the end, with the best of its learning rates, by mean over the seeds.
+the evaluation loss at the end, with the best of its learning rates, by mean over the seeds. Steps and samples are the
+same for all; a row of its own gives random draws the compute of IST's probes as further steps.
 """
 
 from __future__ import annotations
@@ -23,30 +24,45 @@ from pathlib import Path
 from typing import Any
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
-LORA = ["substrate.peft.r=8", "substrate.peft.lora_alpha=16", "substrate.peft.lora_dropout=0"]
-METHODS = {
-    "LoRA, all blocks": ["method=lora", *LORA],
-    "LoRA, a random quarter": [
-        "method=lora",
-        *LORA,
-        "selector={name: uniform, blocks: 2, interval: 1}",
-        "bank.name=device",
-    ],
-    "IST": ["method=ist", *LORA],
-}
+LORA = ["method=lora", "substrate.peft.r=8", "substrate.peft.lora_alpha=16", "substrate.peft.lora_dropout=0"]
+PROBES = {"probes": 3, "update_every": 10, "batch_size": 16}  # the defaults of selector importance
+
+
+def methods(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Values for `launch/train.py`, by name."""
+    quarter = max(1, args.blocks // 4)
+    random = [*LORA, f"selector={{name: uniform, blocks: {quarter}, interval: 1}}"]
+    # A probe is a forward, which is half of a step where the base is frozen: backward then has no weight gradients.
+    extra = PROBES["probes"] * PROBES["batch_size"] / (PROBES["update_every"] * args.batch) / 2
+    longer = round(args.steps * (1 + extra))
+    share = f"selector.active_share={quarter / args.blocks}"
+    return {
+        "LoRA, all blocks": LORA,
+        "LoRA, a random quarter": random,
+        "LoRA, a random quarter, with the steps that IST's probes cost": [*random, f"train.steps={longer}"],
+        "IST": ["method=ist", *LORA[1:], share],
+        f"IST, reward_rate={args.reward_rate:g}": [
+            "method=ist",
+            *LORA[1:],
+            share,
+            f"selector.reward_rate={args.reward_rate}",
+        ],
+    }
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--base-steps", type=int, default=300, help="of full fine-tuning, for the base")
-    parser.add_argument("--steps", type=int, default=100, help="of each method")
+    parser.add_argument("--steps", type=int, default=300, help="of each method")
+    parser.add_argument("--reward-rate", type=float, default=100.0, help="of the second row of IST; the paper has 10")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="learning rates")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--length", type=int, default=288, help="bytes; longer samples are left out")
-    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step")
+    parser.add_argument("--eval-samples", type=int, default=256)
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     return parser.parse_args()
@@ -65,6 +81,7 @@ def main() -> None:
             f"train.global_batch_size={args.batch}",
             f"train.micro_batch_size={args.batch}",
             "eval.micro_batch_size=8",
+            f"eval.max_samples={args.eval_samples}",
             # What the recipe has and does not go with these.
             "data.eval_fraction=0",
             "train.epochs=null",
@@ -85,18 +102,22 @@ def main() -> None:
         start = trained(place / "base", [*common, *base], threads=os.cpu_count() or 1)
         print(f"base: evaluation loss {start['first']:.4f} -> {start['last']:.4f}", file=sys.stderr)
         adapting = [*common, f"model.path={place / 'base' / 'model'}", f"train.steps={args.steps}"]
-        jobs = [(name, rate, seed) for name in METHODS for rate in args.rates for seed in range(args.seeds)]
+        compared = methods(args)
+        jobs = [(name, rate, seed) for name in compared for rate in args.rates for seed in range(args.seeds)]
 
         def run(job: tuple[str, float, int]) -> dict[str, Any]:
             name, rate, seed = job
-            output = place / f"{list(METHODS).index(name)}-{rate}-{seed}"
-            return trained(output, [*adapting, *METHODS[name], f"optimizer.lr={rate}", f"seed={seed}"], threads=1)
+            output = place / f"{list(compared).index(name)}-{rate}-{seed}"
+            values = [*adapting, *compared[name], f"optimizer.lr={rate}", f"seed={seed}"]
+            figures = trained(output, values, threads=1)
+            print(f"{name}, lr {rate}, seed {seed}: {figures['last']:.4f}", file=sys.stderr, flush=True)
+            return figures
 
         with ThreadPoolExecutor(args.parallel) as pool:
             results = dict(zip(jobs, pool.map(run, jobs), strict=True))
     figures = {
         "base_eval_loss": start["last"],
-        "methods": [summary(name, args.rates, args.seeds, results) for name in METHODS],
+        "methods": [summary(name, args.rates, args.seeds, results) for name in compared],
         "settings": {key: value for key, value in vars(args).items() if key not in ("json", "data", "parallel")},
         "environment": {
             "command": f"python benchmarks/quality.py --data {args.data.name}",
@@ -110,8 +131,9 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def trained(output: Path, values: list[str], *, threads: int) -> dict[str, float]:
-    """Train as `values` say; the first and the last evaluation loss."""
+def trained(output: Path, values: list[str], *, threads: int) -> dict[str, Any]:
+    """Train as `values` say; the first and the last evaluation loss, in how many steps each block trained, and the
+    importance that was learned."""
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(TRAIN), str(TRAIN.parent / "recipes" / "full.yaml"), *values, f"output={output}"]
     finished = subprocess.run(command, env=variables, capture_output=True, text=True)
@@ -119,10 +141,17 @@ def trained(output: Path, values: list[str], *, threads: int) -> dict[str, float
         raise SystemExit(f"{' '.join(command)}\n{finished.stdout}\n{finished.stderr}")
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]
-    return {"first": losses[0], "last": losses[-1]}
+    steps = [record["active_blocks"] for record in records if "active_blocks" in record]
+    learned = [record["importance"] for record in records if "importance" in record]
+    return {
+        "first": losses[0],
+        "last": losses[-1],
+        "drawn": [sum(block in active for active in steps) for block in range(1 + max(map(max, steps)))],
+        "importance": learned[-1] if learned else None,
+    }
 
 
-def summary(name: str, rates: list[float], seeds: int, results: dict[Any, dict[str, float]]) -> dict[str, Any]:
+def summary(name: str, rates: list[float], seeds: int, results: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     losses = {rate: [results[name, rate, seed]["last"] for seed in range(seeds)] for rate in rates}
     best = min(rates, key=lambda rate: statistics.mean(losses[rate]))
     return {
@@ -130,6 +159,9 @@ def summary(name: str, rates: list[float], seeds: int, results: dict[Any, dict[s
         "eval_loss": statistics.mean(losses[best]),
         "spread": max(losses[best]) - min(losses[best]),
         "learning_rate": best,
+        "at_the_edge_of_the_rates": best in (min(rates), max(rates)),
+        "drawn": [results[name, best, seed]["drawn"] for seed in range(seeds)],
+        "importance": [results[name, best, seed]["importance"] for seed in range(seeds)],
         "all": {str(rate): values for rate, values in losses.items()},
     }
 

@@ -126,6 +126,7 @@ class Watch:
         self._before = 0
         self._probes = False
         self._started = 0.0
+        self._spent = 0.0  # in the step that runs, on switching and probing
         around_switch(sparse, self._enter, self._leave)
 
     def _enter(self) -> None:
@@ -140,7 +141,7 @@ class Watch:
 
     def _leave(self) -> None:
         get_accelerator().synchronize()
-        seconds = time.perf_counter() - self._started
+        seconds = self._spent = time.perf_counter() - self._started
         if self._tracker is not None:
             self._tracker.__exit__(None, None, None)
             self.switch_peaks.append(self._tracker.peak)
@@ -155,20 +156,26 @@ class Watch:
         else:
             (self.probe_seconds if self._probes else self.switch_seconds).append(seconds)
 
-    def step(self, number: int) -> float:
-        args = self.args
+    def step(self, number: int) -> tuple[float, float]:
+        """(seconds of the step, seconds without the switch and the probes in it)."""
+        args, self._spent = self.args, 0.0
         ids = random_batch(self.engine, number, batch=args.batch, length=args.sequence, vocabulary=args.vocabulary)
-        return train_step(self.engine, ids)
+        seconds = train_step(self.engine, ids)
+        return seconds, seconds - self._spent
 
 
 def timed_pass(watch: Watch, args: argparse.Namespace) -> dict[str, float | None]:
     steps: list[list[float]] = []
+    without: list[float] = []
     with quiet_collector():
         for number in range((args.switches + 1) * args.interval):
             if number % args.interval == 0:
                 steps.append([])
-            steps[-1].append(watch.step(number))
-    steady = [t for interval in steps[1:] for t in interval[4:]] or [t for interval in steps[1:] for t in interval]
+            seconds, alone = watch.step(number)
+            steps[-1].append(seconds)
+            without.append(alone)
+    # Intervals too short to have steps far from a switch give those steps without it.
+    steady = [t for interval in steps[1:] for t in interval[4:]] or without[args.interval :]
     ratios = [max(interval[:3]) / statistics.median(interval[4:]) for interval in steps[1:] if len(interval) > 4]
     step, switch = statistics.median(steady), statistics.median(watch.switch_seconds)
     return {

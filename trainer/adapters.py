@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
+import torch
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.blocks import full_shape
 from trainer.config.errors import did_you_mean
-from trainer.config.schema import AdapterSubstrate
+from trainer.config.schema import AdapterSubstrate, RunConfig
+from trainer.engine.suppression import has_adapters
 
 # Why a method whose weights do sit inside blocks cannot be trained here.
 _REFUSED = {
     PeftType.ADALORA: "it prunes ranks by calls during training that only its own trainer makes; use LORA",
     PeftType.POLY: "it wants the number of a task with every batch",
 }
+# Of LoRA, those that another process makes again from the base alone. The others need data, gradients or a quantiser,
+# or change the base by random numbers (`pissa_niter_N`), so that an exported adapter would not fit it.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+# Over weights of four bits PEFT has layers for more methods, but these are the ones that train here.
+_ON_FOUR_BITS = (PeftType.LORA,)
+# PEFT takes the shapes of these from weights that ZeRO-3 has in parts.
+_OF_WHOLE_WEIGHTS = (PeftType.LOHA,)
+_WEIGHTS = "adapter_model.safetensors"
+_ANYTHING = "all-linear"  # PEFT's word for every linear module but the head
 
 
 class AdapterError(ValueError):
@@ -26,28 +53,100 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model with adapters, and what belongs to them: the names of their parameters and buffers."""
+    """A model with adapters, and what belongs to them: the names of the parameters and buffers to save."""
 
     model: PeftModel
     names: frozenset[str]
+    warnings: tuple[str, ...] = ()
 
 
-def adapt(model: PreTrainedModel, config: AdapterSubstrate, *, empty: bool = False) -> Adapted:
+def adapt(
+    model: PreTrainedModel,
+    config: AdapterSubstrate,
+    *,
+    stage: int = 0,
+    quantization: str | None = None,
+    empty: bool = False,
+) -> Adapted:
     """`model` with the adapters of `config`, in the base's dtype; what they train requires gradients.
 
-    `empty` leaves them on the meta device, for the dry run. Raises `AdapterError`.
+    `stage` is ZeRO's, `quantization` that of the base; `empty` leaves the adapters on the meta device, for the dry
+    run. Raises `AdapterError`.
     """
+    if has_adapters(model):
+        raise AdapterError(
+            "model.path: this model comes with adapters: set model.path to their base, and substrate.adapter to the "
+            "folder of the adapters to go on with"
+        )
     base = {id(tensor) for _, tensor in _tensors(model)}
-    if config.adapter is not None:
-        adapted = _load(model, config.adapter, empty=empty)
+    warnings = []
+    if config.adapter is None:
+        key, made = "substrate.peft", _configuration(config.peft or {}, quantization)
     else:
-        adapted = _make(model, config.peft or {}, empty=empty)
+        key, made = "substrate.adapter", _read(config.adapter, quantization)
+        if made.base_model_name_or_path and not _same(made.base_model_name_or_path, model.name_or_path):
+            warnings.append(
+                f"substrate.adapter: '{config.adapter}' was trained on {made.base_model_name_or_path}, and model.path "
+                f"is {model.name_or_path or 'none'}"
+            )
+    if stage == 3 and PeftType(made.peft_type) in _OF_WHOLE_WEIGHTS:
+        raise _partitioned(made, key)
+    _check_names(model, made, key)
+    adapted = _put_on(model, made, key, stage=stage, empty=empty)
+    if config.adapter is not None:
+        _check_weights(adapted, config.adapter)
+        if not empty:
+            adapted.load_adapter(config.adapter, "default", is_trainable=True, autocast_adapter_dtype=False)
+    # Of the base's tensors, those that PEFT trains as well: `bias`.
+    names = frozenset(n for n, tensor in _tensors(adapted) if id(tensor) not in base or tensor.requires_grad)
+    _check_saved(adapted, names, key)
     _freeze(adapted, config.frozen)
     # fp32 adapters in a bf16 model would be cast by DeepSpeed, and ZeRO holds fp32 masters of them anyway.
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != model.dtype:
             parameter.data = parameter.data.to(model.dtype)
-    return Adapted(adapted, frozenset(name for name, tensor in _tensors(adapted) if id(tensor) not in base))
+    return Adapted(adapted, names, tuple(warnings))
+
+
+def merged(adapted: Adapted, weights: dict[str, Tensor] | None = None) -> PreTrainedModel:
+    """A second model with the adapters merged into their base, of `weights` (whole, by name) or on the meta device.
+
+    Raises whatever PEFT raises where it cannot merge them.
+    """
+    base = adapted.model.get_base_model()
+    with torch.device("meta"):
+        model = type(base)(copy.deepcopy(base.config))
+    config = _made_plainly(adapted.model.active_peft_config)  # PiSSA and its like would change the base again
+    twin = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    if weights is not None:
+        twin.load_state_dict(weights, assign=True)
+        for name, buffer in adapted.model.named_buffers(remove_duplicate=False):  # also those that are never saved
+            owner, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(owner), leaf, buffer.cpu())
+        missing = [name for name, tensor in _tensors(twin) if tensor.is_meta]
+        if missing:
+            raise RuntimeError(f"{len(missing)} tensors are not to be had, for instance {missing[0]}")
+    return twin.merge_and_unload()
+
+
+def choose_merge(config: RunConfig, adapted: Adapted | None) -> tuple[bool, list[str]]:
+    """Whether to merge in the end, tried now without weights; and what to tell the user of it.
+
+    Raises `AdapterError` where a merge was asked for and PEFT has none.
+    """
+    if adapted is None or not config.merges:
+        return False, []
+    try:
+        merged(adapted)
+    except Exception as error:  # NotImplementedError, ValueError, AttributeError, ...
+        if "meta" in str(error):  # a formula that the meta device lacks says nothing of the real merge
+            return True, []
+        kind, base = adapted.model.active_peft_config.peft_type.value, type(adapted.model.get_base_model()).__name__
+        why = f"PEFT cannot merge {kind} into {base}: {type(error).__name__}: {error}"
+        if config.substrate.merge is True:
+            raise AdapterError(f"substrate.merge: true, but {why}; set substrate.merge=false") from error
+        return False, [f"WARNING: no model/ will be written beside adapter/: {why}"]
+    return True, []
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -56,16 +155,48 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _make(model: PreTrainedModel, fields: dict[str, Any], *, empty: bool) -> PeftModel:
-    config = _configuration(fields, empty=empty)
-    _check_targets(model, getattr(config, "target_modules", None))
+def _put_on(model: PreTrainedModel, config: PeftConfig, key: str, *, stage: int, empty: bool) -> PeftModel:
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=empty)
-    except Exception as error:  # PEFT checks with ValueError, TypeError, KeyError, ...
-        raise AdapterError(f"substrate.peft: PEFT refuses {fields}: {error}") from error
+        if empty:
+            config = _made_plainly(config)  # other initialisations compute with the base's weights
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=empty)
+        _check_readable(config)
+    except Exception as error:  # PEFT checks with ValueError, TypeError, KeyError, AssertionError, ...
+        why = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        more = ""
+        if empty:
+            more = "; a dry run has no weights to compute with"
+        elif stage == 3:
+            more = "; it may want whole weights, which ZeRO-3 has in parts: try deepspeed=zero2"
+        raise AdapterError(
+            f"{key}: PEFT refuses {config.peft_type.value} on {type(model).__name__}: {why}{more}"
+        ) from error
+    if any(p.requires_grad and 0 in full_shape(p) for p in adapted.parameters()):
+        raise _partitioned(config, key)
+    return adapted
 
 
-def _configuration(fields: dict[str, Any], *, empty: bool) -> PeftConfig:
+def _partitioned(config: PeftConfig, key: str) -> AdapterError:
+    return AdapterError(
+        f"{key}: {config.peft_type.value} is made from whole weights, which ZeRO-3 has in parts; set deepspeed=zero2"
+    )
+
+
+def _made_plainly(config: PeftConfig) -> PeftConfig:
+    config = copy.deepcopy(config)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True
+    return config
+
+
+def _check_readable(config: PeftConfig) -> None:
+    """PEFT writes some configurations that it refuses to read: better known now than after training."""
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        PeftConfig.from_pretrained(folder)
+
+
+def _configuration(fields: dict[str, Any], quantization: str | None) -> PeftConfig:
     wanted = str(fields["peft_type"]).upper()
     known = {str(kind.value): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if wanted not in known:
@@ -73,55 +204,157 @@ def _configuration(fields: dict[str, Any], *, empty: bool) -> PeftConfig:
             f"substrate.peft.peft_type: '{fields['peft_type']}'{did_you_mean(wanted, known)}; allowed: "
             f"{', '.join(known)}"
         )
-    _refuse(PeftType(wanted), "substrate.peft.peft_type")
-    settings = {"task_type": TaskType.CAUSAL_LM, **{k: v for k, v in fields.items() if k != "peft_type"}}
-    if empty and "init_lora_weights" in settings:
-        settings["init_lora_weights"] = True  # others compute with the base's weights
+    _refuse(wanted, fields.get("init_lora_weights", True), "substrate.peft", quantization)
+    kind = known[wanted]
+    settings = {k: v for k, v in fields.items() if k != "peft_type"}
+    names = [name for name in settings if name not in kind.__dataclass_fields__]
+    if names:
+        near = "".join(f"; {name}: unknown{did_you_mean(name, kind.__dataclass_fields__)}" for name in names)
+        raise AdapterError(f"substrate.peft: {wanted} takes no {', '.join(names)}{near}")
+    _check_types(kind, settings)
     try:
-        return known[wanted](**settings)
-    except TypeError as error:
-        names = [name for name in settings if name not in known[wanted].__dataclass_fields__]
-        near = "".join(f"; {name}: unknown{did_you_mean(name, known[wanted].__dataclass_fields__)}" for name in names)
-        raise AdapterError(f"substrate.peft: {wanted} takes no {', '.join(names) or fields}{near or error}") from error
+        return kind(**{"task_type": TaskType.CAUSAL_LM, **settings})
     except Exception as error:  # a value, or a package that the method needs
         raise AdapterError(f"substrate.peft: PEFT refuses {fields}: {error}") from error
 
 
-def _refuse(kind: PeftType, key: str) -> None:
+def _check_types(kind: type[PeftConfig], settings: dict[str, Any]) -> None:
+    """PEFT's configurations are dataclasses, which take anything."""
+    hints = typing.get_type_hints(kind)
+    for name, value in settings.items():
+        if name == "init_lora_weights":
+            continue  # `_refuse` has looked at it
+        try:
+            TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            allowed = getattr(hints[name], "__name__", None) or str(hints[name])
+            raise AdapterError(
+                f"substrate.peft.{name}: got {value!r}; allowed: {allowed.replace('typing.', '')}"
+            ) from error
+        except PydanticUserError:  # a class of PEFT's own
+            continue
+
+
+def _refuse(peft_type: str, start: Any, key: str, quantization: str | None) -> None:
+    kind = PeftType(peft_type)
     if kind in _REFUSED:
         raise AdapterError(f"{key}: {kind.value} cannot be trained here: {_REFUSED[kind]}")
+    if quantization is not None and kind not in _ON_FOUR_BITS:
+        allowed = ", ".join(kind.value for kind in _ON_FOUR_BITS)
+        raise AdapterError(
+            f"{key}: {kind.value} on a base in four bits (model.quantization={quantization}); allowed there: {allowed}"
+        )
+    if start not in _INITIALISATIONS:
+        raise AdapterError(
+            f"{key}: init_lora_weights: '{start}' needs more than the base to be made again; allowed: "
+            f"{', '.join(str(choice).lower() for choice in _INITIALISATIONS)}"
+        )
 
 
-def _load(model: PreTrainedModel, folder: str, *, empty: bool) -> PeftModel:
+def _read(folder: str, quantization: str | None) -> PeftConfig:
+    for name in ("adapter_config.json", _WEIGHTS):
+        if not (Path(folder) / name).is_file():
+            raise AdapterError(
+                f"substrate.adapter: cannot load '{folder}': no {name} there; give a folder as PEFT's save_pretrained "
+                "writes it"
+            )
     try:
         config = PeftConfig.from_pretrained(folder)
-        _refuse(PeftType(config.peft_type), "substrate.adapter")
-        config.inference_mode = False
-        if empty:
-            return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-        adapted = PeftModel.from_pretrained(
-            model, folder, config=config, is_trainable=True, autocast_adapter_dtype=False
-        )
-    except AdapterError:
-        raise
-    except Exception as error:
+    except Exception as error:  # broken JSON, KeyError for a method that this PEFT does not know, ...
+        raise AdapterError(f"substrate.adapter: cannot load '{folder}': {type(error).__name__}: {error}") from error
+    _refuse(config.peft_type, getattr(config, "init_lora_weights", True), "substrate.adapter", quantization)
+    config.inference_mode = False
+    return config
+
+
+def _same(first: str, second: str) -> bool:
+    return first == second or (bool(second) and Path(first).resolve() == Path(second).resolve())
+
+
+def _check_weights(adapted: PeftModel, folder: str) -> None:
+    """The file has exactly what its configuration makes on this model: PEFT leaves out what does not fit."""
+    expected = {
+        name: list(full_shape(tensor))
+        for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+    }
+    try:
+        with safe_open(Path(folder) / _WEIGHTS, framework="pt") as file:
+            stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # truncated, or no safetensors at all
         raise AdapterError(f"substrate.adapter: cannot load '{folder}': {error}") from error
-    return adapted
+    base = type(adapted.get_base_model()).__name__
+    for what, names in (
+        (f"lacks {{}} weights of its adapters on this {base}", sorted(expected.keys() - stored.keys())),
+        (f"has {{}} weights that its adapters do not have on this {base}", sorted(stored.keys() - expected.keys())),
+        ("has {} weights of other shapes", [n for n in expected if n in stored and stored[n] != expected[n]]),
+    ):
+        if names:
+            shapes = f": {stored[names[0]]} instead of {expected[names[0]]}" if "shapes" in what else ""
+            raise AdapterError(
+                f"substrate.adapter: '{folder}' {what.format(len(names))}, for instance {names[0]}{shapes}; set "
+                "model.path to the model that it was trained on"
+            )
 
 
-def _check_targets(model: nn.Module, targets: Any) -> None:
-    """Each name has to match: PEFT is content with one of them, and the others would be left out without a word."""
-    if not isinstance(targets, list | set | tuple):
-        return  # a pattern, "all-linear", or PEFT's own choice for the architecture
-    names = [name for name, module in model.named_modules() if name and not list(module.children())]
-    lost = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name, _ in model.named_modules())]
+def _check_saved(adapted: PeftModel, names: frozenset[str], key: str) -> None:
+    """Nothing may train that PEFT's format has no place for."""
+    if adapted.active_peft_config.is_prompt_learning:
+        return  # what is saved is computed, and no block has a part in it
+    tensors = dict(_tensors(adapted))
+    saved = get_peft_model_state_dict(
+        adapted, state_dict={name: tensors[name] for name in tensors if name in names}, save_embedding_layers=False
+    )
+    kept = {id(tensor) for tensor in saved.values()}
+    lost = [name for name, tensor in tensors.items() if tensor.requires_grad and id(tensor) not in kept]
     if lost:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
-        near = did_you_mean(lost[0], leaves) or ";"
         raise AdapterError(
-            f"substrate.peft.target_modules: {', '.join(sorted(lost))} match no module of {type(model).__name__}{near} "
-            f"modules there: {', '.join(leaves)}"
+            f"{key}: {len(lost)} of the weights that this trains, for instance {lost[0]}, would not be in the exported "
+            f"adapter: PEFT does not save them; with bias, set bias=none"
         )
+
+
+def _check_names(model: nn.Module, config: PeftConfig, key: str) -> None:
+    """Each name has to match: PEFT is content with one of them, and the others would be left out without a word."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    leaves = [name for name, module in modules.items() if not list(module.children())]
+    for field in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        wanted = getattr(config, field, None)
+        if not wanted or wanted == _ANYTHING:
+            continue
+        if isinstance(wanted, str) and field == "modules_to_save":
+            raise AdapterError(f"{key}.{field}: got '{wanted}'; allowed: a list of names, such as [{wanted}]")
+        known = [name for name, _ in model.named_parameters()] if field == "target_parameters" else list(modules)
+        _all_match(wanted, known, f"{key}.{field}", model, shown=known if field == "target_parameters" else leaves)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, None) or ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules):  # as PEFT looks it up
+                _no_match([pattern], f"{key}.{field}", model, leaves)
+    indices = getattr(config, "trainable_token_indices", None) or []
+    rows = full_shape(model.get_input_embeddings().weight)[0]
+    for index in [i for chosen in (indices.values() if isinstance(indices, dict) else [indices]) for i in chosen]:
+        if not 0 <= index < rows:
+            raise AdapterError(f"{key}.trainable_token_indices: got {index}; allowed: 0 to {rows - 1}")
+
+
+def _all_match(wanted: Any, known: list[str], key: str, model: nn.Module, *, shown: list[str]) -> None:
+    if isinstance(wanted, str):
+        if not any(re.fullmatch(wanted, name) for name in known):
+            _no_match([wanted], key, model, shown)
+        return
+    strange = [name for name in wanted if not isinstance(name, str)]
+    if strange:
+        raise AdapterError(f"{key}: got {strange[0]!r} in {list(wanted)}; allowed: names")
+    lost = sorted(want for want in wanted if not any(name == want or name.endswith(f".{want}") for name in known))
+    if lost:
+        _no_match(lost, key, model, shown)
+
+
+def _no_match(lost: list[str], key: str, model: nn.Module, known: list[str]) -> typing.NoReturn:
+    endings = sorted({name.rsplit(".", 1)[-1] for name in known})
+    near = did_you_mean(lost[0], endings) or ";"
+    raise AdapterError(
+        f"{key}: {', '.join(lost)} match nothing in {type(model).__name__}{near} names there: {', '.join(endings)}"
+    )
 
 
 def _freeze(model: nn.Module, parts: Iterable[str]) -> None:

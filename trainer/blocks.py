@@ -19,6 +19,8 @@ PARTS = ("embeddings", "head", "norm")
 # A second module list of at least this share of the largest one's parameters makes the choice ambiguous
 # (encoder-decoders, vision-language models).
 _RIVAL_SHARE = 0.1
+# What PEFT puts before the names of a model's modules when it wraps it: users know them without.
+_PEFT_PREFIX = "base_model.model."
 
 
 class BlockError(ValueError):
@@ -90,7 +92,7 @@ def find(model: nn.Module, *, path: str | None = None, substrate: Literal["full"
         if not block.parameters:
             raise BlockError(
                 f"{block.path} has no parameters to train under substrate '{substrate}'; every block needs some"
-                + (": adapters that require gradients (was this model prepared before?)" * (substrate == "adapter"))
+                + (": the adapters have to sit in all of them, and to require gradients" * (substrate == "adapter"))
             )
     _refuse_shared_parameters(blocks)
 
@@ -99,12 +101,12 @@ def find(model: nn.Module, *, path: str | None = None, substrate: Literal["full"
     outside = _sort_outside(model, path, inside, input_embeddings, head)
     if substrate == "adapter":  # PEFT's modules_to_save train, what they stand for does not
         outside = {part: {n: p for n, p in found.items() if p.requires_grad} for part, found in outside.items()}
-    tied = bool(
-        input_embeddings is not None
-        and head is not None
-        and {id(p) for p in head.parameters()} & {id(p) for p in input_embeddings.parameters()}
-    )
-    return Structure(path=path, blocks=blocks, outside=outside, tied=tied)
+    shared: set[int] = set()
+    if input_embeddings is not None and head is not None:
+        shared = {id(p) for p in head.parameters()} & {id(p) for p in input_embeddings.parameters()}
+        if substrate == "adapter":  # a tie of what stays as it is ties nothing that trains
+            shared = {id(p) for p in head.parameters() if id(p) in shared and p.requires_grad}
+    return Structure(path=path, blocks=blocks, outside=outside, tied=bool(shared))
 
 
 def always_on(structure: Structure, parts: Iterable[str]) -> dict[str, dict[str, nn.Parameter]]:
@@ -140,6 +142,8 @@ def _resolve_path(model: nn.Module, path: str | None) -> str:
     candidates = {name: _numel(module) for name, module in _outermost_lists(model)}
     listing = ", ".join(f"{name} ({len(model.get_submodule(name))} children)" for name in candidates) or "none"
     if path is not None:
+        if f"{_PEFT_PREFIX}{path}" in candidates:
+            path = f"{_PEFT_PREFIX}{path}"
         try:
             module = model.get_submodule(path)
         except AttributeError:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer import model as models
 from trainer.accounting import banked_bytes, model_state, nf4_bytes, readable
-from trainer.adapters import adapt
+from trainer.adapters import adapt, choose_merge
 from trainer.blocks import full_numel
 from trainer.build import check_hardware, check_length, offload_device, prepare_model, size_buckets
 from trainer.config import RunConfig, dump, total_steps
@@ -34,8 +34,13 @@ def describe(config: RunConfig, ranks: int) -> str:
     model = models.on_meta(config.model, tokenizer)
     check_length(config, model)
     quantised = _quantised(config, model)
+    remarks: list[str] = []
     if config.substrate.name == "adapter":
-        model = adapt(model, config.substrate, empty=True).model
+        stage = ds["zero_optimization"]["stage"]
+        adapted = adapt(model, config.substrate, stage=stage, quantization=config.model.quantization, empty=True)
+        _, remarks = choose_merge(config, adapted)
+        remarks += adapted.warnings
+        model = adapted.model
     sparse = prepare_model(config, model)
     size_buckets(ds, sparse, model)
     stage = ds["zero_optimization"]["stage"]
@@ -52,6 +57,7 @@ def describe(config: RunConfig, ranks: int) -> str:
         offload=offload_device(ds, "optimizer") != "none",
     )
     lines = [dump(config).rstrip(), ""]
+    lines += remarks
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines.append(f"steps: {total_steps(config, len(data.train))} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,13 +13,13 @@ import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed import comm as dist
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from trainer.adapters import Adapted
+from trainer.adapters import Adapted, merged
 
 _HEARTBEAT_SECONDS = 10
 
@@ -141,31 +140,25 @@ def _write_merged(
 ) -> None:
     """A second model in host memory, of the gathered tensors, because the engine's own is in parts."""
     base = adapters.model.get_base_model()
-    with torch.device("meta"):
-        model = type(base)(copy.deepcopy(base.config))
-    config = copy.deepcopy(adapters.model.active_peft_config)
-    if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # PiSSA and its like would change the base again
     try:
-        twin = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-        twin.load_state_dict(weights, assign=True)
-        merged = twin.merge_and_unload()
+        model = merged(adapters, weights)
     except Exception as error:  # NotImplementedError, RuntimeError, ...: not every method can be merged
         raise ExportError(
-            f"substrate.merge: PEFT cannot merge {config.peft_type.value} into {type(base).__name__}: {error}. The "
-            f"adapter was written to {folder.with_name('adapter')}; set substrate.merge=false"
+            f"substrate.merge: PEFT cannot merge {adapters.model.active_peft_config.peft_type.value} into "
+            f"{type(base).__name__}: {error}. The adapter was written to {folder.with_name('adapter')}; set "
+            "substrate.merge=false"
         ) from error
-    _tie_again(merged, base)
-    merged.generation_config = base.generation_config
-    _write_model(merged, dict(merged.state_dict(keep_vars=True)), tokenizer, folder)
+    _tie_again(model, base)
+    model.generation_config = base.generation_config
+    _write_model(model, dict(model.state_dict(keep_vars=True)), tokenizer, folder)
 
 
-def _tie_again(merged: PreTrainedModel, base: PreTrainedModel) -> None:
+def _tie_again(model: PreTrainedModel, base: PreTrainedModel) -> None:
     """PEFT unties embeddings and head in a merged model, also where no adapter made them differ."""
-    embeddings, head = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if base.config.get_text_config().tie_word_embeddings and torch.equal(embeddings, head):
-        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = True
-        merged.tie_weights()
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = True
+        model.tie_weights()
 
 
 def _verify(folder: Path, weights: dict[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ from inspect import signature
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -106,15 +108,16 @@ def choose_fused(wanted: bool | str, model: PreTrainedModel) -> bool:
 
     Raises `LossError` where it is wanted and adapters sit on the head: the fused one multiplies with its weights alone.
     """
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer | TrainableTokensWrapper):  # `modules_to_save` is a whole head, which is fine
         if wanted is True:
             raise LossError(
-                f"train.fused_loss: true, but the output head is a {type(model.get_output_embeddings()).__name__}, of "
-                "which the fused head would miss the adapter; set train.fused_loss=false"
+                f"train.fused_loss: true, but adapters sit on the output head ({type(head).__module__}), which the "
+                "fused one would miss; set train.fused_loss=false"
             )
         return False
     if wanted == "auto":
-        return full_shape(model.get_output_embeddings().weight)[0] >= FUSED_FROM_VOCABULARY
+        return full_shape(head.weight)[0] >= FUSED_FROM_VOCABULARY
     return bool(wanted)
 
 

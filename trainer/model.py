@@ -119,9 +119,17 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         except Exception as error:  # transformers validates with several exception types
             raise ModelError(f"model.random: transformers refuses {config.random}: {_in_short(error)}") from error
     try:
-        return AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         raise ModelError(f"model.path: cannot read a model configuration from '{config.path}': {error}") from error
+    quantised = getattr(architecture, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ModelError(
+            f"model.path: the weights in '{config.path}' are quantised already ({method}): give the model in "
+            "bf16 or fp32, which model.quantization=nf4 quantises while it is loaded"
+        )
+    return architecture
 
 
 def _from_config(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:

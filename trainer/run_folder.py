@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 
 from trainer.config import RunConfig, dump
 
-_OF_A_RUN = ("config.yaml", "metrics.jsonl", "model", "tensorboard", "checkpoints")
+_OF_A_RUN = ("config.yaml", "metrics.jsonl", "model", "adapter", "importance.png", "tensorboard", "checkpoints")
 
 
 def _wanted(config: RunConfig) -> Path:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from trainer import build
 from trainer import model as models
-from trainer.adapters import adapt
+from trainer.adapters import adapt, choose_merge
 from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed import resolve
 from trainer.data import Prepared, prepare_run
@@ -66,8 +66,11 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     if config.substrate.name == "adapter":
         torch.manual_seed(config.seed)
         with models.partitioned_creation(ds):
-            adapters = adapt(base, config.substrate)
+            stage = ds["zero_optimization"]["stage"]
+            adapters = adapt(base, config.substrate, stage=stage, quantization=config.model.quantization)
         model = adapters.model
+    merge, remarks = choose_merge(config, adapters)
+    remarks += adapters.warnings if adapters is not None else ()
     fused = choose_fused(config.train.fused_loss, base)
     objective = Objective(base, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
     torch.manual_seed(config.seed + rank)  # ranks drop out other units
@@ -100,7 +103,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     )
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank)
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
-    for line in [*describe_data(data, config.data.max_length), *rounding_warning(config, sparse)]:
+    for line in [*describe_data(data, config.data.max_length), *remarks, *rounding_warning(config, sparse)]:
         progress.say(line)
     evaluations: dict[int, float] = {}
     meter = _Meter()
@@ -141,7 +144,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     last_loss = evaluations.get(num_steps, float(result.loss_sum))
     if not math.isfinite(last_loss):
         raise _stopped(step, f"the loss is {last_loss}", config)
-    written = save(engine, tokenizer, folder, adapters, merge=config.merges)
+    written = save(engine, tokenizer, folder, adapters, merge=merge)
     progress.close()
     if rank == 0:
         pictures = draw_importance(folder, sparse.times_active)
@@ -247,19 +250,23 @@ class _Feed:
     def probe_batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         """For each probe its sequences, in an order of their own: one pass over the data after another."""
         probe = self._config.selector.probe
-        samples = self._data.eval if probe.data == "eval" else self._data.train
+        held_out = probe.data == "eval"
+        samples = self._data.eval if held_out else self._data.train
         size = min(probe.batch_size, len(samples))
         # Seeds of training are below 2**63.
         order = Batches(
-            [len(samples)],
+            [len(samples)] if held_out else self._data.sizes,
+            weights=None if held_out else self._data.weights,
             seed=self._config.seed + 2**63,
             global_batch_size=size,
             micro_batch_size=size,
             rank=0,
             ranks=1,
         )
+        # A few sequences: in micro-batches as large as an evaluation's, some ranks would get none.
+        share = min(self._eval_size, -(-size // self._place["ranks"]))
         for number in itertools.count():
-            dealt = deal(order.indices(number)[0], micro_batch_size=self._eval_size, **self._place)
+            dealt = deal(order.indices(number)[0], micro_batch_size=share, **self._place)
             yield self._batches_of(samples, dealt)
 
     @property

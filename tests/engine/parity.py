@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class Cell:
     dtype: str = "fp32"
     evaluate: bool = False
     family: str | None = None  # of tests.models.FAMILIES; None: a Llama of six blocks
+    reward_rate: float = 10.0  # of selector importance
+    dora: bool = False
     lora: int = 0  # rank of adapters, which then train in place of the weights; the head is in PEFT's modules_to_save
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -58,7 +61,7 @@ class Cell:
 def make_selector(cell: Cell) -> Any:
     settings = {} if cell.selector == "all" else {"blocks": cell.blocks}
     if cell.selector == "importance":  # probes at every other step
-        settings = {"active_share": 0.4, "update_every": 2}
+        settings = {"active_share": 0.4, "update_every": 2, "reward_rate": cell.reward_rate}
     return build(cell.selector, seed=7, interval=cell.interval, **settings)
 
 
@@ -85,11 +88,21 @@ def summed_loss(module: torch.nn.Module, ids: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def plain_probe(model: torch.nn.Module, trials: Any, factor: float, number: int) -> tuple[float, ...]:
-    """The loss for each trial on the whole probe batch, with the scaling of LoRA multiplied by hand."""
+    """The loss for each trial on the whole probe batch: the scaling of LoRA multiplied by hand, and without adapters
+    what each layer adds."""
     losses = []
     ids = torch.cat([probe_batch(number, ranks=3, rank=rank) for rank in range(3)])
-    layers = model.get_submodule("base_model.model.model.layers")
+    adapted = hasattr(model, "base_model") and hasattr(model, "peft_config")
+    layers = model.get_submodule("base_model.model.model.layers" if adapted else "model.layers")
     for trial in trials:
+        if not adapted:
+            for i in trial:
+                layers[i].forward = partial(_turned_down, layers[i].forward, factor)
+            loss, count = summed_loss(model, ids)
+            for i in trial:
+                del layers[i].forward
+            losses.append(float(loss / count))
+            continue
         scaled = [m for i in trial for m in layers[i].modules() if hasattr(m, "scaling") and hasattr(m, "lora_A")]
         before = [dict(module.scaling) for module in scaled]
         for module in scaled:
@@ -99,6 +112,10 @@ def plain_probe(model: torch.nn.Module, trials: Any, factor: float, number: int)
             module.scaling = values
         losses.append(float(loss / count))
     return tuple(losses)
+
+
+def _turned_down(forward: Any, factor: float, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden + factor * (forward(hidden, *args, **kwargs) - hidden)
 
 
 def learning_rate(cell: Cell, step: int) -> float:
@@ -124,6 +141,7 @@ def build_model(cell: Cell) -> torch.nn.Module:
             lora_alpha=8 * cell.lora,
             # Adapters that do nothing yet would not be missed when they are suppressed.
             init_lora_weights=cell.selector != "importance",
+            use_dora=cell.dora,
         )
         model = get_peft_model(model, config)
     return model.to(get_accelerator().current_device_name()).train()  # built on the CPU: the same weights everywhere
@@ -189,8 +207,9 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
 
 
 def _scores(selector: Any) -> dict[str, Tensor]:
+    """As at the usual reward rate, which multiplies the rounding of the losses as well."""
     learned = selector.importance()
-    return {} if learned is None else {"importance": torch.tensor(learned)}
+    return {} if learned is None else {"importance": torch.tensor(learned) * 10.0 / selector.reward_rate}
 
 
 def _part(name: str) -> str:

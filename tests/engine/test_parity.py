@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 
 from tests import distributed
-from tests.engine.parity import Cell, largest_difference, reference, strata
+from tests.engine.parity import Cell, largest_difference, make_selector, reference, strata
 
 TOLERANCE = 1e-6
+# A reward rate at which the scores of these little models change draws within a few updates.
+LOUD = 1.0e5
 
 # What is crossed in `make test-slow`, and covered pair by pair in `make test` together with the further axes.
 CROSS: dict[str, tuple] = {
@@ -51,6 +53,12 @@ SPECIAL = [
         for ranks in (1, 2)
     ),
     Cell(selector="importance", lora=4, interval=2, bank="cpu", stage=3, accumulation=2, clipping=0.3),
+    # What is learned decides what is drawn.
+    Cell(selector="importance", lora=4, interval=1, bank="device", reward_rate=LOUD, dora=True),
+    Cell(selector="importance", interval=1, bank="device", reward_rate=LOUD),
+    Cell(selector="importance", interval=1, bank="device", reward_rate=LOUD, stage=2),
+    Cell(lora=4, dora=True, selector="cyclic", blocks=1, interval=1, steps=8, bank="device"),
+    Cell(lora=4, selector="fixed", blocks=(0, -1), stage=2, bank="device"),
     Cell(bank="device", interval=1, blocks=2, steps=8),
     Cell(bank="device", interval=1, blocks=2, steps=8, stage=2, offload=True),
     # Buckets smaller than a gradient, and hooks replaced by a reduction at the boundary.
@@ -59,6 +67,15 @@ SPECIAL = [
     Cell(stage=2, extra={"zero": {"parameter_alignment": True}}, bank="cpu"),
     Cell(stage=3, extra={"zero": {"contiguous_gradients": False, "reduce_bucket_size": 500}}),
 ]
+
+
+def test_importance_changes_draws_where_it_should() -> None:
+    """Or the cells above would show nothing."""
+    for cell in SPECIAL:
+        if cell.reward_rate == LOUD:
+            _, draws = reference(replace(cell, stage=0, ranks=1))
+            deaf = make_selector(cell)
+            assert draws != [deaf.select(step, 6) for step in range(cell.steps)], cell
 
 
 def _cell(values: dict) -> Cell:

@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "zero_optimization.zero_quantized_weights": ((False,), "blocks that train need their exact weights"),
     "zero_optimization.zero_quantized_nontrainable_weights": (
         (False,),
-        "blocks that are frozen now train later and need their exact weights",
+        "frozen blocks of full weights train later and need them exactly; with adapters it has never been tried here",
     ),
     "zero_optimization.zero_quantized_gradients": ((False,), _UNTESTED),
     "zero_optimization.cpu_offload": ((False,), 'deprecated: write "offload_optimizer": {"device": "cpu"}'),

@@ -16,7 +16,9 @@ _LORA = {
     "lora_dropout": 0.05,
     "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
 }
-_ADAPTERS = {**_COMMON, "substrate": {"name": "adapter", "peft": _LORA}, "always_on": _ALL_OFF}
+# Adapters are small: what they learned stays where it is.
+_KEPT = {"name": "device"}
+_ADAPTERS = {**_COMMON, "substrate": {"name": "adapter", "peft": _LORA}, "bank": _KEPT, "always_on": _ALL_OFF}
 
 # Each method's published point.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
@@ -33,7 +35,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {**_COMMON, "selector": {"name": "all", "interval": 20}, "always_on": ALL_ON},
     # IST, arXiv 2410.11772: constants of the authors' ist.py, adapters of their llama_7B_LoRA_IST.sh. The state of
     # inactive adapters is kept.
-    "ist": {**_ADAPTERS, "selector": {"name": "importance"}, "bank": {"name": "device"}},
+    "ist": {**_ADAPTERS, "selector": {"name": "importance"}},
     # LoRA, arXiv 2106.09685, with the same adapters, all of them always.
     "lora": {**_ADAPTERS, "selector": {"name": "all", "interval": 20}},
 }
@@ -57,6 +59,7 @@ def expand_method(values: Mapping[str, Any]) -> dict[str, Any]:
         expanded[part] = _lay_over(point[part], values.get(part))
     if get(expanded, "substrate.name") == "adapter" and point["substrate"]["name"] != "adapter":
         expanded["always_on"] = _lay_over(_ALL_OFF, values.get("always_on"))
+        expanded["bank"] = _lay_over(_KEPT, values.get("bank"))
     return expanded
 
 
@@ -76,7 +79,7 @@ def _lay_over_peft(point: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     peft = given.get("peft")
     if peft is None:
         return None if given.get("adapter") is not None else dict(point)
-    same = isinstance(peft, Mapping) and peft.get("peft_type", point["peft_type"]) == point["peft_type"]
+    same = isinstance(peft, Mapping) and str(peft.get("peft_type", point["peft_type"])).upper() == point["peft_type"]
     return {**point, **peft} if same else peft
 
 

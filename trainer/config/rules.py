@@ -84,8 +84,9 @@ def _weight_rules(values: Mapping[str, Any]) -> list[str]:
 
 
 def _optimizer_rules(values: Mapping[str, Any]) -> list[str]:
-    bank = get(expand_method(values), "bank.name")
-    if get(values, "optimizer.name") == "adamw_8bit" and bank not in (None, "discard"):
+    expanded = expand_method(values)
+    bank, switches = get(expanded, "bank.name"), get(expanded, "selector.name") != "all"
+    if get(values, "optimizer.name") == "adamw_8bit" and switches and bank not in (None, "discard"):
         return [
             f"bank.name: {bank}, but the moments of optimizer.name=adamw_8bit are quantised for where they lie and "
             "cannot be kept; allowed: discard, or optimizer.name=adamw"

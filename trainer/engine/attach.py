@@ -30,7 +30,12 @@ from trainer.engine.local_gradients import LocalGradients
 from trainer.engine.probe import LossFunction, Prober
 from trainer.engine.registration import Registration, register
 from trainer.engine.rounding import RoundingLoss
-from trainer.engine.suppression import suppressed_adapters, suppressed_residuals
+from trainer.engine.suppression import (
+    has_adapters,
+    refuse_unsuppressed,
+    suppressed_adapters,
+    suppressed_residuals,
+)
 from trainer.selectors import Selector
 from trainer.updates import Dense, UpdateRule
 
@@ -54,7 +59,7 @@ def prepare(
     `modules_to_save` do); `blocks` is the module path of the block list where it is ambiguous.
 
     Raises `trainer.blocks.BlockError` where the model's structure does not allow the choice, and `ValueError` from the
-    selector, for instance for more blocks than there are.
+    selector, for instance for more blocks than there are, or for adapters that `substrate` does not expect.
     """
     return Sparse(
         model,
@@ -85,12 +90,17 @@ class Sparse:
         substrate: Literal["full", "adapter"],
         blocks: str | None,
     ) -> None:
+        if substrate == "full" and has_adapters(model):
+            raise ValueError("this model has adapters: pass substrate='adapter', or the model without them")
         self.structure = structure_of.find(model, path=blocks, substrate=substrate)
         self.blocks: tuple[Block, ...] = self.structure.blocks
         self.substrate = substrate
         if always_on is None:
-            always_on = [part for part, found in self.structure.outside.items() if found]
-        self.always_on = structure_of.always_on(self.structure, always_on)
+            self.always_on = {part: found for part, found in self.structure.outside.items() if found}
+        else:
+            self.always_on = structure_of.always_on(self.structure, always_on)
+        if selector.measures and substrate == "adapter":
+            refuse_unsuppressed(self.blocks)
         self.selector = selector
         self.update = update
         self.bank = bank

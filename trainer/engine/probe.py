@@ -64,8 +64,8 @@ class Prober:
             finally:
                 for child, training in modes:
                     child.training = training
-        if order and self._registration.fetch_order() != order:  # a blend fetches some modules twice
-            self._registration.expect_fetch_order(order)
+                if order and self._registration.fetch_order() != order:  # a blend fetches some modules twice
+                    self._registration.expect_fetch_order(order)
         sums = torch.stack(totals)
         dist.all_reduce(sums)
         return tuple((sums[:, 0] / sums[:, 1].clamp(min=1)).tolist())

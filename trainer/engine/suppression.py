@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from trainer.blocks import Block
+
 # Takes the modules of some blocks and a factor; inside the context they add `factor` of what they add outside.
 Suppress = Callable[[Sequence[nn.Module], float], AbstractContextManager[None]]
 
@@ -30,6 +32,33 @@ def suppressed_residuals(modules: Sequence[nn.Module], factor: float) -> Iterato
         for module in modules:
             stack.callback(module.register_forward_hook(scale, with_kwargs=True).remove)
         yield
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put layers of its own into `model`."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def refuse_unsuppressed(blocks: Sequence[Block]) -> None:
+    """Raise `ValueError` where something trains in a block that `suppressed_adapters` would leave as it is.
+
+    These are what PEFT trains beside or instead of adapters: `modules_to_save`, biases, prompts inside attention. A
+    probe would learn nothing of them.
+    """
+    for block in blocks:
+        covered = {
+            id(parameter)
+            for layer in block.module.modules()
+            if isinstance(layer, BaseTunerLayer)
+            for name, parameter in layer.named_parameters()
+            if not name.startswith("base_layer.")
+        }
+        beside = [name for name, parameter in block.parameters.items() if id(parameter) not in covered]
+        if beside:
+            raise ValueError(
+                f"selector.name: importance suppresses adapters, and {beside[0]} is in none of them: leave it out of "
+                "substrate.peft (modules_to_save, bias, the method), or take another selector (uniform, cyclic, all)"
+            )
 
 
 @contextmanager

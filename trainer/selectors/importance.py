@@ -53,6 +53,11 @@ def draw(log_weights: Tensor, size: int, generator: np.random.Generator) -> tupl
     return tuple(sorted((log_weights + noise).topk(size).indices.tolist()))
 
 
+def _count(share: float, num_blocks: int) -> int:
+    """So many of the blocks, rounded down; 0.29 of 100 is 29, whatever 0.29 * 100 gives."""
+    return math.floor(share * num_blocks + 1e-9)
+
+
 class Importance(Selector):
     """Blocks drawn without replacement, those that matter more often (IST, arXiv 2410.11772, and its code `ist.py`).
 
@@ -97,21 +102,26 @@ class Importance(Selector):
         self._dispensability: Tensor | None = None
 
     def num_active(self, num_blocks: int) -> int:
-        active = int(self.active_share * num_blocks)
+        if num_blocks < 2:
+            raise ValueError(f"selector.name: importance compares blocks, and this model has {num_blocks}; use all")
+        least = math.ceil(1000 / num_blocks) / 1000  # as a number to type, and enough for one block
+        active = _count(self.active_share, num_blocks)
         if not active:
             raise ValueError(
-                f"selector.active_share: {self.active_share} of {num_blocks} blocks is none; allowed: "
-                f"{1 / num_blocks:.3g} or more"
+                f"selector.active_share: {self.active_share} of {num_blocks} blocks is none; allowed: {least} or more"
             )
-        sets = math.comb(num_blocks, self._num_suppressed(num_blocks))
-        if sets < self.probes:
+        suppressed = _count(self.suppressed_share, num_blocks)
+        sets = math.comb(num_blocks, suppressed)
+        if sets < 2:
             raise ValueError(
-                f"selector.probes: {self.probes}, but {self._num_suppressed(num_blocks)} of {num_blocks} blocks "
-                f"(selector.suppressed_share {self.suppressed_share}) make {sets} different sets; allowed: 2 to {sets}"
-                if sets > 1
-                else f"selector.suppressed_share: {self.suppressed_share} of {num_blocks} blocks leaves one set to "
-                f"suppress, and selector.probes={self.probes} different ones are compared; allowed: "
-                f"{1 / num_blocks:.3g} to below 1"
+                f"selector.suppressed_share: {self.suppressed_share} of {num_blocks} blocks leaves one set to "
+                f"suppress, and selector.probes={self.probes} different ones are compared; allowed: {least} to below 1"
+            )
+        if sets < self.probes:
+            allowed = "2" if sets == 2 else f"2 to {sets}"
+            raise ValueError(
+                f"selector.probes: {self.probes}, but {suppressed} of {num_blocks} blocks (selector.suppressed_share "
+                f"{self.suppressed_share}) make {sets} different sets; allowed: {allowed}"
             )
         return active
 
@@ -135,7 +145,8 @@ class Importance(Selector):
         )
 
     def importance(self) -> tuple[float, ...] | None:
-        return None if self._dispensability is None else tuple((-self._dispensability).tolist())
+        # From zero, so that what was not measured is not -0.0.
+        return None if self._dispensability is None else tuple((0.0 - self._dispensability).tolist())
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._dispensability is None else {"dispensability": self._dispensability.tolist()}
@@ -151,14 +162,11 @@ class Importance(Selector):
             raise ValueError(f"{self._dispensability.numel()} blocks were scored before, this model has {num_blocks}")
         return self._dispensability
 
-    def _num_suppressed(self, num_blocks: int) -> int:
-        return int(self.suppressed_share * num_blocks)
-
     def _suppressed_sets(self, update: int) -> tuple[tuple[int, ...], ...]:
         """`probes` different sets; `num_active` saw to it that there are so many."""
         assert self._dispensability is not None
         scores = torch.nn.functional.logsigmoid(self._dispensability)
-        size = self._num_suppressed(scores.numel())
+        size = _count(self.suppressed_share, scores.numel())
         generator = keyed_generator(self.seed, _UPDATE, update)
         chosen: list[tuple[int, ...]] = []
         draws = 0

@@ -1,0 +1,93 @@
+"""Every PEFT method that the README names: made on a partitioned base, trained, exported, opened again, continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import trainer
+from tests import distributed
+from tests.engine.parity import Cell, deepspeed_config, make_engine, train_step
+from tests.models import tiny_llama
+from trainer.adapters import AdapterError, adapt
+from trainer.config.schema import AdapterSubstrate
+from trainer.export import export_adapter
+from trainer.model import partitioned_creation
+from trainer.selectors import Uniform
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+LORA = {"peft_type": "LORA", "r": 4, "target_modules": LINEAR}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"peft": LORA},
+    "dora": {"peft": {**LORA, "use_dora": True}},
+    "rslora": {"peft": {**LORA, "use_rslora": True}},
+    "pissa": {"peft": {**LORA, "init_lora_weights": "pissa"}},
+    "lora-fa": {"peft": LORA, "frozen": ["lora_A"]},
+    "lora and head": {"peft": {**LORA, "modules_to_save": ["lm_head"]}},
+    "ia3": {"peft": {"peft_type": "IA3", "target_modules": LINEAR, "feedforward_modules": ["down_proj"]}},
+    "loha": {"peft": {"peft_type": "LOHA", "r": 4, "target_modules": LINEAR}},
+    "lokr": {"peft": {"peft_type": "LOKR", "r": 4, "target_modules": LINEAR}},
+    "oft": {"peft": {"peft_type": "OFT", "r": 2, "oft_block_size": 0, "target_modules": LINEAR}},
+    "boft": {"peft": {"peft_type": "BOFT", "boft_block_size": 4, "target_modules": LINEAR}},
+    "vera": {"peft": {"peft_type": "VERA", "r": 4, "target_modules": ["q_proj", "o_proj"]}},
+}
+# PEFT reads the shapes of weights that ZeRO-3 has in parts.
+WHOLE_ONLY = {"loha"}
+IDS = torch.arange(12)[None] * 5 % 64
+
+
+def _trained(rank: int, stage: int, place: Path) -> dict[str, Any]:
+    """For each method what went wrong, if anything did."""
+    cell = Cell(stage=stage, ranks=2)
+    found: dict[str, Any] = {}
+    for name, values in METHODS.items():
+        try:
+            found[name] = _one(rank, cell, values, place / "base", place / name)
+        except AdapterError as error:
+            found[name] = str(error)
+    return found
+
+
+def _one(rank: int, cell: Cell, values: dict[str, Any], base: Path, folder: Path) -> str | None:
+    torch.manual_seed(0)
+    with partitioned_creation(deepspeed_config(cell, micro_batch=2)):
+        model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+        adapted = adapt(model, AdapterSubstrate(**values), stage=cell.stage)
+    sparse = trainer.prepare(adapted.model, selector=Uniform(blocks=2, interval=1), bank="device", substrate="adapter")
+    engine = make_engine(cell, adapted.model.train(), sparse)
+    sparse.attach(engine, guard_every=1)  # it sees to it that what is active moves, and nothing else
+    for step in range(6):
+        train_step(cell, engine, step, rank)
+    export_adapter(engine, adapted, folder)
+    engine.eval()
+    with torch.no_grad():
+        here = engine(input_ids=IDS).logits
+    engine.destroy()
+    torch.distributed.barrier()
+    plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    with torch.no_grad():
+        bare = plain(input_ids=IDS).logits
+        opened = PeftModel.from_pretrained(plain, str(folder)).eval()(input_ids=IDS).logits
+    if torch.allclose(here, bare, atol=1e-4):
+        return "nothing was learned"
+    again = adapt(
+        AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"), AdapterSubstrate(adapter=str(folder))
+    )
+    with torch.no_grad():
+        gone_on = again.model.eval()(input_ids=IDS).logits
+    off = max(float((here - other).abs().max()) for other in (opened, gone_on))
+    return f"off by {off}" if off > 1e-4 else None
+
+
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_methods_train_and_come_back(tmp_path: Path, stage: int) -> None:
+    tiny_llama(layers=4).save_pretrained(tmp_path / "base")
+    for found in distributed.run(_trained, stage, tmp_path, ranks=2):
+        refused = WHOLE_ONLY if stage == 3 else set()
+        assert {name for name, problem in found.items() if problem} == refused, found
+        assert all("deepspeed=zero2" in found[name] for name in refused)
