@@ -2,10 +2,11 @@
 
     python benchmarks/quality.py --data ../shared/data/gsm8k --json quality.json
 
-A small Llama is first trained whole for a while, to have a base worth adapting; then every method runs with every seed
-at every learning rate, through `launch/train.py` on one process, `--parallel` of them at a time. A method's figure is
-the evaluation loss at the end, with the best of its learning rates, by mean over the seeds. Steps and samples are the
-same for all; a row of its own gives random draws the compute of IST's probes as further steps.
+A small Llama is first trained whole on the questions, as plain text, to have a base worth adapting; then adapters learn
+to answer: every method runs with every seed at every learning rate, through `launch/train.py` on one process,
+`--parallel` of them at a time. A method's figure is the evaluation loss at the end, with the best of its learning
+rates, by mean over the seeds. Steps and samples are the same for all; a row of its own gives random draws the compute
+of IST's probes as further steps.
 """
 
 from __future__ import annotations
@@ -73,8 +74,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         common = [
-            f"data.train={args.data.absolute() / 'train.jsonl'}",
-            f"data.eval={args.data.absolute() / 'test.jsonl'}",
             f"data.max_length={args.length}",
             "data.overflow=drop",
             f"data.cache={place / 'cache'}",
@@ -83,7 +82,6 @@ def main() -> None:
             "eval.micro_batch_size=8",
             f"eval.max_samples={args.eval_samples}",
             # What the recipe has and does not go with these.
-            "data.eval_fraction=0",
             "train.epochs=null",
             "model.activation_checkpointing=false",
             "model.dtype=fp32",
@@ -95,13 +93,19 @@ def main() -> None:
         )
         base = [
             "method=full",
+            f"data.train={questions(args.data, place)}",
             random,
             f"train.steps={args.base_steps}",
             "optimizer.lr=1e-3",
         ]
         start = trained(place / "base", [*common, *base], threads=os.cpu_count() or 1)
-        print(f"base: evaluation loss {start['first']:.4f} -> {start['last']:.4f}", file=sys.stderr)
-        adapting = [*common, f"model.path={place / 'base' / 'model'}", f"train.steps={args.steps}"]
+        print(f"base: loss on questions {start['first']:.4f} -> {start['last']:.4f}", file=sys.stderr, flush=True)
+        answering = [
+            f"data.train={args.data.absolute() / 'train.jsonl'}",
+            f"data.eval={args.data.absolute() / 'test.jsonl'}",
+            "data.eval_fraction=0",
+        ]
+        adapting = [*common, *answering, f"model.path={place / 'base' / 'model'}", f"train.steps={args.steps}"]
         compared = methods(args)
         jobs = [(name, rate, seed) for name in compared for rate in args.rates for seed in range(args.seeds)]
 
@@ -116,11 +120,11 @@ def main() -> None:
         with ThreadPoolExecutor(args.parallel) as pool:
             results = dict(zip(jobs, pool.map(run, jobs), strict=True))
     figures = {
-        "base_eval_loss": start["last"],
+        "base_eval_loss": next(iter(results.values()))["first"],
         "methods": [summary(name, args.rates, args.seeds, results) for name in compared],
         "settings": {key: value for key, value in vars(args).items() if key not in ("json", "data", "parallel")},
         "environment": {
-            "command": f"python benchmarks/quality.py --data {args.data.name}",
+            "command": "python benchmarks/quality.py",
             "date": datetime.date.today().isoformat(),
             "device": "cpu",
             "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
@@ -129,6 +133,14 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def questions(data: Path, place: Path) -> Path:
+    """A file of the questions alone, as text."""
+    file = place / "questions.jsonl"
+    with (data / "train.jsonl").open(encoding="utf-8") as lines, file.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps({"text": json.loads(line)["question"]}) + "\n" for line in lines)
+    return file
 
 
 def trained(output: Path, values: list[str], *, threads: int) -> dict[str, Any]:
