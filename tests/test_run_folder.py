@@ -48,6 +48,18 @@ def _cases(rank: int, place: Path) -> str:
     return (folder / "config.yaml").read_text()
 
 
+def _beside(rank: int, place: Path) -> str:
+    with start_run_folder(_config(place)) as folder:
+        return folder.name
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "importance.png", "model"])
+def test_what_a_run_writes_is_never_written_over(tmp_path: Path, name: str) -> None:
+    """Also where somebody has kept only that."""
+    (tmp_path / "run" / name).mkdir(parents=True)
+    assert distributed.run(_beside, tmp_path / "run", ranks=1) == ["run-2"]
+
+
 def test_a_refused_run_leaves_nothing_of_its_own_and_all_that_was_there(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes").mkdir(parents=True)
     (tmp_path / "mine" / "train.py").write_text("mine")

@@ -255,3 +255,43 @@ def _unknown_head(rank: int) -> None:
     assert not objective.fused, "where it was not asked for, the plain loss serves"
     ids = torch.arange(8)[None]
     assert summed_loss(engine(input_ids=ids).logits, ids).isfinite()
+
+
+# --- probes ------------------------------------------------------------------------------------------------------
+
+
+def _probed(rank: int, where: str, weights: tuple[float, ...] | None) -> list[list[int]]:
+    """The first tokens of this rank's sequences in each probe; those of part p begin with 100 p + their number."""
+    parts = [[{"input_ids": [100 * part + i, 1], "labels": [-100, 1]} for i in range(50)] for part in range(2)]
+    data: Any = SimpleNamespace(train=parts[0] + parts[1], sizes=[50, 50], weights=weights, eval=parts[1][:10])
+    config: Any = SimpleNamespace(
+        eval=CONFIG.eval,
+        seed=3,
+        selector=SimpleNamespace(probe=SimpleNamespace(data=where, batch_size=5)),
+    )
+    batches = _Feed(config, data, pad_id=0, flat=False).probe_batches()
+    drawn = []
+    for _ in range(20):
+        probe = next(batches)
+        targets = [
+            batch["input_ids"][i, 0].item()
+            for batch in probe
+            for i in range(len(batch["labels"]))
+            if batch["labels"][i, 1] >= 0
+        ]
+        drawn.append(targets)
+    return drawn
+
+
+def test_probe_batches_follow_the_mix_and_reach_every_rank() -> None:
+    ranks = distributed.run(_probed, "train", (9.0, 1.0), ranks=2)
+    whole = [sorted(first + second) for first, second in zip(*ranks, strict=True)]
+    assert all(len(set(probe)) == 5 for probe in whole)
+    assert all(len(probe) in (2, 3) for rank in ranks for probe in rank), "not three for one rank and two empty batches"
+    second_part = sum(token >= 100 for probe in whole for token in probe)
+    assert second_part == 10, "a tenth of 100"
+
+
+def test_probe_batches_of_held_out_data() -> None:
+    (probes,) = distributed.run(_probed, "eval", (9.0, 1.0), ranks=1)
+    assert sorted(token for probe in probes[:2] for token in probe) == list(range(100, 110)), "one pass after another"
