@@ -11,9 +11,9 @@ first training forward of each interval.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -28,7 +28,7 @@ from trainer.engine.experts import gather_experts_together, refuse_waiting_exper
 from trainer.engine.guard import Guard
 from trainer.engine.local_gradients import LocalGradients
 from trainer.engine.probe import LossFunction, Prober
-from trainer.engine.registration import Registration, register
+from trainer.engine.registration import Registration, Slice, register
 from trainer.engine.rounding import RoundingLoss
 from trainer.engine.suppression import (
     has_adapters,
@@ -40,6 +40,22 @@ from trainer.selectors import Selector
 from trainer.updates import Dense, UpdateRule
 
 logger = logging.getLogger(__name__)
+
+# By which DeepSpeed's engine counts.
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+class StateSource(Protocol):
+    """Where masters and moments are read from, parameter by parameter."""
+
+    def has_state(self, names: Sequence[str]) -> bool:
+        """Whether there are masters of all of `names`."""
+
+    def layout(self, names: Sequence[str]) -> tuple[set[str], dict[str, float]]:
+        """Which moments there are of `names`, which form a group, and their common scalars."""
+
+    def load(self, slices: Sequence[Slice]) -> None:
+        """Write what there is of the slices' ranges into their tensors."""
 
 
 def prepare(
@@ -95,6 +111,7 @@ class Sparse:
         self.structure = structure_of.find(model, path=blocks, substrate=substrate)
         self.blocks: tuple[Block, ...] = self.structure.blocks
         self.substrate = substrate
+        self.model = model
         if always_on is None:
             self.always_on = {part: found for part, found in self.structure.outside.items() if found}
         else:
@@ -147,6 +164,114 @@ class Sparse:
     def held(self) -> dict[str, list[torch.Tensor]]:
         """The live tensors of the model's state on this rank, by kind: weights, gradients, masters, moments."""
         return self._registered().held()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes."""
+        return self._attached().device
+
+    # --- for checkpoints ---------------------------------------------------------------------------------------
+
+    def owned(self, parameter: nn.Parameter) -> tuple[int, torch.Tensor]:
+        """This rank's share of a parameter's weights: where it begins in the flat parameter, and the live range.
+        Shares of all ranks make the whole; who writes into them calls `publish` afterwards."""
+        registration = self._registered()
+        return registration.owned_start(parameter), registration.owned_range(parameter)
+
+    def publish(self, parameter: nn.Parameter) -> None:
+        """Give every rank that stores `parameter` the shares of the others. Collective."""
+        self._registered().publish(parameter)
+
+    def optimizer_slices(self, names: Collection[str]) -> Iterator[Slice]:
+        """This rank's masters and moments of the parameters `names`, live and banked. Each is valid until the next."""
+        registration = self._registered()
+        self.bank.wait()
+        for number, group in enumerate(self.groups()):
+            if any(name in names for name in group):
+                with registration.resident(number):
+                    yield from (registration.own_part(p) for p in registration.slices(number) if p.name in names)
+        yield from (registration.own_part(piece) for piece in self.bank.slices(names))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but tensors, as JSON-compatible values, the same on every rank."""
+        engine = self._attached()
+        return {
+            "slots": list(self._slots),
+            "interval": self.interval,
+            "times_active": list(self.times_active),
+            "selector": self.selector.state_dict(),
+            "probes": self._prober.taken if self._prober is not None else 0,
+            "learning_rates": [float(group["lr"]) for group in engine.basic_optimizer.param_groups],
+            "engine": {name: getattr(engine, name) for name in _COUNTERS},
+            "loss_scale": self._registered().loss_scale_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], source: StateSource) -> None:
+        """Go on where `state_dict` was taken, with weights already in place and masters and moments from `source`.
+
+        Collective. Blocks return to the slots that they had, because sums over groups depend on their order.
+        """
+        engine, registration = self._attached(), self._registered()
+        for name in _COUNTERS:
+            setattr(engine, name, state["engine"][name])
+        for group, rate in zip(engine.basic_optimizer.param_groups, state["learning_rates"], strict=True):
+            group["lr"] = rate
+        registration.restore_loss_scale(state["loss_scale"])
+        self.selector.load_state_dict(state["selector"])
+        self.interval, self.times_active = state["interval"], list(state["times_active"])
+        if self._prober is not None:
+            self._prober.skip(state["probes"])
+        if self.bank.keeps:
+            self._fill_bank(state["slots"], source)
+        self._arrange(state["slots"])
+        for number, group in enumerate(self.groups()):
+            self._load_group(number, group, source)
+        self._local.replace(self._outside_optimizer())
+        self._rounding = self._follow_rounding()
+        self._guard.after_switch(interval=self.interval, step=self.steps, active=self.active, expected=self._expected())
+
+    def _fill_bank(self, slots: Sequence[int], source: StateSource) -> None:
+        """By way of a slot each, which has the layout that the bank keeps slices of."""
+        for block in self.blocks:
+            names = [name for group in self._block_groups(block.index) for name in group]
+            if block.index in slots or not source.has_state(names):
+                continue
+            slot = self._slots.index(block.index) if block.index in self._slots else 0
+            self._move(slot, block.index)
+            for number, group in zip(self._numbers(slot), self._block_groups(block.index), strict=True):
+                self._load_group(number, group, source)
+                with self._registered().resident(number):
+                    self.bank.put(self._registered().slices(number))
+
+    def _load_group(self, number: int, group: Mapping[str, nn.Parameter], source: StateSource) -> None:
+        registration = self._registered()
+        with registration.resident(number):
+            registration.materialise_state(number, *source.layout(list(group)))
+            source.load(registration.slices(number))
+
+    def _arrange(self, slots: Sequence[int]) -> None:
+        """Every block into its slot; one that stands in another's way moves through a block that does not train."""
+        while self._slots != list(slots):
+            free = [slot for slot, index in enumerate(slots) if index not in self._slots]
+            if free:
+                self._move(free[0], slots[free[0]])
+            else:  # they stand in each other's slots
+                wrong = next(slot for slot, index in enumerate(slots) if self._slots[slot] != index)
+                self._move(wrong, next(i for i in range(len(self.blocks)) if i not in self._slots))
+
+    def _move(self, slot: int, index: int) -> None:
+        """Block `index` into a slot, with fresh state; what was there is frozen and its state forgotten."""
+        if self._slots[slot] == index:
+            return
+        for number, parameters in zip(self._numbers(slot), self._block_groups(index), strict=True):
+            with self._registered().resident(number):
+                self._registered().refill(number, parameters)
+        self._slots[slot] = index
+
+    def _numbers(self, slot: int) -> range:
+        """The optimizer's groups of a slot."""
+        return range(slot * len(self._classes), (slot + 1) * len(self._classes))
 
     def param_groups(
         self, *, lr: float | None = None, weight_decay: float = 0.0, lr_always_on: float | None = None
@@ -281,9 +406,8 @@ class Sparse:
         )
 
     def _refill(self, registration: Registration, slot: int, index: int) -> None:
-        numbers = range(slot * len(self._classes), (slot + 1) * len(self._classes))
         self._slots[slot] = index
-        for number, parameters in zip(numbers, self._block_groups(index), strict=True):
+        for number, parameters in zip(self._numbers(slot), self._block_groups(index), strict=True):
             with registration.resident(number):
                 self._replace(registration, number, parameters)
 

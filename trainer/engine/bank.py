@@ -7,7 +7,7 @@ neither the ZeRO stage nor on how the optimizer lays out its groups.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -39,6 +39,10 @@ class Bank(ABC):
     @abstractmethod
     def take(self, slices: Sequence[Slice]) -> None:
         """Copy what is stored under the slices' names into their tensors, and forget it."""
+
+    def slices(self, names: Collection[str]) -> list[Slice]:
+        """What is stored of `names`; not to be written to."""
+        return []
 
     def wait(self) -> None:
         """Return when copies under way may be relied upon by the current stream."""
@@ -94,6 +98,9 @@ class _Keeping(Bank):
                 )
             for key, value in stored.tensors.items():
                 piece.tensors[key].copy_(value, non_blocking=True)
+
+    def slices(self, names: Collection[str]) -> list[Slice]:
+        return [piece for name, piece in self._stored.items() if name in names]
 
     @property
     def num_bytes(self) -> int:

@@ -40,10 +40,20 @@ class Prober:
         self._suppress = suppress
         self._batches = batches
         self._loss_function = loss_function
+        self.taken = 0  # batches
+
+    def skip(self, batches: int) -> None:
+        """Go on after so many batches, which an earlier process took."""
+        while self.taken < batches:
+            self._next()
+
+    def _next(self) -> Any:
+        self.taken += 1
+        return next(self._batches)
 
     def measure(self, measurement: Measurement) -> tuple[float, ...]:
         """One number for each trial of `measurement`, the same on every rank."""
-        batch = next(self._batches)
+        batch = self._next()
         module = self._registration.engine.module
         modes = [(child, child.training) for child in module.modules()]
         order = self._registration.fetch_order()

@@ -20,13 +20,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from deepspeed.runtime.zero import parameter_offload
@@ -193,6 +194,25 @@ class Registration(ABC):
     @abstractmethod
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
         """The weights of a parameter that this rank stores, flat: all of them below stage 3, else its partition."""
+
+    def own_part(self, piece: Slice) -> Slice:
+        """What of a slice this rank is to save: all of it, where ranks hold different ranges."""
+        return piece
+
+    def owned_start(self, parameter: nn.Parameter) -> int:
+        """Where `owned_range` begins in the flat parameter."""
+        return min(_full_numel(parameter), dist.get_rank() * -(-_full_numel(parameter) // dist.get_world_size()))
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """The loss scaler's numbers (fp16); empty without one."""
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler is not None else {}
+
+    def restore_loss_scale(self, state: Mapping[str, float]) -> None:
+        """Take back what `loss_scale_state` returned."""
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        if scaler is not None:
+            vars(scaler).update(state)
 
     def owned_range(self, parameter: nn.Parameter) -> Tensor:
         """The part of a parameter outside the optimizer that this rank updates: rank r has elements [r c, (r + 1) c)
@@ -444,6 +464,8 @@ class Registration(ABC):
         (`parameter_offload.FWD_MODULE_STACK`, 0.19.8) are never popped: the list would grow for ever.
         """
         del parameter_offload.FWD_MODULE_STACK[self._stack_depth :]
+        if isinstance(self.engine.basic_optimizer, DeepSpeedCPUAdam):
+            _forget_last_step(self.engine.basic_optimizer)
 
 
 class _Stage0(Registration):
@@ -503,6 +525,12 @@ class _Stage0(Registration):
 
     def local_shard(self, parameter: nn.Parameter) -> Tensor:
         return parameter.data.view(-1)
+
+    def own_part(self, piece: Slice) -> Slice:
+        chunk = -(-piece.stop // dist.get_world_size())
+        start = min(piece.stop, dist.get_rank() * chunk)
+        stop = min(piece.stop, start + chunk)
+        return replace(piece, start=start, stop=stop, tensors={k: v[start:stop] for k, v in piece.tensors.items()})
 
 
 class _Stage3(Registration):
@@ -987,6 +1015,31 @@ class _Stage1And2(Registration):
     def _own_storage(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.data = parameter.data.clone()
+
+
+def _forget_last_step(adam: DeepSpeedCPUAdam) -> None:
+    """Let the next step's bias correction follow from step counts alone, as it must if a run is to be resumed exactly.
+
+    Its C++ part multiplies the last correction by beta where the count is one more than in the last call, and takes a
+    power otherwise (`Adam_Optimizer::IncrementStep`, 0.19.8); the two differ in the last bit. A step of nothing with
+    a count that never comes makes it take the power.
+    """
+    group, nothing = adam.param_groups[0], torch.zeros(1)
+    beta1, beta2 = group["betas"]
+    adam.ds_opt_adam.adam_update(
+        adam.opt_id,
+        2**31,
+        0.0,
+        beta1,
+        beta2,
+        group["eps"],
+        0.0,
+        True,
+        nothing,
+        nothing,
+        nothing.clone(),
+        nothing.clone(),
+    )
 
 
 def _exchange_storage(leaving: Tensor, entering: Tensor, place: Tensor) -> None:

@@ -1,0 +1,145 @@
+"""Stopped and resumed is as if never stopped: bit for bit on the same ranks and stage, to 1e-6 on others."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trainer
+from tests import distributed
+from tests.engine.parity import (
+    Cell,
+    _scores,
+    build_model,
+    full_weights,
+    largest_difference,
+    make_engine,
+    make_selector,
+    probe_batch,
+    summed_loss,
+    train_step,
+)
+from trainer.checkpoint import Checkpoints, Store
+
+TOLERANCE = 1e-6
+STEPS, EVERY = 9, 4
+
+
+def start(cell: Cell, rank: int) -> tuple[Any, trainer.Sparse]:
+    model = build_model(cell)
+    sparse = trainer.prepare(
+        model,
+        selector=make_selector(cell),
+        bank=cell.bank,
+        always_on=None if cell.lora else cell.always_on,
+        substrate="adapter" if cell.lora else "full",
+    )
+    engine = make_engine(cell, model, sparse)
+    probes = (probe_batch(number, ranks=cell.ranks, rank=rank) for number in itertools.count(1))
+    measures = {"probe_batches": probes, "loss_function": summed_loss} if sparse.selector.measures else {}
+    sparse.attach(engine, guard_every=1, **measures)
+    return engine, sparse
+
+
+def finish(cell: Cell, engine: Any, sparse: trainer.Sparse, rank: int, steps: Any) -> dict[str, Tensor]:
+    drawn = []
+    for step in steps:
+        train_step(cell, engine, step, rank)
+        drawn.append(sparse.active)
+    weights = full_weights(engine) | _scores(sparse.selector)
+    weights["drawn"] = torch.tensor(drawn[-3:]).float()
+    engine.destroy()
+    return weights
+
+
+def undisturbed(rank: int, cell: Cell) -> dict[str, Tensor]:
+    engine, sparse = start(cell, rank)
+    return finish(cell, engine, sparse, rank, range(STEPS))
+
+
+def saved(rank: int, cell: Cell, folder: Path, stop: int, *, asynchronous: bool = False) -> None:
+    engine, sparse = start(cell, rank)
+    checkpoints = Checkpoints(sparse, folder, keep=2, asynchronous=asynchronous)
+    for step in range(stop):
+        train_step(cell, engine, step, rank)
+        if (step + 1) % EVERY == 0 or step + 1 == stop:
+            scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
+            checkpoints.save(step + 1, {"scheduler": scheduler})
+    checkpoints.finish()
+    engine.destroy()
+
+
+def resumed(rank: int, cell: Cell, folder: Path) -> dict[str, Tensor]:
+    torch.rand(3)
+    engine, sparse = start(cell, rank)
+    checkpoints = Checkpoints(sparse, folder, keep=2, asynchronous=False)
+    (step, *_) = Store(folder).steps()
+    state = checkpoints.resume(Store(folder), step)
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(state["scheduler"])
+    return finish(cell, engine, sparse, rank, range(step, STEPS))
+
+
+def _exact(rank: int, cells: list[Cell], place: Path) -> list[str]:
+    problems = []
+    for number, cell in enumerate(cells):
+        expected = undisturbed(rank, cell)
+        for stop in (5, 6):  # in the middle of an interval of two, and at its end
+            folder = place / f"{number}-{stop}"
+            saved(rank, cell, folder, stop, asynchronous=stop == 5)
+            found = resumed(rank, cell, folder)
+            differing = [name for name in expected if not torch.equal(expected[name], found[name])]
+            if differing:
+                off = largest_difference(expected, found)
+                problems.append(f"{cell}, stopped after {stop}: {len(differing)} differ by {off:.2e}: {differing[:2]}")
+    return problems
+
+
+EXACT = [
+    *(Cell(stage=stage, bank=bank, steps=STEPS) for stage in (0, 1, 2, 3) for bank in ("discard", "cpu")),
+    Cell(stage=2, bank="device", selector="cyclic", blocks=1, interval=1, steps=STEPS, schedule="cosine"),
+    Cell(stage=3, selector="all", blocks=0, clipping=0.3, accumulation=2, steps=STEPS),
+    Cell(stage=3, selector="importance", lora=4, interval=1, bank="device", reward_rate=1e5, steps=STEPS),
+    Cell(stage=2, selector="fixed", blocks=(0, -1), offload=True, steps=STEPS),
+    Cell(stage=3, bank="cpu", offload=True, weight_decay=0.1, steps=STEPS, schedule="cosine"),
+    Cell(stage=2, bank="cpu", dtype="bf16", steps=STEPS),
+    Cell(stage=3, bank="discard", dtype="bf16", steps=STEPS),
+    Cell(stage=3, bank="cpu", blocks=5, interval=1, clipping=0.3, steps=STEPS),
+]
+
+
+def test_resuming_is_exact(tmp_path: Path) -> None:
+    problems = distributed.run(_exact, EXACT, tmp_path, ranks=2)[0]
+    assert not problems, "\n".join(problems)
+
+
+def _written(rank: int, cell: Cell, folder: Path) -> dict[str, Tensor]:
+    saved(rank, cell, folder, 5)
+    return undisturbed(rank, cell)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Cell(stage=3, ranks=2, bank="cpu"), Cell(stage=2, ranks=1, bank="cpu")),
+        (Cell(stage=2, ranks=1, bank="cpu"), Cell(stage=3, ranks=4, bank="cpu")),
+        (Cell(stage=1, ranks=4, bank="discard"), Cell(stage=0, ranks=2, bank="discard")),
+        (Cell(stage=0, ranks=2, bank="cpu"), Cell(stage=3, ranks=2, bank="cpu", offload=True)),
+        (
+            Cell(stage=3, ranks=2, selector="importance", lora=4, interval=1, bank="device"),
+            Cell(stage=2, ranks=1, selector="importance", lora=4, interval=1, bank="device"),
+        ),
+    ],
+    ids=lambda cell: f"zero{cell.stage}-{cell.ranks}",
+)
+def test_other_ranks_and_stages_go_on(tmp_path: Path, first: Cell, second: Cell) -> None:
+    first, second = replace(first, steps=STEPS), replace(second, steps=STEPS)
+    expected = distributed.run(_written, first, tmp_path, ranks=first.ranks)[0]
+    found = distributed.run(resumed, second, tmp_path, ranks=second.ranks)[0]
+    assert largest_difference(expected, found) <= TOLERANCE

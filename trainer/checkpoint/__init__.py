@@ -1,0 +1,262 @@
+"""Checkpoints: what changed since the last one, written beside training, and found again on any number of ranks.
+
+`store` writes and verifies files, `contents` takes tensors out of an engine and puts them back, `fingerprint` knows the
+base again. This module decides what a save holds, and when it is done.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from trainer.checkpoint.contents import Contents, Share, parameters_by_unit, put_weights_back, take, unit_of_block
+from trainer.checkpoint.fingerprint import fingerprints
+from trainer.checkpoint.store import CheckpointError, File, Manifest, Store
+from trainer.engine.attach import Sparse
+
+__all__ = ["CheckpointError", "Checkpoints", "Store"]
+
+# The unit of each rank's random number generators.
+_RANDOM = "random"
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """The newest checkpoint of this run: a save writes what differs from it."""
+
+    step: int
+    times_active: tuple[int, ...]
+    units: Mapping[str, list[File]]
+
+
+class Checkpoints:
+    """Saves an attached engine into a run folder, and resumes one from there.
+
+    All ranks call every method together. With `asynchronous` a save stops training for a copy of what changed into host
+    memory only; files are written in a thread, without collectives: ranks tell rank 0 through the folder, which they
+    share, and rank 0 publishes.
+    """
+
+    def __init__(
+        self,
+        sparse: Sparse,
+        folder: Path,
+        *,
+        keep: int,
+        asynchronous: bool,
+        patience_seconds: float = 1800.0,
+    ) -> None:
+        self._sparse = sparse
+        self._store = Store(folder)
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._patience = patience_seconds
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._baseline: _Baseline | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._pending: Manifest | None = None
+        self._best: tuple[float, int] | None = None  # evaluation loss, step
+        # Of the model as it was loaded: call before anything is restored.
+        self._base = fingerprints(sparse, self._everything())
+        if self._rank == 0:
+            self._store.create()
+        # In the names of files: an earlier attempt may have left some of the same step, or whole checkpoints of it.
+        attempt = [secrets.token_hex(4)]
+        torch.distributed.broadcast_object_list(attempt)
+        self._attempt = attempt[0]
+
+    def _everything(self) -> dict[str, dict[str, torch.nn.Parameter]]:
+        """What may train, by unit, and the rest of the model as a unit of its own."""
+        units = parameters_by_unit(self._sparse)
+        known = {id(parameter) for unit in units.values() for parameter in unit.values()}
+        rest = {name: p for name, p in self._sparse.model.named_parameters() if id(p) not in known}
+        return units | {"rest": rest}
+
+    # --- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin a checkpoint after `step` steps, with `state` (JSON) for whoever resumes. An earlier one is finished
+        first. Raises `CheckpointError` on all ranks where a file of the earlier one could not be written."""
+        self.finish()
+        if self._baseline is not None and self._baseline.step == step:
+            return
+        changed = self._changed()
+        shares = take(self._sparse, changed)
+        shares[_RANDOM] = Share(_random_state(), {}, {})
+        full = {"base": self._base, "ranks": self._ranks, "sparse": self._sparse.state_dict(), "run": dict(state)}
+        kept = {} if self._baseline is None else self._baseline.units
+        units = {unit: list(files) for unit, files in kept.items() if unit not in shares}
+        self._pending = Manifest(step, units, full)
+        self._thread = threading.Thread(target=self._write, args=(self._pending, shares), name="checkpoint")
+        self._thread.start()
+        if not self._asynchronous:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until what was begun is written; raises `CheckpointError` on all ranks where it could not be."""
+        if self._thread is None or self._pending is None:
+            return
+        self._thread.join()
+        manifest, self._thread, self._pending = self._pending, None, None
+        failures: list[str | None] = [None] * self._ranks
+        mine = None if self._failure is None else f"rank {self._rank}: {self._failure}"
+        torch.distributed.all_gather_object(failures, mine)
+        self._failure = None
+        told = next((failure for failure in failures if failure), None)
+        if told:
+            left = f"the one after step {self._baseline.step} is whole" if self._baseline else "there is no earlier one"
+            raise CheckpointError(f"the checkpoint after step {manifest.step} was not written: {told}; {left}")
+        published = self._store.read(manifest.step)
+        times = tuple(manifest.state["sparse"]["times_active"])
+        self._baseline = _Baseline(manifest.step, times, published.units)
+
+    def note_evaluation(self, step: int, loss: float) -> None:
+        """The checkpoint with the least evaluation loss is kept, however old."""
+        if self._best is None or loss < self._best[0]:
+            self._best = (loss, step)
+
+    def _changed(self) -> list[str]:
+        """Units that trained since the newest checkpoint; a block that never did is its base's."""
+        before = self._baseline.times_active if self._baseline else [0] * len(self._sparse.blocks)
+        now = self._sparse.times_active
+        blocks = [unit_of_block(i) for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+        return blocks + list(self._sparse.always_on)
+
+    def _write(self, manifest: Manifest, shares: Mapping[str, Share]) -> None:
+        """In the thread of every rank."""
+        step = manifest.step
+        try:
+            written = {
+                unit: self._store.write(step, f"{unit}-{self._mark(self._rank)}", share.tensors, share.metadata())
+                for unit, share in shares.items()
+            }
+            self._store.announce(step, self._mark(self._rank), {unit: vars(file) for unit, file in written.items()})
+            if self._rank == 0:
+                self._publish(manifest)
+            else:
+                self._wait_for(lambda: self._published(step))
+        except BaseException as error:  # told to the main thread
+            self._failure = error
+
+    def _publish(self, manifest: Manifest) -> None:
+        for rank in range(self._ranks):
+            files = self._wait_for(lambda rank=rank: self._store.announced(manifest.step, self._mark(rank)))
+            for unit, file in files.items():
+                manifest.units.setdefault(unit, []).append(File(**file))
+        self._store.publish(manifest)
+        self._store.prune(self._keep, also=[self._best[1]] if self._best else [])
+
+    def _mark(self, rank: int) -> str:
+        return f"{self._attempt}-r{rank:05d}"
+
+    def _published(self, step: int) -> bool:
+        """The manifest is that of this save."""
+        if step not in self._store.steps():
+            return False
+        return any(self._attempt in file.name for file in self._store.read(step).files)
+
+    def _wait_for(self, look: Any) -> Any:
+        end = time.monotonic() + self._patience
+        while True:
+            found = look()
+            if found:
+                return found
+            if time.monotonic() > end:
+                raise TimeoutError(f"other ranks had not written their files after {self._patience:.0f} s")
+            time.sleep(_POLL_SECONDS)
+
+    # --- resuming ----------------------------------------------------------------------------------------------
+
+    def resume(self, source: Store, step: int) -> dict[str, Any]:
+        """Put the checkpoint of `step` in `source` back into the engine; returns the `state` that was saved with it.
+
+        Nothing is loaded before sizes and checksums of all its files were compared, each by one of the ranks. Raises
+        `CheckpointError` on all ranks.
+        """
+        manifest = source.read(step)
+        self._verify(source, manifest, step)
+        base = manifest.state["base"]
+        self._compare_base(base, manifest)
+        contents = Contents(source, manifest.units)
+        contents.learn(unit for unit in manifest.units if unit != _RANDOM)
+        put_weights_back(self._sparse, contents)
+        self._sparse.load_state_dict(manifest.state["sparse"], contents)
+        self._base = base
+        if source.folder == self._store.folder:
+            times = tuple(manifest.state["sparse"]["times_active"])
+            self._baseline = _Baseline(step, times, manifest.units)
+        files = manifest.units[_RANDOM]
+        if len(files) == self._ranks:
+            with source.open(files[self._rank]) as opened:
+                _restore_random_state({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+        return dict(manifest.state["run"])
+
+    def _verify(self, source: Store, manifest: Manifest, step: int) -> None:
+        problems: list[list[str]] = [[] for _ in range(self._ranks)]
+        mine = manifest.files[self._rank :: self._ranks]
+        torch.distributed.all_gather_object(problems, [p for p in map(source.problem, mine) if p])
+        found = [problem for rank in problems for problem in rank]
+        if found:
+            older = [other for other in source.steps() if other < step]
+            raise CheckpointError(
+                f"the checkpoint after step {step} is damaged: {found[0]}"
+                + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+                + (f"; there is an older one: resume={source.folder}/step-{older[0]:08d}.json" if older else "")
+            )
+
+    def _compare_base(self, base: Mapping[str, str], manifest: Manifest) -> None:
+        """What the checkpoint leaves to the base must be what it was."""
+        if base.keys() != self._base.keys():
+            other = sorted(base.keys() ^ self._base.keys())
+            raise CheckpointError(f"this model differs in {', '.join(other)} from the one of the checkpoint")
+        changed = [unit for unit in base if unit not in manifest.units and base[unit] != self._base[unit]]
+        if changed:
+            raise CheckpointError(
+                f"the base model is another one than when this run began: {', '.join(changed)} "
+                f"{'differs' if len(changed) == 1 else 'differ'}, which were never trained and are not in the "
+                "checkpoint. Give the same model.path (or model.random and seed)"
+            )
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Of this process's generators."""
+    kind, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([kind, *internal], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        state["accelerator"] = accelerator.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    kind, *internal = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((kind, tuple(internal), gauss[0] if gauss else None))
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(
+        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(state["numpy_gauss"][0]))
+    )
+    if "accelerator" in state:
+        get_accelerator().set_rng_state(state["accelerator"])

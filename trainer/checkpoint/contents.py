@@ -1,0 +1,145 @@
+"""What a checkpoint holds of an attached engine, taken out of it and put back, free of ranks and ZeRO stage.
+
+Tensors are grouped by *unit*, what changes together: a block, an always-on part. A file holds one rank's share of one
+unit: flat ranges of full-shape parameters (as banks keep them), under the keys `master`, `exp_avg`, ... or, where no
+optimizer state is kept, `weight`. Any number of ranks under any stage finds its own ranges in them again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.checkpoint.store import CheckpointError, File, Store
+from trainer.engine.attach import Sparse
+from trainer.engine.registration import MOMENTS, Slice
+
+WEIGHT, MASTER = "weight", "master"
+
+
+def unit_of_block(index: int) -> str:
+    return f"block-{index:03d}"
+
+
+def parameters_by_unit(sparse: Sparse) -> dict[str, dict[str, nn.Parameter]]:
+    """Everything that may train, by unit and stable name."""
+    units = {unit_of_block(block.index): dict(block.parameters) for block in sparse.blocks}
+    return units | {part: dict(parameters) for part, parameters in sparse.always_on.items()}
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a unit, on the host: tensors by `key:parameter`, and which range of it each parameter has."""
+
+    tensors: dict[str, Tensor]
+    ranges: dict[str, tuple[int, int]]
+    scalars: dict[str, dict[str, float]]
+
+    def metadata(self) -> dict[str, str]:
+        return {"ranges": json.dumps(self.ranges), "scalars": json.dumps(self.scalars)}
+
+
+def take(sparse: Sparse, units: Iterable[str]) -> dict[str, Share]:
+    """Copies of this rank's part of `units` in host memory: what an asynchronous save works on."""
+    wanted = parameters_by_unit(sparse)
+    shares = {unit: Share({}, {}, {}) for unit in units}
+    owner = {name: unit for unit in shares for name in wanted[unit]}
+    with torch.no_grad():
+        for piece in sparse.optimizer_slices(owner):
+            _add(shares[owner[piece.name]], piece)
+        for unit, share in shares.items():
+            for name, parameter in wanted[unit].items():
+                if name not in share.ranges:  # no optimizer state is kept
+                    start, weights = sparse.owned(parameter)
+                    _put(share, name, start, {WEIGHT: weights})
+    return shares
+
+
+def _add(share: Share, piece: Slice) -> None:
+    share.scalars[piece.name] = dict(piece.scalars)
+    _put(share, piece.name, piece.start, piece.tensors)
+
+
+def _put(share: Share, name: str, start: int, tensors: Mapping[str, Tensor]) -> None:
+    length = next(iter(tensors.values())).numel()
+    share.ranges[name] = (start, start + length)
+    for key, tensor in tensors.items():
+        if length:
+            share.tensors[f"{key}:{name}"] = tensor.detach().reshape(-1).to("cpu", copy=True)
+
+
+class Contents:
+    """A checkpoint's tensors, read range by range: each rank reads its own."""
+
+    def __init__(self, store: Store, units: Mapping[str, Sequence[File]]) -> None:
+        self._store = store
+        self.units = units
+        self._pieces: dict[str, list[tuple[int, int, File]]] = {}
+        self.scalars: dict[str, dict[str, float]] = {}
+        self._keys: dict[str, set[str]] = {}
+
+    def learn(self, units: Iterable[str]) -> None:
+        """Read what the files of `units` say of themselves."""
+        for file in (file for unit in units for file in self.units[unit]):
+            metadata = self._store.metadata(file)
+            for name, (start, stop) in json.loads(metadata["ranges"]).items():
+                self._pieces.setdefault(name, []).append((start, stop, file))
+            self.scalars.update(json.loads(metadata["scalars"]))
+            with self._store.open(file) as opened:
+                for stored in opened.keys():  # noqa: SIM118 - not a dictionary
+                    key, _, name = stored.partition(":")
+                    self._keys.setdefault(name, set()).add(key)
+
+    def keys(self, name: str) -> set[str]:
+        """Which of `weight`, `master` and the moments there are of a parameter."""
+        return self._keys.get(name, set())
+
+    def read(self, key: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flat parameter `name`; raises `CheckpointError` where some are nowhere."""
+        parts: list[Tensor] = []
+        reached = start
+        for begin, end, file in sorted(self._pieces[name], key=lambda piece: piece[0]):
+            if end <= reached or begin >= stop:
+                continue
+            if begin > reached:
+                break
+            with self._store.open(file) as opened:
+                parts.append(opened.get_slice(f"{key}:{name}")[reached - begin : min(end, stop) - begin])
+            reached = min(end, stop)
+            if reached == stop:
+                break
+        if reached < stop:
+            raise CheckpointError(f"{name}: elements {reached} to {stop} are in none of the checkpoint's files")
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    # Masters and moments, as `Sparse.load_state_dict` wants them.
+
+    def has_state(self, names: Sequence[str]) -> bool:
+        return all(MASTER in self.keys(name) for name in names)
+
+    def layout(self, names: Sequence[str]) -> tuple[set[str], dict[str, float]]:
+        moments = {key for name in names for key in self.keys(name)} & set(MOMENTS)
+        return moments, next((self.scalars[name] for name in names if self.scalars.get(name)), {})
+
+    def load(self, slices: Sequence[Slice]) -> None:
+        for piece in slices:
+            for key, tensor in piece.tensors.items():
+                if key in self.keys(piece.name):
+                    tensor.copy_(self.read(key, piece.name, piece.start, piece.stop))
+
+
+@torch.no_grad()
+def put_weights_back(sparse: Sparse, contents: Contents) -> None:
+    """The weights of all units of `contents`. Collective."""
+    units = parameters_by_unit(sparse)
+    for unit in units:
+        if unit in contents.units:
+            for name, parameter in units[unit].items():
+                start, weights = sparse.owned(parameter)
+                key = WEIGHT if WEIGHT in contents.keys(name) else MASTER  # weights are masters, rounded
+                weights.copy_(contents.read(key, name, start, start + weights.numel()))
+                sparse.publish(parameter)

@@ -1,0 +1,43 @@
+"""The file operations of a checkpoint, each complete and on the disk when it returns."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def write(path: Path, data: bytes) -> None:
+    """A new file with `data` in it; nothing that was there is written over."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(path: Path, data: bytes) -> None:
+    """`path` holds `data` or what it held before, whatever happens; the files written before are on the disk first."""
+    partial = path.with_name(f".{path.name}.partial")
+    remove(partial)
+    sync_folder(path.parent)
+    write(partial, data)
+    rename(partial, path)
+
+
+def rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+def remove(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk, not only what the files hold."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

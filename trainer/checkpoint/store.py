@@ -1,0 +1,183 @@
+"""Checkpoints on disk: a kill at any moment leaves the last complete one whole, and nothing is used unchecked.
+
+    checkpoints/
+      step-00000100.json   a manifest: what is in the checkpoint, in which files, their sizes and checksums
+      pool/                those files, named after the step that wrote them; checkpoints share what did not change
+
+A checkpoint exists from the moment its manifest has its name. Files are written and synced before that, and removed
+when no manifest that is kept refers to them. There is no pickle: manifests are JSON, files are safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+from trainer.checkpoint import disk
+
+FORMAT = 1
+_MANIFEST = re.compile(r"step-(\d{8})\.json")
+_POOLED = re.compile(r"(\d{8})-[\w.-]+")
+_CHUNK = 2**22
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or used; the message names the file, and what to do."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the pool: its name, size in bytes, and SHA-256."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is made of.
+
+    `units` maps what changes together (a block, the embeddings, ...) to its files, one for each rank that wrote it;
+    `state` is everything that is no tensor, as JSON.
+    """
+
+    step: int
+    units: dict[str, list[File]]
+    state: dict[str, Any]
+
+    @property
+    def files(self) -> list[File]:
+        return [file for files in self.units.values() for file in files]
+
+
+class Store:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.folder = run_folder / "checkpoints"
+        self._pool = self.folder / "pool"
+
+    def create(self) -> None:
+        self._pool.mkdir(parents=True, exist_ok=True)
+
+    # --- writing -----------------------------------------------------------------------------------------------
+
+    def write(self, step: int, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> File:
+        """A file of the pool with `tensors` (on the host); it is on the disk when this returns."""
+        data = safetensors.torch.save(dict(tensors), dict(metadata))
+        file = File(f"{step:08d}-{name}.safetensors", len(data), hashlib.sha256(data).hexdigest())
+        path = self._pool / file.name
+        disk.remove(path)  # of an earlier attempt at this save
+        disk.write(path, data)
+        return file
+
+    def announce(self, step: int, name: str, value: Any) -> None:
+        """Leave `value` (JSON) in the pool for the rank that will publish."""
+        disk.publish(self._pool / f"{step:08d}-{name}.json", json.dumps(value).encode())
+
+    def announced(self, step: int, name: str) -> Any | None:
+        """What `announce` left under that name, or None so far."""
+        try:
+            return json.loads((self._pool / f"{step:08d}-{name}.json").read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def publish(self, manifest: Manifest) -> None:
+        """From here on the checkpoint exists. Its files must have been written."""
+        body = {"format": FORMAT, **asdict(manifest)}
+        disk.sync_folder(self._pool)
+        disk.publish(self._path(manifest.step), _sealed(body))
+
+    def prune(self, keep: int, also: Iterable[int] = ()) -> None:
+        """Remove all but the `keep` newest checkpoints and those of the steps `also`, and files of no checkpoint.
+
+        Files of a step after the newest checkpoint are left alone: they may be on their way into one.
+        """
+        steps = self.steps()
+        kept = {*steps[:keep], *also}
+        for step in steps:
+            if step not in kept:
+                disk.remove(self._path(step))
+        used = {file.name for step in self.steps() for file in self._files_of(step)}
+        for path in self._pool.iterdir():
+            named = _POOLED.match(path.name.removeprefix("."))
+            if named and steps and int(named[1]) <= steps[0] and path.name not in used:
+                disk.remove(path)
+
+    def _files_of(self, step: int) -> list[File]:
+        try:
+            return self.read(step).files
+        except CheckpointError:
+            return []  # it cannot be used, and so needs none
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, newest first; whether they are whole is not known yet."""
+        if not self.folder.is_dir():
+            return []
+        found = (_MANIFEST.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def read(self, step: int) -> Manifest:
+        """The manifest of a step. Raises `CheckpointError` where it is missing, broken or of another format."""
+        path = self._path(step)
+        try:
+            body = json.loads(path.read_bytes())
+            checksum = body.pop("checksum")
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        if json.loads(_sealed(body))["checksum"] != checksum:
+            raise CheckpointError(f"{path}: its checksum does not fit: it was changed or cut short")
+        if body.pop("format") != FORMAT:
+            raise CheckpointError(f"{path}: written in another format by another version of Strata")
+        units = {unit: [File(**file) for file in files] for unit, files in body["units"].items()}
+        for file in (file for files in units.values() for file in files):
+            if Path(file.name).name != file.name:
+                raise CheckpointError(f"{path}: refers to {file.name!r}, which is not in its pool")
+        return Manifest(body["step"], units, body["state"])
+
+    def problem(self, file: File) -> str | None:
+        """What is wrong with a file, or None: it has the size and the checksum that its manifest says."""
+        path = self._pool / file.name
+        if not path.is_file():
+            return f"{path}: missing"
+        if path.is_symlink():
+            return f"{path}: a link, which is never followed"
+        if path.stat().st_size != file.bytes:
+            return f"{path}: {path.stat().st_size} bytes instead of {file.bytes}"
+        digest = hashlib.sha256()
+        with open(path, "rb") as opened:
+            while chunk := opened.read(_CHUNK):
+                digest.update(chunk)
+        return None if digest.hexdigest() == file.sha256 else f"{path}: its checksum does not fit, it was changed"
+
+    def open(self, file: File) -> Any:
+        """A reader of a file's tensors, as `safetensors.safe_open`."""
+        return safe_open(self._pool / file.name, framework="pt")
+
+    def metadata(self, file: File) -> dict[str, str]:
+        """What was given to `write` beside the tensors."""
+        with open(self._pool / file.name, "rb") as opened:
+            (size,) = struct.unpack("<Q", opened.read(8))
+            return dict(json.loads(opened.read(size)).get("__metadata__", {}))
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.json"
+
+
+def _sealed(body: Mapping[str, Any]) -> bytes:
+    """JSON of `body` with a checksum over the rest of it."""
+    canonical = json.dumps(body, sort_keys=True, allow_nan=False)
+    return json.dumps({**body, "checksum": hashlib.sha256(canonical.encode()).hexdigest()}, indent=1).encode()
