@@ -19,7 +19,7 @@ from tests.models import tiny_llama
 from trainer.data.batches import IGNORED, Batches, collate, count_targets
 from trainer.loss import Objective, summed_loss
 from trainer.selectors import All
-from trainer.train import train_step
+from trainer.step import train_step
 
 STEPS = 3
 GLOBAL_BATCH = 8

@@ -21,9 +21,11 @@ from tests.models import tiny_llama, tiny_model
 from trainer.config.schema import DataSource
 from trainer.data import Batches, Prepared, collate
 from trainer.data.tokenizer import bytes_tokenizer
+from trainer.feed import Feed
 from trainer.loss import LossError, Objective, check_fused, check_packing, summed_loss
 from trainer.selectors import All
-from trainer.train import _check_fused, _Feed, evaluate, train_step
+from trainer.step import evaluate, train_step
+from trainer.train import _check_fused
 
 CONFIG: Any = SimpleNamespace(
     eval=SimpleNamespace(micro_batch_size=2, max_samples=None), train=SimpleNamespace(micro_batch_size=1)
@@ -61,7 +63,7 @@ def step_and_evaluation(data: Prepared, *, flat: bool = False) -> Outcome:
     size = len(data.train)
     engine, objective = start(model, stage=2, ranks=1, micro_batch=size)
     check_packing(engine)
-    feed = _Feed(CONFIG, data, pad_id=256, flat=flat)
+    feed = Feed(CONFIG, data, pad_id=256, flat=flat)
     batches = Batches(
         data.sizes, seed=0, global_batch_size=size, micro_batch_size=size, rank=0, ranks=1,
         fingerprint=data.fingerprint, weights=data.weights,
@@ -269,7 +271,7 @@ def _probed(rank: int, where: str, weights: tuple[float, ...] | None) -> list[li
         seed=3,
         selector=SimpleNamespace(probe=SimpleNamespace(data=where, batch_size=5)),
     )
-    batches = _Feed(config, data, pad_id=0, flat=False).probe_batches()
+    batches = Feed(config, data, pad_id=0, flat=False).probe_batches()
     drawn = []
     for _ in range(20):
         probe = next(batches)

@@ -24,7 +24,8 @@ _PATIENCE_SECONDS = 10
 
 
 def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
-    """Run what `argv` asks for; returns the exit code: 0, or 2 for a request that is refused with a message."""
+    """Run what `argv` asks for; returns the exit code: 0; 2 for a request that is refused, or a run that failed, with a
+    message; 75 for a run that was told to stop and has saved a checkpoint to go on from."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if (task := _unlaunched_task()) is not None:
         return refuse(*task)
@@ -42,6 +43,7 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     prepare_process()
     from trainer.adapters import AdapterError
     from trainer.blocks import BlockError
+    from trainer.checkpoint import CheckpointError
     from trainer.data.errors import DataError
     from trainer.describe import describe
     from trainer.engine.guard import GuardError
@@ -56,10 +58,10 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
             if rank == 0:
                 print(describe(config, ranks))
         else:
-            run(config)
+            return run(config)
     except (ConfigError, DataError, ModelError, AdapterError, BlockError, LossError, RegistrationError) as error:
         return refuse(str(error), rank)
-    except (StoppedError, GuardError, ExportError) as error:
+    except (StoppedError, GuardError, ExportError, CheckpointError) as error:
         return refuse(str(error), rank)
     except OSError as error:  # a full disk, a folder that cannot be written
         return refuse(f"{type(error).__name__}: {error}", rank)

@@ -6,12 +6,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
+
+from trainer.step import StepResult
 
 # Without a terminal a line now and then replaces the bar.
 _LINE_SECONDS = 10.0
@@ -20,14 +24,27 @@ _LINE_SECONDS = 10.0
 class Progress:
     """Rank 0 writes; on other ranks every method does nothing."""
 
-    def __init__(self, folder: Path, *, engine: DeepSpeedEngine, total_steps: int, rank: int) -> None:
+    def __init__(
+        self, folder: Path, *, engine: DeepSpeedEngine, total_steps: int, rank: int, first_step: int = 0
+    ) -> None:
+        """With `first_step` a run goes on after so many steps: what was recorded later is taken back."""
         self._engine = engine
         self._total = total_steps
         self._speaks = rank == 0
-        self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8") if self._speaks else None
+        self._file: TextIO | None = None
+        if self._speaks:
+            file = folder / "metrics.jsonl"
+            kept = _until(first_step, file) if first_step and file.exists() else ""
+            self._file = open(file, "w", encoding="utf-8")
+            self._file.write(kept)
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if self._speaks and terminal else None
+        self._bar = (
+            tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            if self._speaks and terminal
+            else None
+        )
         self._importance: tuple[float, ...] | None = None
+        self._first = first_step
         self._started = self._last_line = time.monotonic()
 
     def step(self, step: int, *, active: Sequence[int], **values: float) -> None:
@@ -42,7 +59,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._last_line >= _LINE_SECONDS or step == self._total:
             self._last_line = time.monotonic()
-            left = (self._last_line - self._started) / step * (self._total - step)
+            left = (self._last_line - self._started) / (step - self._first) * (self._total - step)
             print(f"step {step}/{self._total}: {short}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def importance(self, step: int, learned: tuple[float, ...] | None) -> None:
@@ -79,6 +96,47 @@ class Progress:
         known = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         self._file.write(json.dumps(known, allow_nan=False) + "\n")
         self._file.flush()
+
+
+class Meter:
+    """Averages between log lines; reading it waits for the device."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._results: list[StepResult] = []
+        self._since = time.monotonic()
+
+    def add(self, result: StepResult) -> None:
+        self._results.append(result)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training time."""
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started
+
+    def read(self, engine: DeepSpeedEngine) -> dict[str, float]:
+        loss = sum(float(r.loss_sum) for r in self._results) / max(1.0, sum(float(r.targets) for r in self._results))
+        seconds = time.monotonic() - self._since
+        values = {
+            "loss": loss,
+            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            "tokens_per_second": sum(float(r.tokens) for r in self._results) / seconds,
+            "step_seconds": seconds / len(self._results),
+        }
+        if get_accelerator().device_name() != "cpu":
+            values["peak_gib"] = get_accelerator().max_memory_allocated() / 2**30
+        self._reset()
+        return values
+
+
+def _until(step: int, file: Path) -> str:
+    """The lines of steps up to `step`; the last line may be cut short."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

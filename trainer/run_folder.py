@@ -6,13 +6,16 @@ import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 
+from trainer.checkpoint.store import Store
 from trainer.config import RunConfig, dump
+from trainer.resuming import can_go_on, named
 
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "model", "adapter", "importance.png", "tensorboard", "checkpoints")
 
@@ -23,18 +26,21 @@ def _wanted(config: RunConfig) -> Path:
 
 @contextmanager
 def start_run_folder(config: RunConfig) -> Iterator[Path]:
-    """The run folder, with the resolved configuration in it; a folder that holds a run is never written over.
+    """The run folder, with the resolved configuration in it; a folder that holds a run is never written over, but a run
+    that stopped there goes on (`resume`).
 
     Where what happens inside is refused, what was written goes again, and the folder with it if nothing else is there:
     it may be one of the user's.
     """
-    chosen: list[Any] = [_reserve(config) if dist.get_rank() == 0 else None]
+    chosen: list[Any] = [_to_go_on_in(config) or _reserve(config) if dist.get_rank() == 0 else None]
+    there: list[Any] = [dist.get_rank() == 0 and bool(Store(Path(chosen[0])).steps())]
     torch.distributed.broadcast_object_list(chosen)
+    torch.distributed.broadcast_object_list(there)
     folder = Path(chosen[0])
     try:
         yield folder
     except BaseException:
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not there[0]:
             (folder / "config.yaml").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             with suppress(OSError):
@@ -42,12 +48,32 @@ def start_run_folder(config: RunConfig) -> Iterator[Path]:
         raise
 
 
-def _reserve(config: RunConfig) -> Path:
+def _to_go_on_in(config: RunConfig) -> Path | None:
+    """The folder of the run that `resume` goes on with, if that is one of `output`'s."""
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        wanted = _wanted(config)
+        return wanted if named(config.resume)[0].folder.resolve() == Store(wanted).folder.resolve() else None
+    return next((folder for folder in takewhile(_holds_a_run, _numbered(config)) if can_go_on(folder)), None)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _OF_A_RUN)
+
+
+def _numbered(config: RunConfig) -> Iterator[Path]:
+    """RUN, RUN-2, RUN-3, ...: the same name is given to one run after another."""
     wanted = _wanted(config)
-    for number in itertools.count(1):
+    yield wanted
+    for number in itertools.count(2):
         # A name of its own also for "." and "..".
-        folder = wanted if number == 1 else wanted.resolve().with_name(f"{wanted.resolve().name}-{number}")
-        if any((folder / name).exists() for name in _OF_A_RUN):
+        yield wanted.resolve().with_name(f"{wanted.resolve().name}-{number}")
+
+
+def _reserve(config: RunConfig) -> Path:
+    for folder in _numbered(config):
+        if _holds_a_run(folder):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -150,7 +150,7 @@ def own_loop(cell: Cell, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Te
     import deepspeed
 
     from trainer.loss import Objective
-    from trainer.train import train_step
+    from trainer.step import train_step
 
     model = fresh().train()
     sparse = prepare_model(model, cell)

@@ -66,14 +66,13 @@ class Checkpoints:
         self._patience = patience_seconds
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._baseline: _Baseline | None = None
+        self._last: int | None = None  # step of the last save
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._pending: Manifest | None = None
         self._best: tuple[float, int] | None = None  # evaluation loss, step
         # Of the model as it was loaded: call before anything is restored.
         self._base = fingerprints(sparse, self._everything())
-        if self._rank == 0:
-            self._store.create()
         # In the names of files: an earlier attempt may have left some of the same step, or whole checkpoints of it.
         attempt = [secrets.token_hex(4)]
         torch.distributed.broadcast_object_list(attempt)
@@ -91,13 +90,15 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin a checkpoint after `step` steps, with `state` (JSON) for whoever resumes. An earlier one is finished
         first. Raises `CheckpointError` on all ranks where a file of the earlier one could not be written."""
-        self.finish()
-        if self._baseline is not None and self._baseline.step == step:
+        if step == self._last:
             return
+        self.finish()
+        self._last = step
         changed = self._changed()
         shares = take(self._sparse, changed)
         shares[_RANDOM] = Share(_random_state(), {}, {})
         full = {"base": self._base, "ranks": self._ranks, "sparse": self._sparse.state_dict(), "run": dict(state)}
+        full["best"] = self._best
         kept = {} if self._baseline is None else self._baseline.units
         units = {unit: list(files) for unit, files in kept.items() if unit not in shares}
         self._pending = Manifest(step, units, full)
@@ -124,10 +125,12 @@ class Checkpoints:
         times = tuple(manifest.state["sparse"]["times_active"])
         self._baseline = _Baseline(manifest.step, times, published.units)
 
-    def note_evaluation(self, step: int, loss: float) -> None:
-        """The checkpoint with the least evaluation loss is kept, however old."""
-        if self._best is None or loss < self._best[0]:
-            self._best = (loss, step)
+    def is_best(self, step: int, loss: float) -> bool:
+        """Whether no evaluation before had less loss; then the next save, of `step`, is kept however old it gets."""
+        if self._best is not None and loss >= self._best[0]:
+            return False
+        self._best = (loss, step)
+        return True
 
     def _changed(self) -> list[str]:
         """Units that trained since the newest checkpoint; a block that never did is its base's."""
@@ -189,6 +192,7 @@ class Checkpoints:
         """
         manifest = source.read(step)
         self._verify(source, manifest, step)
+        self._last = step
         base = manifest.state["base"]
         self._compare_base(base, manifest)
         contents = Contents(source, manifest.units)
@@ -196,13 +200,16 @@ class Checkpoints:
         put_weights_back(self._sparse, contents)
         self._sparse.load_state_dict(manifest.state["sparse"], contents)
         self._base = base
-        if source.folder == self._store.folder:
+        if source.folder.resolve() == self._store.folder.resolve():
+            self._best = tuple(manifest.state["best"]) if manifest.state["best"] else None
             times = tuple(manifest.state["sparse"]["times_active"])
             self._baseline = _Baseline(step, times, manifest.units)
         files = manifest.units[_RANDOM]
         if len(files) == self._ranks:
             with source.open(files[self._rank]) as opened:
                 _restore_random_state({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+        else:  # not what it would have been, but not the start's again either
+            torch.manual_seed(torch.initial_seed() + step * self._ranks)
         return dict(manifest.state["run"])
 
     def _verify(self, source: Store, manifest: Manifest, step: int) -> None:

@@ -68,18 +68,14 @@ class Store:
         self.folder = run_folder / "checkpoints"
         self._pool = self.folder / "pool"
 
-    def create(self) -> None:
-        self._pool.mkdir(parents=True, exist_ok=True)
-
     # --- writing -----------------------------------------------------------------------------------------------
 
     def write(self, step: int, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> File:
         """A file of the pool with `tensors` (on the host); it is on the disk when this returns."""
         data = safetensors.torch.save(dict(tensors), dict(metadata))
         file = File(f"{step:08d}-{name}.safetensors", len(data), hashlib.sha256(data).hexdigest())
-        path = self._pool / file.name
-        disk.remove(path)  # of an earlier attempt at this save
-        disk.write(path, data)
+        self._pool.mkdir(parents=True, exist_ok=True)
+        disk.write(self._pool / file.name, data)
         return file
 
     def announce(self, step: int, name: str, value: Any) -> None:

@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 # What stands for a part that neither a method nor the user names.
 DEFAULT_PARTS = METHODS["lisa"]
 
-SECTIONS = ("model", "optimizer", "schedule", "train", "eval", "data", "monitor")
+SECTIONS = ("model", "optimizer", "schedule", "train", "eval", "data", "checkpoint", "monitor")
 
 
 def expand_method(values: Mapping[str, Any]) -> dict[str, Any]:

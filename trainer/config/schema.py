@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from trainer.config.methods import expand_method
 from trainer.config.rules import rule_problems
@@ -291,6 +291,24 @@ class MonitorConfig(Section):
     tensorboard: bool = Field(False, description="Write TensorBoard files to tensorboard/ in the run folder.")
 
 
+# `async` is a word of the language.
+CheckpointConfig = create_model(
+    "CheckpointConfig",
+    __base__=Section,
+    every=(
+        Count | None,
+        Field(100, description="Steps between checkpoints, one more in the end; null: none, and signals end a run."),
+    ),
+    keep=(Count, Field(3, description="Newest checkpoints to keep, beside the one with the least evaluation loss.")),
+    **{
+        "async": (
+            bool,
+            Field(True, description="Write files beside training, which then waits for a copy in host memory only."),
+        )
+    },
+)
+
+
 class RunConfig(Section):
     """One run. Built from a mapping, in which `method` fills what the parts leave open."""
 
@@ -300,7 +318,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="Seed of random weights, block draws, data order and splits."
     )
-    output: Text = Field("runs/strata", description="Run folder: config.yaml, metrics.jsonl, model/.")
+    output: Text = Field("runs/strata", description="Run folder: config.yaml, metrics.jsonl, checkpoints/, model/.")
     model: ModelConfig = ModelConfig()
     substrate: Substrate = FullSubstrate()
     selector: Selector = UniformSelector()
@@ -313,6 +331,12 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     data: DataConfig
     deepspeed: Text = Field("zero3", description="A preset in ds_configs/ (without .json) or the path of a JSON file.")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: Text = Field(
+        "auto",
+        description="auto: go on where the run in `output` stopped, if it did; never; or the folder of another run or "
+        "one of its checkpoints (RUN/checkpoints/step-00000100.json).",
+    )
     monitor: MonitorConfig = MonitorConfig()
 
     @property

@@ -1,0 +1,105 @@
+"""Runs stopped or killed under the real launcher, started again with the same command, come to the same end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launching import deepspeed, launch, metrics, rank_process, start, write_inputs
+
+VALUES = ["train.steps=120", "eval.every=30", "checkpoint.every=10", "bank.name=cpu", "selector.interval=3"]
+
+
+def command(*more: str) -> list[str]:
+    return deepspeed("tiny.yaml", *VALUES, *more)
+
+
+def after_step(folder: Path, step: int, process: Any, deadline: float = 90) -> None:
+    """Wait until the run has recorded `step`."""
+    end = time.monotonic() + deadline
+    while time.monotonic() < end and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and any(line.get("step", 0) >= step for line in metrics(folder)[:-1]):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached, exit code {process.poll()}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("undisturbed")
+    write_inputs(place)
+    finished = launch(command(), place)
+    assert finished.code == 0, finished.everything
+    return place / "runs" / "tiny"
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (found, expected))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lines = [
+        [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in metrics(folder)]
+        for folder in (found, expected)
+    ]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
+    tmp_path: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    write_inputs(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    with open(tmp_path / "out", "w+") as out:
+        process = start(command(), tmp_path, stdout=out, stderr=out)
+        after_step(run, 15, process)
+        os.kill(rank_process(process.pid, 1), number)
+        code = process.wait(60)
+        out.seek(0)
+        said = out.read()
+    assert code == 75, said
+    last = metrics(run)[-1]["step"]
+    assert f"Told to stop: saved after step {last}. The same command goes on from there." in said
+    assert "Traceback" not in said and "ended before the run did" not in said
+    assert (run / "checkpoints" / f"step-{last:08d}.json").exists() and not (run / "model").exists()
+    again = launch(command(), tmp_path)
+    assert again.code == 0, again.everything
+    assert f"going on after step {last}, from " in again.stderr
+    assert_same(run, undisturbed)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
+    """Twice: one rank, and all of them."""
+    write_inputs(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    for step, victims in ((33, [1]), (71, [0, 1])):
+        process = start(command(), tmp_path, stdout=-3, stderr=-3)
+        after_step(run, step, process)
+        for pid in [rank_process(process.pid, rank) for rank in victims]:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) != 0
+    finished = launch(command(), tmp_path)
+    assert finished.code == 0, finished.everything
+    assert_same(run, undisturbed)
+    assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"tiny", "cache"}
+
+
+def test_another_run_goes_on_from_a_checkpoint_and_settings_must_fit(tmp_path: Path, undisturbed: Path) -> None:
+    """On one rank under ZeRO-2, in a folder of its own."""
+    write_inputs(tmp_path)
+    checkpoint = undisturbed / "checkpoints" / "step-00000110.json"
+    values = [f"resume={checkpoint}", "deepspeed=zero2", "output=runs/other"]
+    refused = launch(deepspeed("tiny.yaml", *VALUES, *values, "selector.blocks=3", ranks=1), tmp_path)
+    assert refused.code == 2 and "selector.blocks: 2 in the checkpoint, 3 now" in refused.everything
+    assert not (tmp_path / "runs" / "other").exists()
+    finished = launch(deepspeed("tiny.yaml", *VALUES, *values, ranks=1), tmp_path)
+    assert finished.code == 0, finished.everything
+    ours = load_file(tmp_path / "runs" / "other" / "model" / "model.safetensors")
+    theirs = load_file(undisturbed / "model" / "model.safetensors")
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5

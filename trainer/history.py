@@ -1,0 +1,82 @@
+"""What a run has behind it, kept in checkpoints: steps, evaluations, schedule, data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+from trainer.checkpoint import CheckpointError, Checkpoints, Store
+from trainer.config import RunConfig
+from trainer.data.batches import Batches
+from trainer.resuming import check_settings, named
+
+
+class History:
+    """`step` steps were taken, with these evaluation losses by step. Saves and resumes with `checkpoints`."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        config: RunConfig,
+        batches: Batches,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.step = 0
+        self.evaluations: dict[int, float] = {}
+        self.skipped = 0  # in a row
+        self.last_loss = 0.0
+        self._config = config
+        self._batches = batches
+        self._scheduler = scheduler
+
+    def save(self) -> None:
+        """A checkpoint after the steps so far."""
+        self.checkpoints.save(
+            self.step,
+            {
+                "config": self._config.model_dump(mode="json"),
+                "data": self._batches.state(self.step),
+                "scheduler": self._scheduler.state_dict(),
+                "evaluations": [[step, _finite(loss)] for step, loss in self.evaluations.items()],
+                "skipped": self.skipped,
+                "last_loss": _finite(self.last_loss),
+            },
+        )
+
+    def resume(self, folder: Path) -> str:
+        """Go on as `resume` says; returns where from, or nothing for a run that begins. Raises `CheckpointError`."""
+        wanted = self._config.resume
+        if wanted == "never":
+            return ""
+        source, step = (Store(folder), None) if wanted == "auto" else named(wanted)
+        # Rank 0 looks for all: folders on several machines are not always of one mind.
+        steps: list[Any] = [source.steps()]
+        torch.distributed.broadcast_object_list(steps)
+        if step is None and not steps[0]:
+            if wanted == "auto":
+                return ""
+            raise CheckpointError(f"resume: no checkpoint in {source.folder}; name a run folder that has some")
+        step = steps[0][0] if step is None else step
+        state = source.read(step).state["run"]
+        check_settings(state["config"], self._config)
+        self.step = self._batches.resume(state["data"])
+        self.checkpoints.resume(source, step)
+        self._scheduler.load_state_dict(state["scheduler"])
+        self.evaluations = {step: _number(loss) for step, loss in state["evaluations"]}
+        self.skipped, self.last_loss = state["skipped"], _number(state["last_loss"])
+        dist.barrier()
+        return f"{source.folder}/step-{step:08d}.json"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

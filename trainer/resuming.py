@@ -1,0 +1,73 @@
+"""Which checkpoint a run goes on from, and whether its settings allow it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.store import CheckpointError, Store
+from trainer.config import RunConfig
+
+# What decides the numbers of a run. The rest (where, how fast, how often) may change from one start to the next.
+_FIXED = (
+    "seed",
+    "model.path",
+    "model.random",
+    "model.dtype",
+    "model.quantization",
+    "substrate",
+    "selector",
+    "update",
+    "bank",
+    "always_on",
+    "optimizer.name",
+    "train.global_batch_size",
+)
+# Of what is fixed, where a thing lies and what is done with it in the end.
+_FREE = ("model.path", "substrate.merge", "substrate.adapter")
+
+
+def can_go_on(folder: Path) -> bool:
+    """Whether `folder` holds a run that saved checkpoints and did not come to its end."""
+    finished = any((folder / name).exists() for name in ("model", "adapter"))
+    return not finished and (folder / "config.yaml").exists() and bool(Store(folder).steps())
+
+
+def named(resume: str) -> tuple[Store, int | None]:
+    """The store of `resume: PATH` (a run folder or a checkpoint's .json), and the step that it names, if any."""
+    path = Path(resume).expanduser()
+    if path.suffix == ".json":
+        return Store(path.parent.parent), int(path.stem.removeprefix("step-") or 0) if path.stem[5:].isdigit() else None
+    return Store(path), None
+
+
+def check_settings(saved: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises `CheckpointError` where the run that was saved would not be the one that goes on."""
+    now = config.model_dump(mode="json")
+    different = [
+        f"{key}: {before!r} in the checkpoint, {after!r} now"
+        for path in _FIXED
+        for key, before, after in _differences(path, _at(saved, path), _at(now, path))
+        if key not in _FREE
+    ]
+    if different:
+        raise CheckpointError(
+            "these settings are not those of the run to go on with: "
+            + "; ".join(different)
+            + ". Take them back, or start anew with resume=never or another output"
+        )
+
+
+def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in sorted({*before, *after}):
+            yield from _differences(f"{path}.{key}", before.get(key), after.get(key))
+    elif before != after:
+        yield path, before, after
+
+
+def _at(values: Any, path: str) -> Any:
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
