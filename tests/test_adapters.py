@@ -92,6 +92,18 @@ def test_an_adapter_goes_on_from_its_folder(tmp_path: Path) -> None:
     ("values", "words"),
     [
         ({"peft": {**LORA, "r": "eight"}}, "substrate.peft.r: got 'eight'; allowed: int"),
+        ({"peft": {**LORA, "r": True}}, "substrate.peft.r: got True; allowed: int"),
+        ({"peft": {**LORA, "use_dora": "no"}}, "substrate.peft.use_dora: got 'no'; allowed: bool"),
+        ({"peft": {**LORA, "bias": "some"}}, r"substrate.peft.bias: got 'some'; allowed: 'none' \| 'all'"),
+        ({"peft": {**LORA, "lora_dropout": -0.1}}, "substrate.peft.lora_dropout: got -0.1; allowed: 0 to below 1"),
+        ({"peft": {**LORA, "lora_alpha": 0}}, "substrate.peft.lora_alpha: got 0; allowed: above 0"),
+        ({"peft": {**LORA, "task_type": "SEQ_CLS"}}, "substrate.peft.task_type: got 'SEQ_CLS'; allowed: CAUSAL_LM"),
+        ({"peft": {**LORA, "inference_mode": True}}, "substrate.peft.inference_mode: got True; allowed: false"),
+        ({"peft": {**LORA, "target_modules": "*.q_proj"}}, r"target_modules: '\*.q_proj' is no regular expression"),
+        ({"peft": {**LORA, "rank_pattern": {"*.q_proj": 2}}}, r"rank_pattern: '\*.q_proj' is no regular expression"),
+        ({"peft": {**LORA, "target_modules": "q_proj"}}, r"q_proj match nothing in .*; write \[q_proj\] for a name"),
+        ({"peft": {**LORA, "rank_pattern": {"k_proj": 2}}}, "rank_pattern: k_proj match nothing"),
+        ({"peft": LORA, "frozen": ["lora"]}, "substrate.frozen: lora leaves nothing to train"),
         (
             {"peft": {**LORA, "target_modules": ["q_proj", None]}},
             r"substrate.peft.target_modules: got \['q_proj', None",
@@ -355,6 +367,26 @@ def test_four_bits_take_lora_only() -> None:
             substrate(peft={"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}),
             quantization="nf4",
         )
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal"])
+def test_initialisations_that_compute_with_the_base_are_not_for_four_bits(start: str) -> None:
+    with pytest.raises(
+        AdapterError, match=f"init_lora_weights: '{start}' computes with the whole weights; allowed: true"
+    ):
+        adapt(tiny_llama(), substrate(peft={**LORA, "init_lora_weights": start}), quantization="nf4")
+
+
+def test_an_adapter_on_the_head_as_peft_saves_it_is_gone_on_with(tmp_path: Path) -> None:
+    """With the base's weights of it, which are the same; other ones are not the base's."""
+    peft = {**LORA, "target_modules": ["q_proj", "lm_head"]}
+    adapt(tiny_llama(), substrate(peft=peft)).model.save_pretrained(tmp_path)
+    (name,) = (name for name in load_file(tmp_path / "adapter_model.safetensors") if "base_layer" in name)
+    assert adapt(tiny_llama(), substrate(adapter=str(tmp_path))).model.get_base_model().lm_head.lora_A
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({**weights, name: weights[name] + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=f"has 1 weights that its adapters do not have .* {name}"):
+        adapt(tiny_llama(), substrate(adapter=str(tmp_path)))
 
 
 def test_blocks_are_named_as_the_model_names_them() -> None:

@@ -39,6 +39,11 @@ def test_a_loss_that_is_not_a_number_counts_as_the_worst() -> None:
     assert found.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3])
 
 
+def test_losses_far_below_zero_have_no_reward() -> None:
+    with pytest.raises(ValueError, match=r"probe losses \[-1000.0, 1.0\]: exp\(-loss\) must be finite"):
+        rewards(torch.tensor([-1000.0, 1.0], dtype=torch.float64))
+
+
 def test_draws_follow_the_weights() -> None:
     """Two of three without replacement, weights 1, 2, 3: the sets' probabilities, worked by hand."""
     weights = torch.log(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))

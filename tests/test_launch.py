@@ -110,7 +110,7 @@ def nothing_was_trained(place: Path) -> bool:
 def test_the_run_ends_well(run: Run) -> None:
     assert run.finished.code == 0, run.finished.everything
     assert "Traceback" not in run.finished.everything
-    assert {entry.name for entry in run.folder.iterdir()} == {"config.yaml", "metrics.jsonl", "model"}
+    assert {entry.name for entry in run.folder.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "model"}
 
 
 def test_the_saved_configuration_is_the_run_s(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

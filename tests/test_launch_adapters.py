@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_run_leaves_an_adapter_a_merged_model_and_a_picture(run: Run) -> None:
     assert run.finished.code == 0, run.finished.everything
     entries = {entry.name for entry in run.folder.iterdir()}
-    assert entries == {"config.yaml", "metrics.jsonl", "adapter", "model", "importance.png"}
+    assert entries == {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "model", "importance.png"}
     for label, name in (("Adapter", "adapter"), ("Model", "model"), ("Importance", "importance.png")):
         assert f"\n{label}: runs/tiny/{name}\n" in run.finished.stdout
     assert (run.folder / "importance.png").read_bytes().startswith(b"\x89PNG")

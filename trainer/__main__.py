@@ -9,7 +9,15 @@ from trainer.config.errors import hint
 from trainer.entry import EXIT_REFUSED, prepare
 from trainer.entry import main as train
 
-COMMANDS = {"train": train, "prepare": prepare}
+
+def checkpoints(argv: Sequence[str]) -> int:
+    """As `trainer.checkpoint.listing.main`, which imports torch."""
+    from trainer.checkpoint.listing import main as list_checkpoints
+
+    return list_checkpoints(argv)
+
+
+COMMANDS = {"train": train, "prepare": prepare, "checkpoints": checkpoints}
 USAGE = """Usage: python -m trainer COMMAND [argument ...]
 
   train RECIPE.yaml [key=value ...] [--dry-run] [--help]   what launch/train.py does; start it with a launcher for
@@ -17,6 +25,7 @@ USAGE = """Usage: python -m trainer COMMAND [argument ...]
   prepare RECIPE.yaml [key=value ...] [--show N]           tokenises the data into the cache, where training finds it,
                                                            and says what became of it; no accelerator is needed.
                                                            --show N prints N samples of every source
+  checkpoints RUN                                          lists the checkpoints of a run folder and verifies them
 """
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import deepspeed
 import torch
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -41,8 +42,10 @@ _REFUSED = {
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 # Over weights of four bits PEFT has layers for more methods, but these are the ones that train here.
 _ON_FOUR_BITS = (PeftType.LORA,)
+# The other initialisations compute with the base, or would quantise it anew.
+_INITIALISATIONS_ON_FOUR_BITS = (True, False, "gaussian")
 # PEFT takes the shapes of these from weights that ZeRO-3 has in parts.
-_OF_WHOLE_WEIGHTS = (PeftType.LOHA,)
+_OF_WHOLE_WEIGHTS = (PeftType.LOHA, PeftType.LN_TUNING)
 _WEIGHTS = "adapter_model.safetensors"
 _ANYTHING = "all-linear"  # PEFT's word for every linear module but the head
 
@@ -91,12 +94,15 @@ def adapt(
             )
     if stage == 3 and PeftType(made.peft_type) in _OF_WHOLE_WEIGHTS:
         raise _partitioned(made, key)
-    _check_names(model, made, key)
+    if config.adapter is None:
+        _check_names(model, made, key)
     adapted = _put_on(model, made, key, stage=stage, empty=empty)
+    _check_patterns(adapted, made, key)
     if config.adapter is not None:
-        _check_weights(adapted, config.adapter)
+        written = _check_weights(adapted, config.adapter, empty=empty)
         if not empty:
-            adapted.load_adapter(config.adapter, "default", is_trainable=True, autocast_adapter_dtype=False)
+            with _gathered(written, modifier_rank=0):
+                adapted.load_adapter(config.adapter, "default", is_trainable=True, autocast_adapter_dtype=False)
     # Of the base's tensors, those that PEFT trains as well: `bias`.
     names = frozenset(n for n, tensor in _tensors(adapted) if id(tensor) not in base or tensor.requires_grad)
     _check_saved(adapted, names, key)
@@ -171,8 +177,11 @@ def _put_on(model: PreTrainedModel, config: PeftConfig, key: str, *, stage: int,
         raise AdapterError(
             f"{key}: PEFT refuses {config.peft_type.value} on {type(model).__name__}: {why}{more}"
         ) from error
-    if any(p.requires_grad and 0 in full_shape(p) for p in adapted.parameters()):
+    hollow = [name for name, p in adapted.named_parameters() if p.requires_grad and 0 in full_shape(p)]
+    if hollow and stage == 3:
         raise _partitioned(config, key)
+    if hollow:
+        raise AdapterError(f"{key}: with this {config.peft_type.value} {hollow[0]} would be an empty tensor")
     return adapted
 
 
@@ -212,6 +221,7 @@ def _configuration(fields: dict[str, Any], quantization: str | None) -> PeftConf
         near = "".join(f"; {name}: unknown{did_you_mean(name, kind.__dataclass_fields__)}" for name in names)
         raise AdapterError(f"substrate.peft: {wanted} takes no {', '.join(names)}{near}")
     _check_types(kind, settings)
+    _check_values(settings)
     try:
         return kind(**{"task_type": TaskType.CAUSAL_LM, **settings})
     except Exception as error:  # a value, or a package that the method needs
@@ -225,14 +235,30 @@ def _check_types(kind: type[PeftConfig], settings: dict[str, Any]) -> None:
         if name == "init_lora_weights":
             continue  # `_refuse` has looked at it
         try:
-            TypeAdapter(hints[name]).validate_python(value)
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
         except ValidationError as error:
-            allowed = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise AdapterError(
-                f"substrate.peft.{name}: got {value!r}; allowed: {allowed.replace('typing.', '')}"
-            ) from error
+            raise AdapterError(f"substrate.peft.{name}: got {value!r}; allowed: {_spelt(hints[name])}") from error
         except PydanticUserError:  # a class of PEFT's own
             continue
+
+
+def _spelt(hint: Any) -> str:
+    """A type as a user would say it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _check_values(settings: dict[str, Any]) -> None:
+    """What PEFT takes, and what then trains nothing or something else."""
+    for name, fine, allowed in (
+        ("task_type", lambda value: value in (None, TaskType.CAUSAL_LM), "CAUSAL_LM"),
+        ("inference_mode", lambda value: not value, "false"),
+        ("lora_dropout", lambda value: 0 <= value < 1, "0 to below 1"),
+        ("lora_alpha", lambda value: value > 0, "above 0"),
+    ):
+        if name in settings and not fine(settings[name]):
+            raise AdapterError(f"substrate.peft.{name}: got {settings[name]!r}; allowed: {allowed}")
 
 
 def _refuse(peft_type: str, start: Any, key: str, quantization: str | None) -> None:
@@ -244,10 +270,11 @@ def _refuse(peft_type: str, start: Any, key: str, quantization: str | None) -> N
         raise AdapterError(
             f"{key}: {kind.value} on a base in four bits (model.quantization={quantization}); allowed there: {allowed}"
         )
-    if start not in _INITIALISATIONS:
+    possible = _INITIALISATIONS if quantization is None else _INITIALISATIONS_ON_FOUR_BITS
+    if start not in possible:
+        why = "needs more than the base to be made again" if quantization is None else "computes with the whole weights"
         raise AdapterError(
-            f"{key}: init_lora_weights: '{start}' needs more than the base to be made again; allowed: "
-            f"{', '.join(str(choice).lower() for choice in _INITIALISATIONS)}"
+            f"{key}: init_lora_weights: '{start}' {why}; allowed: {', '.join(str(c).lower() for c in possible)}"
         )
 
 
@@ -271,15 +298,27 @@ def _same(first: str, second: str) -> bool:
     return first == second or (bool(second) and Path(first).resolve() == Path(second).resolve())
 
 
-def _check_weights(adapted: PeftModel, folder: str) -> None:
-    """The file has exactly what its configuration makes on this model: PEFT leaves out what does not fit."""
+def _check_weights(adapted: PeftModel, folder: str, *, empty: bool) -> list[nn.Parameter]:
+    """The file has exactly what its configuration makes on this model: PEFT leaves out what does not fit.
+
+    Returns the parameters of the base that are in the file as well: biases, and embeddings under an adapter, which PEFT
+    saves although they have not changed.
+    """
+    tensors = adapted.state_dict(keep_vars=True)  # ZeRO-3's shapes are attributes of parameters
     expected = {
         name: list(full_shape(tensor))
-        for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+        for name, tensor in get_peft_model_state_dict(adapted, state_dict=tensors, save_embedding_layers=False).items()
     }
+    parameters = dict(adapted.named_parameters())
     try:
         with safe_open(Path(folder) / _WEIGHTS, framework="pt") as file:
             stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in stored.keys() - expected.keys():
+                if name.endswith(".base_layer.weight") and name in parameters:
+                    with _gathered([parameters[name]]):
+                        same = empty or torch.equal(parameters[name].cpu(), file.get_tensor(name).to(adapted.dtype))
+                    if same:
+                        expected[name] = stored[name]
     except Exception as error:  # truncated, or no safetensors at all
         raise AdapterError(f"substrate.adapter: cannot load '{folder}': {error}") from error
     base = type(adapted.get_base_model()).__name__
@@ -294,6 +333,13 @@ def _check_weights(adapted: PeftModel, folder: str) -> None:
                 f"substrate.adapter: '{folder}' {what.format(len(names))}, for instance {names[0]}{shapes}; set "
                 "model.path to the model that it was trained on"
             )
+    return [parameters[name] for name in stored if name in parameters]
+
+
+def _gathered(parameters: list[nn.Parameter], **options: Any) -> Any:
+    """While inside, ZeRO-3's parameters are whole."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned), **options)
 
 
 def _check_saved(adapted: PeftModel, names: frozenset[str], key: str) -> None:
@@ -327,8 +373,7 @@ def _check_names(model: nn.Module, config: PeftConfig, key: str) -> None:
         _all_match(wanted, known, f"{key}.{field}", model, shown=known if field == "target_parameters" else leaves)
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field, None) or ():
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules):  # as PEFT looks it up
-                _no_match([pattern], f"{key}.{field}", model, leaves)
+            _regex(pattern, f"{key}.{field}")
     indices = getattr(config, "trainable_token_indices", None) or []
     rows = full_shape(model.get_input_embeddings().weight)[0]
     for index in [i for chosen in (indices.values() if isinstance(indices, dict) else [indices]) for i in chosen]:
@@ -336,9 +381,28 @@ def _check_names(model: nn.Module, config: PeftConfig, key: str) -> None:
             raise AdapterError(f"{key}.trainable_token_indices: got {index}; allowed: 0 to {rows - 1}")
 
 
+def _check_patterns(adapted: PeftModel, config: PeftConfig, key: str) -> None:
+    """Patterns of ranks and alphas are looked up among the modules that have adapters."""
+    targets = getattr(adapted.base_model, "targeted_module_names", [])
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field, None) or ():
+            if targets and not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
+                _no_match([pattern], f"{key}.{field}", adapted.get_base_model(), targets)
+
+
+def _regex(given: str, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(given)
+    except re.error as error:
+        raise AdapterError(
+            f"{key}: '{given}' is no regular expression ({error}); allowed: one, such as .*q_proj, or a list of names"
+        ) from error
+
+
 def _all_match(wanted: Any, known: list[str], key: str, model: nn.Module, *, shown: list[str]) -> None:
     if isinstance(wanted, str):
-        if not any(re.fullmatch(wanted, name) for name in known):
+        regex = _regex(wanted, key)
+        if not any(regex.fullmatch(name) for name in known):
             _no_match([wanted], key, model, shown)
         return
     strange = [name for name in wanted if not isinstance(name, str)]
@@ -351,13 +415,13 @@ def _all_match(wanted: Any, known: list[str], key: str, model: nn.Module, *, sho
 
 def _no_match(lost: list[str], key: str, model: nn.Module, known: list[str]) -> typing.NoReturn:
     endings = sorted({name.rsplit(".", 1)[-1] for name in known})
-    near = did_you_mean(lost[0], endings) or ";"
+    near = f"; write [{lost[0]}] for a name;" if lost[0] in endings else did_you_mean(lost[0], endings) or ";"
     raise AdapterError(
         f"{key}: {', '.join(lost)} match nothing in {type(model).__name__}{near} names there: {', '.join(endings)}"
     )
 
 
-def _freeze(model: nn.Module, parts: Iterable[str]) -> None:
+def _freeze(model: nn.Module, parts: Collection[str]) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for part in parts:
         found = [parameter for name, parameter in trained.items() if part in name]
@@ -368,3 +432,5 @@ def _freeze(model: nn.Module, parts: Iterable[str]) -> None:
             )
         for parameter in found:
             parameter.requires_grad_(False)
+    if trained and not any(parameter.requires_grad for parameter in trained.values()):
+        raise AdapterError(f"substrate.frozen: {', '.join(parts)} leaves nothing to train; take some of them out")

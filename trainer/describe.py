@@ -57,7 +57,7 @@ def describe(config: RunConfig, ranks: int) -> str:
         offload=offload_device(ds, "optimizer") != "none",
     )
     lines = [dump(config).rstrip(), ""]
-    lines += remarks
+    lines += [*remarks, *learning_warning(config, sparse, total_steps(config, len(data.train)))]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines.append(f"steps: {total_steps(config, len(data.train))} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -94,6 +94,16 @@ def _quantised(config: RunConfig, model: PreTrainedModel) -> set[int]:
     kept = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     return linear - kept
+
+
+def learning_warning(config: RunConfig, sparse: Sparse, num_steps: int) -> list[str]:
+    """A selector that measures less often than there are steps learns nothing."""
+    if not sparse.selector.measures or any(sparse.selector.needs(step) for step in range(num_steps)):
+        return []
+    return [
+        f"WARNING: nothing is learned of the blocks: selector.update_every is {config.selector.update_every}, "
+        f"and there are {num_steps} steps. Lower it"
+    ]
 
 
 def rounding_warning(config: RunConfig, sparse: Sparse) -> list[str]:

@@ -30,20 +30,24 @@ class ExportError(RuntimeError):
 
 def save(
     engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, adapters: Adapted | None, *, merge: bool
-) -> list[tuple[str, Path]]:
+) -> tuple[list[tuple[str, Path]], ExportError | None]:
     """Write what was trained into a run folder; returns what there is now, as (label, path).
 
     `model/` for whole models; `adapter/` in PEFT's format for adapters, those of all blocks, and with `merge` also the
-    model that they make of their base.
+    model that they make of their base. Where that fails, the error is returned with what there is.
     """
     if adapters is None:
         export(engine, tokenizer, folder / "model")
-        return [("Model", folder / "model")]
+        return [("Model", folder / "model")], None
     export_adapter(engine, adapters, folder / "adapter")
+    written = [("Adapter", folder / "adapter")]
     if not merge:
-        return [("Adapter", folder / "adapter")]
-    export_merged(engine, adapters, tokenizer, folder / "model")
-    return [("Adapter", folder / "adapter"), ("Model", folder / "model")]
+        return written, None
+    try:
+        export_merged(engine, adapters, tokenizer, folder / "model")
+    except ExportError as error:
+        return written, error
+    return [*written, ("Model", folder / "model")], None
 
 
 def export(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class History:
         checkpoints: Checkpoints,
         config: RunConfig,
         batches: Batches,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
     ) -> None:
         self.checkpoints = checkpoints
         self.step = 0
@@ -66,11 +67,21 @@ class History:
         check_settings(state["config"], self._config)
         self.step = self._batches.resume(state["data"])
         self.checkpoints.resume(source, step)
-        self._scheduler.load_state_dict(state["scheduler"])
+        self._take_up_schedule(state["scheduler"])
         self.evaluations = {step: _number(loss) for step, loss in state["evaluations"]}
         self.skipped, self.last_loss = state["skipped"], _number(state["last_loss"])
         dist.barrier()
         return f"{source.folder}/step-{step:08d}.json"
+
+    def _take_up_schedule(self, state: Mapping[str, Any]) -> None:
+        """Where it was, with the rates and the length that are configured now."""
+        scheduler = self._scheduler
+        own = {key: value for key, value in scheduler.state_dict().items() if key in ("base_lrs", "lr_lambdas")}
+        scheduler.load_state_dict({**state, **own})
+        for group, base, factor in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(scheduler.last_epoch)
 
 
 def _finite(value: float) -> float | None:

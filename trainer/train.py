@@ -24,7 +24,7 @@ from trainer.data import Prepared, prepare_run
 from trainer.data.batches import Batches
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
-from trainer.describe import one_line, report, rounding_warning
+from trainer.describe import learning_warning, one_line, report, rounding_warning
 from trainer.engine.attach import Sparse
 from trainer.export import save
 from trainer.feed import Feed
@@ -112,7 +112,8 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
 
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank, first_step=history.step)
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
-    for line in [*describe_data(data, config.data.max_length), *remarks, *rounding_warning(config, sparse)]:
+    hints = learning_warning(config, sparse, num_steps) + rounding_warning(config, sparse)
+    for line in [*describe_data(data, config.data.max_length), *remarks, *hints]:
         progress.say(line)
     if origin:
         progress.say(f"going on after step {history.step}, from {origin}")
@@ -122,11 +123,15 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
         if rank == 0:
             print(f"Told to stop: saved after step {history.step}. The same command goes on from there.", flush=True)
         return EXIT_INTERRUPTED
-    written = save(engine, tokenizer, folder, adapters, merge=merge)
+    written, failure = save(engine, tokenizer, folder, adapters, merge=merge)
     progress.close()
     if rank == 0:
         pictures = draw_importance(folder, sparse.times_active)
         print(report(sparse, history.evaluations, data, num_steps, [*written, *pictures]), flush=True)
+    if failure is not None and config.substrate.merge is True:
+        raise failure
+    if failure is not None:  # nobody asked for a merge
+        print(f"WARNING: {failure}", flush=True)
     return 0
 
 
@@ -162,12 +167,12 @@ class _Loop:
                     self._save()
             if not stopped:
                 stopped = not self._evaluate(last=True)
+            last = history.evaluations.get(history.step, history.last_loss)
+            if not stopped and not math.isfinite(last):
+                raise self._stopped(f"the loss is {last}")
             if saves:
                 self._save()
             history.checkpoints.finish()
-        last = history.evaluations.get(history.step, history.last_loss)
-        if not stopped and not math.isfinite(last):
-            raise self._stopped(f"the loss is {last}")
         return not stopped
 
     def _step(self) -> StepResult:

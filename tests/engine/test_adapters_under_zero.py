@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 import trainer
 from tests import distributed
 from tests.engine.parity import Cell, deepspeed_config, make_engine, train_step
-from tests.models import tiny_llama
+from tests.models import tiny_model
 from trainer.adapters import AdapterError, adapt
 from trainer.config.schema import AdapterSubstrate
 from trainer.export import export_adapter
 from trainer.model import partitioned_creation
-from trainer.selectors import Uniform
+from trainer.selectors import All, Uniform
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 LORA = {"peft_type": "LORA", "r": 4, "target_modules": LINEAR}
@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa": {"peft": {**LORA, "init_lora_weights": "pissa"}},
     "lora-fa": {"peft": LORA, "frozen": ["lora_A"]},
     "lora and head": {"peft": {**LORA, "modules_to_save": ["lm_head"]}},
+    "lora and biases": {"peft": {**LORA, "bias": "lora_only"}},
     "ia3": {"peft": {"peft_type": "IA3", "target_modules": LINEAR, "feedforward_modules": ["down_proj"]}},
     "loha": {"peft": {"peft_type": "LOHA", "r": 4, "target_modules": LINEAR}},
     "lokr": {"peft": {"peft_type": "LOKR", "r": 4, "target_modules": LINEAR}},
@@ -75,18 +76,22 @@ def _one(rank: int, cell: Cell, values: dict[str, Any], base: Path, folder: Path
         opened = PeftModel.from_pretrained(plain, str(folder)).eval()(input_ids=IDS).logits
     if torch.allclose(here, bare, atol=1e-4):
         return "nothing was learned"
-    again = adapt(
-        AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager"), AdapterSubstrate(adapter=str(folder))
-    )
+    torch.manual_seed(0)
+    with partitioned_creation(deepspeed_config(cell, micro_batch=2)):
+        model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+        again = adapt(model, AdapterSubstrate(adapter=str(folder)), stage=cell.stage)
+    sparse = trainer.prepare(again.model, selector=All(), substrate="adapter")
+    engine = make_engine(cell, again.model.eval(), sparse)
     with torch.no_grad():
-        gone_on = again.model.eval()(input_ids=IDS).logits
+        gone_on = engine(input_ids=IDS).logits
+    engine.destroy()
     off = max(float((here - other).abs().max()) for other in (opened, gone_on))
     return f"off by {off}" if off > 1e-4 else None
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_methods_train_and_come_back(tmp_path: Path, stage: int) -> None:
-    tiny_llama(layers=4).save_pretrained(tmp_path / "base")
+    tiny_model("qwen2").save_pretrained(tmp_path / "base")  # it has biases
     for found in distributed.run(_trained, stage, tmp_path, ranks=2):
         refused = WHOLE_ONLY if stage == 3 else set()
         assert {name for name, problem in found.items() if problem} == refused, found

@@ -6,11 +6,12 @@ base again. This module decides what a save holds, and when it is done.
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,20 @@ class Checkpoints:
         self._failure: BaseException | None = None
         self._pending: Manifest | None = None
         self._best: tuple[float, int] | None = None  # evaluation loss, step
-        # Of the model as it was loaded: call before anything is restored.
-        self._base = fingerprints(sparse, self._everything())
+        # Checksums of what was never trained, by unit; None before the first save.
+        self._base: dict[str, str] | None = None
         # In the names of files: an earlier attempt may have left some of the same step, or whole checkpoints of it.
         attempt = [secrets.token_hex(4)]
         torch.distributed.broadcast_object_list(attempt)
         self._attempt = attempt[0]
 
-    def _everything(self) -> dict[str, dict[str, torch.nn.Parameter]]:
-        """What may train, by unit, and the rest of the model as a unit of its own."""
+    def _fingerprints(self, trained: Collection[str]) -> dict[str, str]:
+        """Of the units that are still the base's; what never trains is a unit of its own."""
         units = parameters_by_unit(self._sparse)
         known = {id(parameter) for unit in units.values() for parameter in unit.values()}
         rest = {name: p for name, p in self._sparse.model.named_parameters() if id(p) not in known}
-        return units | {"rest": rest}
+        base = {unit: parameters for unit, parameters in units.items() if unit not in trained}
+        return fingerprints(self._sparse, {**base, "rest": rest})
 
     # --- saving ------------------------------------------------------------------------------------------------
 
@@ -95,6 +97,8 @@ class Checkpoints:
         self.finish()
         self._last = step
         changed = self._changed()
+        if self._base is None:
+            self._base = self._fingerprints(changed)
         shares = take(self._sparse, changed)
         shares[_RANDOM] = Share(_random_state(), {}, {})
         full = {"base": self._base, "ranks": self._ranks, "sparse": self._sparse.state_dict(), "run": dict(state)}
@@ -127,7 +131,7 @@ class Checkpoints:
 
     def is_best(self, step: int, loss: float) -> bool:
         """Whether no evaluation before had less loss; then the next save, of `step`, is kept however old it gets."""
-        if self._best is not None and loss >= self._best[0]:
+        if not math.isfinite(loss) or (self._best is not None and loss >= self._best[0]):
             return False
         self._best = (loss, step)
         return True
@@ -194,7 +198,7 @@ class Checkpoints:
         self._verify(source, manifest, step)
         self._last = step
         base = manifest.state["base"]
-        self._compare_base(base, manifest)
+        self._compare_base(base, self._fingerprints(manifest.units))
         contents = Contents(source, manifest.units)
         contents.learn(unit for unit in manifest.units if unit != _RANDOM)
         put_weights_back(self._sparse, contents)
@@ -225,12 +229,9 @@ class Checkpoints:
                 + (f"; there is an older one: resume={source.folder}/step-{older[0]:08d}.json" if older else "")
             )
 
-    def _compare_base(self, base: Mapping[str, str], manifest: Manifest) -> None:
+    def _compare_base(self, base: Mapping[str, str], now: Mapping[str, str]) -> None:
         """What the checkpoint leaves to the base must be what it was."""
-        if base.keys() != self._base.keys():
-            other = sorted(base.keys() ^ self._base.keys())
-            raise CheckpointError(f"this model differs in {', '.join(other)} from the one of the checkpoint")
-        changed = [unit for unit in base if unit not in manifest.units and base[unit] != self._base[unit]]
+        changed = [unit for unit in now if base.get(unit) != now[unit]]
         if changed:
             raise CheckpointError(
                 f"the base model is another one than when this run began: {', '.join(changed)} "

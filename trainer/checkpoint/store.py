@@ -132,7 +132,7 @@ class Store:
         try:
             body = json.loads(path.read_bytes())
             checksum = body.pop("checksum")
-        except (OSError, ValueError, AttributeError, KeyError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         if json.loads(_sealed(body))["checksum"] != checksum:
             raise CheckpointError(f"{path}: its checksum does not fit: it was changed or cut short")

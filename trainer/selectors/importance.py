@@ -24,6 +24,8 @@ def rewards(losses: Tensor) -> Tensor:
     IST, arXiv 2410.11772. A loss that is NaN counts as infinite.
     """
     gained = torch.exp(-losses.nan_to_num(nan=math.inf, posinf=math.inf))
+    if not gained.isfinite().all():
+        raise ValueError(f"probe losses {losses.tolist()}: exp(-loss) must be finite; return a loss of about 0 or more")
     return gained - gained.mean()
 
 
