@@ -50,7 +50,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
     tmp_path: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
@@ -74,6 +74,7 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
     """Twice: one rank, and all of them."""
     write_inputs(tmp_path)
@@ -90,6 +91,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, undisturb
     assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"tiny", "cache"}
 
 
+@pytest.mark.slow
 def test_another_run_goes_on_from_a_checkpoint_and_settings_must_fit(tmp_path: Path, undisturbed: Path) -> None:
     """On one rank under ZeRO-2, in a folder of its own."""
     write_inputs(tmp_path)

@@ -114,8 +114,16 @@ EXACT = [
 ]
 
 
-def test_resuming_is_exact(tmp_path: Path) -> None:
-    problems = distributed.run(_exact, EXACT, tmp_path, ranks=2)[0]
+QUICK = [
+    Cell(stage=3, bank="cpu", offload=True, weight_decay=0.1, steps=STEPS, schedule="cosine"),
+    Cell(stage=2, bank="cpu", dtype="bf16", steps=STEPS),
+    Cell(stage=3, selector="importance", lora=4, interval=1, bank="device", reward_rate=1e5, steps=STEPS),
+]
+
+
+@pytest.mark.parametrize("cells", [QUICK, pytest.param(EXACT, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_resuming_is_exact(tmp_path: Path, cells: list[Cell]) -> None:
+    problems = distributed.run(_exact, cells, tmp_path, ranks=2)[0]
     assert not problems, "\n".join(problems)
 
 
@@ -128,12 +136,17 @@ def _written(rank: int, cell: Cell, folder: Path) -> dict[str, Tensor]:
     ("first", "second"),
     [
         (Cell(stage=3, ranks=2, bank="cpu"), Cell(stage=2, ranks=1, bank="cpu")),
-        (Cell(stage=2, ranks=1, bank="cpu"), Cell(stage=3, ranks=4, bank="cpu")),
-        (Cell(stage=1, ranks=4, bank="discard"), Cell(stage=0, ranks=2, bank="discard")),
-        (Cell(stage=0, ranks=2, bank="cpu"), Cell(stage=3, ranks=2, bank="cpu", offload=True)),
-        (
+        pytest.param(Cell(stage=2, ranks=1, bank="cpu"), Cell(stage=3, ranks=4, bank="cpu"), marks=pytest.mark.slow),
+        pytest.param(Cell(stage=1, ranks=4), Cell(stage=0, ranks=2), marks=pytest.mark.slow),
+        pytest.param(
+            Cell(stage=0, ranks=2, bank="cpu"),
+            Cell(stage=3, ranks=2, bank="cpu", offload=True),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             Cell(stage=3, ranks=2, selector="importance", lora=4, interval=1, bank="device"),
             Cell(stage=2, ranks=1, selector="importance", lora=4, interval=1, bank="device"),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda cell: f"zero{cell.stage}-{cell.ranks}",
