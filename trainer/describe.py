@@ -57,9 +57,10 @@ def describe(config: RunConfig, ranks: int) -> str:
         offload=offload_device(ds, "optimizer") != "none",
     )
     lines = [dump(config).rstrip(), ""]
-    lines += [*remarks, *learning_warning(config, sparse, total_steps(config, len(data.train)))]
+    num_steps = total_steps(config, len(data.train))
+    lines += [*remarks, *saving_warning(config), *learning_warning(config, sparse, num_steps)]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
-    lines.append(f"steps: {total_steps(config, len(data.train))} of {config.train.global_batch_size} sequences")
+    lines.append(f"steps: {num_steps} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
     lines.append(
         f"blocks: {len(sparse.blocks)} at {sparse.structure.path}, {sparse.blocks[0].numel:,} parameters in the first"
@@ -68,9 +69,7 @@ def describe(config: RunConfig, ranks: int) -> str:
         count = sum(p.numel() for p in parameters.values())
         lines.append(f"always on: {part}, {count:,} parameters ({', '.join(parameters)})")
     trained = sum(p.numel() for p in sparse.trainable_parameters())
-    lines.append(
-        f"trained at a time: {trained:,} parameters; {one_line(sparse, config, total_steps(config, len(data.train)))}"
-    )
+    lines.append(f"trained at a time: {trained:,} parameters; {one_line(sparse, config, num_steps)}")
     lines.append(f"each of {ranks} ranks holds, under ZeRO stage {stage} and before activations and buffers:")
     places = {"none": "", "cpu": " in host memory", "nvme": " on NVMe"}
     for name in ("weights", "gradients", "masters", "moments"):
@@ -94,6 +93,13 @@ def _quantised(config: RunConfig, model: PreTrainedModel) -> set[int]:
     kept = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     return linear - kept
+
+
+def saving_warning(config: RunConfig) -> list[str]:
+    """Where checkpoints are wanted and cannot be."""
+    if config.saves or config.checkpoint.every is None:
+        return []
+    return ["WARNING: no checkpoints: the quantised moments of optimizer.name=adamw_8bit cannot be saved yet"]
 
 
 def learning_warning(config: RunConfig, sparse: Sparse, num_steps: int) -> list[str]:

@@ -13,7 +13,7 @@ from deepspeed import comm as dist
 from trainer.checkpoint import CheckpointError, Checkpoints, Store
 from trainer.config import RunConfig
 from trainer.data.batches import Batches
-from trainer.resuming import check_settings, named
+from trainer.resuming import came_from, check_settings, named
 
 
 class History:
@@ -54,7 +54,9 @@ class History:
         wanted = self._config.resume
         if wanted == "never":
             return ""
-        source, step = (Store(folder), None) if wanted == "auto" else named(wanted)
+        own = Store(folder)
+        # A run that began with a path, and was started once more, goes on where it is by now.
+        source, step = (own, None) if wanted == "auto" or came_from(own, wanted) else named(wanted)
         # Rank 0 looks for all: folders on several machines are not always of one mind.
         steps: list[Any] = [source.steps()]
         torch.distributed.broadcast_object_list(steps)

@@ -34,9 +34,9 @@ class Progress:
         self._file: TextIO | None = None
         if self._speaks:
             file = folder / "metrics.jsonl"
-            kept = _until(first_step, file) if first_step and file.exists() else ""
-            self._file = open(file, "w", encoding="utf-8")
-            self._file.write(kept)
+            if first_step and file.exists():
+                _cut_after(first_step, file)
+            self._file = open(file, "a" if first_step else "w", encoding="utf-8")
         terminal = sys.stderr.isatty()
         self._bar = (
             tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
@@ -133,10 +133,13 @@ class Meter:
         return values
 
 
-def _until(step: int, file: Path) -> str:
-    """The lines of steps up to `step`; the last line may be cut short."""
+def _cut_after(step: int, file: Path) -> None:
+    """Leave the lines of steps up to `step`; the last line may be cut short."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+    kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(kept, encoding="utf-8")
+    partial.replace(file)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,22 @@ def can_go_on(folder: Path) -> bool:
 def named(resume: str) -> tuple[Store, int | None]:
     """The store of `resume: PATH` (a run folder or a checkpoint's .json), and the step that it names, if any."""
     path = Path(resume).expanduser()
+    checkpoint = re.fullmatch(r"step-(\d{8})\.json", path.name)
+    if checkpoint:
+        return Store(path.parent.parent), int(checkpoint[1])
     if path.suffix == ".json":
-        return Store(path.parent.parent), int(path.stem.removeprefix("step-") or 0) if path.stem[5:].isdigit() else None
-    return Store(path), None
+        raise CheckpointError(
+            f"resume: {resume} is no checkpoint; allowed: a run folder, or its checkpoints/step-*.json"
+        )
+    return Store(path.parent if path.name == "checkpoints" else path), None
+
+
+def came_from(store: Store, resume: str) -> bool:
+    """Whether the newest checkpoint of `store` is of a run that began with this `resume: PATH`."""
+    try:
+        return bool(store.steps()) and store.read(store.steps()[0]).state["run"]["config"]["resume"] == resume
+    except CheckpointError:
+        return False
 
 
 def check_settings(saved: Mapping[str, Any], config: RunConfig) -> None:

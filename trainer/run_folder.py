@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from deepspeed import comm as dist
 
 from trainer.checkpoint.store import Store
 from trainer.config import RunConfig, dump
-from trainer.resuming import can_go_on, named
+from trainer.resuming import came_from, can_go_on, named
 
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "model", "adapter", "importance.png", "tensorboard", "checkpoints")
+
+
+# Open files whose locks say that a run is alive.
+_LOCKED: list[BinaryIO] = []
 
 
 def _wanted(config: RunConfig) -> Path:
@@ -32,6 +37,8 @@ def start_run_folder(config: RunConfig) -> Iterator[Path]:
     Where what happens inside is refused, what was written goes again, and the folder with it if nothing else is there:
     it may be one of the user's.
     """
+    if config.resume not in ("auto", "never"):
+        named(config.resume)  # refused on all ranks alike
     chosen: list[Any] = [_to_go_on_in(config) or _reserve(config) if dist.get_rank() == 0 else None]
     there: list[Any] = [dist.get_rank() == 0 and bool(Store(Path(chosen[0])).steps())]
     torch.distributed.broadcast_object_list(chosen)
@@ -52,10 +59,27 @@ def _to_go_on_in(config: RunConfig) -> Path | None:
     """The folder of the run that `resume` goes on with, if that is one of `output`'s."""
     if config.resume == "never":
         return None
-    if config.resume != "auto":
-        wanted = _wanted(config)
-        return wanted if named(config.resume)[0].folder.resolve() == Store(wanted).folder.resolve() else None
-    return next((folder for folder in takewhile(_holds_a_run, _numbered(config)) if can_go_on(folder)), None)
+    source = None if config.resume == "auto" else named(config.resume)[0].folder.resolve()
+    for folder in takewhile(_holds_a_run, _numbered(config)):
+        store = Store(folder)
+        ours = source is None or store.folder.resolve() == source or came_from(store, config.resume)
+        if ours and (can_go_on(folder) or store.folder.resolve() == source) and _lock(folder):
+            return folder
+    return None
+
+
+def _lock(folder: Path) -> bool:
+    """Keep other processes from going on in `folder` as well, until this one ends; False where one does already."""
+    file = open(folder / "config.yaml", "rb")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    except OSError:  # a file system without locks
+        pass
+    _LOCKED.append(file)
+    return True
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -79,6 +103,7 @@ def _reserve(config: RunConfig) -> Path:
         try:
             with open(folder / "config.yaml", "x", encoding="utf-8") as file:  # or another job was faster
                 file.write(dump(config))
+            _lock(folder)
             return folder
         except FileExistsError:
             continue

@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from trainer import build
 from trainer import model as models
 from trainer.adapters import adapt, choose_merge
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed import resolve
 from trainer.data import Prepared, prepare_run
 from trainer.data.batches import Batches
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
-from trainer.describe import learning_warning, one_line, report, rounding_warning
+from trainer.describe import learning_warning, one_line, report, rounding_warning, saving_warning
 from trainer.engine.attach import Sparse
 from trainer.export import save
 from trainer.feed import Feed
@@ -112,7 +112,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
 
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank, first_step=history.step)
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
-    hints = learning_warning(config, sparse, num_steps) + rounding_warning(config, sparse)
+    hints = [*saving_warning(config), *learning_warning(config, sparse, num_steps), *rounding_warning(config, sparse)]
     for line in [*describe_data(data, config.data.max_length), *remarks, *hints]:
         progress.say(line)
     if origin:
@@ -121,7 +121,8 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     if not loop.run():
         progress.close()
         if rank == 0:
-            print(f"Told to stop: saved after step {history.step}. The same command goes on from there.", flush=True)
+            saved = history.checkpoints.last_step
+            print(f"Told to stop: saved after step {saved}. The same command goes on from there.", flush=True)
         return EXIT_INTERRUPTED
     written, failure = save(engine, tokenizer, folder, adapters, merge=merge)
     progress.close()
@@ -154,7 +155,7 @@ class _Loop:
     def run(self) -> bool:
         """All steps that are left; False where a rank was told to stop, after a checkpoint."""
         config, history = self.config, self.history
-        saves = config.checkpoint.every is not None
+        saves = config.saves
         with self.interruption.listening() if saves else nullcontext():
             stopped = not self._evaluate()
             while not stopped and history.step < self.num_steps:
@@ -163,7 +164,8 @@ class _Loop:
                 stopped = saves and bool(result.told_to_stop)
                 if not stopped and config.eval.every and history.step % config.eval.every == 0:
                     stopped = not self._evaluate()
-                if saves and (stopped or history.step % config.checkpoint.every == 0):
+                # After the last step there is an evaluation first.
+                if saves and history.step < self.num_steps and history.step % config.checkpoint.every == 0:
                     self._save()
             if not stopped:
                 stopped = not self._evaluate(last=True)
@@ -171,8 +173,7 @@ class _Loop:
             if not stopped and not math.isfinite(last):
                 raise self._stopped(f"the loss is {last}")
             if saves:
-                self._save()
-            history.checkpoints.finish()
+                self._save_finally()
         return not stopped
 
     def _step(self) -> StepResult:
@@ -218,7 +219,7 @@ class _Loop:
                 return False
             history.evaluations[step] = loss
             self.progress.evaluation(step, loss)
-            if step and self.config.checkpoint.every and history.checkpoints.is_best(step, loss):
+            if step and self.config.saves and history.checkpoints.is_best(step, loss):
                 self._save()
         return True
 
@@ -229,6 +230,14 @@ class _Loop:
     def _save(self) -> None:
         with self.meter.paused():
             self.history.save()
+
+    def _save_finally(self) -> None:
+        """What was trained can be exported, and an earlier checkpoint gone on from, if this one cannot be written."""
+        try:
+            self._save()
+            self.history.checkpoints.finish()
+        except CheckpointError as error:
+            self.progress.say(f"WARNING: {error}")
 
     def _stopped(self, reason: str) -> StoppedError:
         config = self.config

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.launching import deepspeed, launch, metrics, rank_process, start, write_inputs
 
-VALUES = ["train.steps=120", "eval.every=30", "checkpoint.every=10", "bank.name=cpu", "selector.interval=3"]
+VALUES = ["train.steps=120", "eval.every=30", "checkpoint.every=9", "bank.name=cpu", "selector.interval=3"]
 
 
 def command(*more: str) -> list[str]:
@@ -95,13 +95,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, undisturb
 def test_another_run_goes_on_from_a_checkpoint_and_settings_must_fit(tmp_path: Path, undisturbed: Path) -> None:
     """On one rank under ZeRO-2, in a folder of its own."""
     write_inputs(tmp_path)
-    checkpoint = undisturbed / "checkpoints" / "step-00000110.json"
+    # Where accumulation in the middle of a step would show: 234 micro-batches, of which a step now takes four.
+    checkpoint = undisturbed / "checkpoints" / "step-00000117.json"
     values = [f"resume={checkpoint}", "deepspeed=zero2", "output=runs/other"]
     refused = launch(deepspeed("tiny.yaml", *VALUES, *values, "selector.blocks=3", ranks=1), tmp_path)
     assert refused.code == 2 and "selector.blocks: 2 in the checkpoint, 3 now" in refused.everything
     assert not (tmp_path / "runs" / "other").exists()
     finished = launch(deepspeed("tiny.yaml", *VALUES, *values, ranks=1), tmp_path)
     assert finished.code == 0, finished.everything
+    assert f"going on after step 117, from {checkpoint}" in finished.stderr
     ours = load_file(tmp_path / "runs" / "other" / "model" / "model.safetensors")
     theirs = load_file(undisturbed / "model" / "model.safetensors")
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5

@@ -119,6 +119,25 @@ def test_files_go_with_the_last_checkpoint_that_refers_to_them(tmp_path: Path) -
     assert (tmp_path / "checkpoints" / "pool" / "mine.txt").exists(), "of somebody else"
 
 
+def test_going_back_leaves_what_came_later_behind(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    manifest = None
+    for step in (10, 20, 30):
+        manifest = save(store, step, {"a": step}, manifest, keep=3)
+    store.abandon_after(10)
+    assert store.steps() == [10]
+    save(store, 20, {"b": 5.0}, store.read(10), keep=3)
+    assert store.steps() == [20, 10] and values(store, 20) == {"a": 10.0, "b": 5.0}
+
+
+def test_nothing_is_removed_while_a_manifest_cannot_be_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first = save(store, 10, {"a": 1.0})
+    (tmp_path / "checkpoints" / "step-00000010.json").write_text("{")
+    save(store, 20, {"b": 1.0}, keep=2)
+    assert [store.problem(file) for file in first.files] == [None, None]
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

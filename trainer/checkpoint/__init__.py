@@ -6,13 +6,16 @@ base again. This module decides what a save holds, and when it is done.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import secrets
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from trainer.checkpoint.contents import Contents, Share, parameters_by_unit, put
 from trainer.checkpoint.fingerprint import fingerprints
 from trainer.checkpoint.store import CheckpointError, File, Manifest, Store
 from trainer.engine.attach import Sparse
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CheckpointError", "Checkpoints", "Store"]
 
@@ -87,6 +92,11 @@ class Checkpoints:
         base = {unit: parameters for unit, parameters in units.items() if unit not in trained}
         return fingerprints(self._sparse, {**base, "rest": rest})
 
+    @property
+    def last_step(self) -> int | None:
+        """Of the newest checkpoint that is whole, as far as `finish` knows."""
+        return self._baseline.step if self._baseline else None
+
     # --- saving ------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -137,10 +147,12 @@ class Checkpoints:
         return True
 
     def _changed(self) -> list[str]:
-        """Units that trained since the newest checkpoint; a block that never did is its base's."""
+        """Units that trained since the newest checkpoint, or train now; other blocks are as they were there."""
         before = self._baseline.times_active if self._baseline else [0] * len(self._sparse.blocks)
         now = self._sparse.times_active
-        blocks = [unit_of_block(i) for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+        # Those that train now have state of this interval, also where all of its steps were skipped so far.
+        changed = {i for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new}
+        blocks = [unit_of_block(i) for i in sorted(changed | set(self._sparse.active))]
         return blocks + list(self._sparse.always_on)
 
     def _write(self, manifest: Manifest, shares: Mapping[str, Share]) -> None:
@@ -155,17 +167,24 @@ class Checkpoints:
             if self._rank == 0:
                 self._publish(manifest)
             else:
-                self._wait_for(lambda: self._published(step))
-        except BaseException as error:  # told to the main thread
+                self._wait_for(step, lambda: self._published(step))
+        except BaseException as error:  # told to the main thread, and to the ranks that wait for this one
             self._failure = error
+            with suppress(OSError):
+                self._store.announce(step, f"{self._attempt}-failed", f"rank {self._rank}: {error}")
 
     def _publish(self, manifest: Manifest) -> None:
+        step = manifest.step
         for rank in range(self._ranks):
-            files = self._wait_for(lambda rank=rank: self._store.announced(manifest.step, self._mark(rank)))
+            files = self._wait_for(step, partial(self._store.announced, step, self._mark(rank)))
             for unit, file in files.items():
                 manifest.units.setdefault(unit, []).append(File(**file))
         self._store.publish(manifest)
-        self._store.prune(self._keep, also=[self._best[1]] if self._best else [])
+        best = manifest.state["best"]
+        try:
+            self._store.prune(self._keep, also=[best[1]] if best else [])
+        except OSError as error:  # the checkpoint is whole all the same
+            logger.warning("old checkpoints in %s could not be removed: %s", self._store.folder, error)
 
     def _mark(self, rank: int) -> str:
         return f"{self._attempt}-r{rank:05d}"
@@ -176,12 +195,15 @@ class Checkpoints:
             return False
         return any(self._attempt in file.name for file in self._store.read(step).files)
 
-    def _wait_for(self, look: Any) -> Any:
+    def _wait_for(self, step: int, look: Callable[[], Any]) -> Any:
         end = time.monotonic() + self._patience
         while True:
             found = look()
             if found:
                 return found
+            failed = self._store.announced(step, f"{self._attempt}-failed")
+            if failed:
+                raise RuntimeError(failed)
             if time.monotonic() > end:
                 raise TimeoutError(f"other ranks had not written their files after {self._patience:.0f} s")
             time.sleep(_POLL_SECONDS)
@@ -206,6 +228,9 @@ class Checkpoints:
         self._base = base
         if source.folder.resolve() == self._store.folder.resolve():
             self._best = tuple(manifest.state["best"]) if manifest.state["best"] else None
+            if self._rank == 0:
+                source.abandon_after(step)
+            dist.barrier()
             times = tuple(manifest.state["sparse"]["times_active"])
             self._baseline = _Baseline(step, times, manifest.units)
         files = manifest.units[_RANDOM]

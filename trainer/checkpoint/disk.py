@@ -9,10 +9,14 @@ from pathlib import Path
 
 def write(path: Path, data: bytes) -> None:
     """A new file with `data` in it; nothing that was there is written over."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk: what is there of it only takes room
+        remove(path)
+        raise
 
 
 def publish(path: Path, data: bytes) -> None:

@@ -98,24 +98,28 @@ class Store:
     def prune(self, keep: int, also: Iterable[int] = ()) -> None:
         """Remove all but the `keep` newest checkpoints and those of the steps `also`, and files of no checkpoint.
 
-        Files of a step after the newest checkpoint are left alone: they may be on their way into one.
+        Files of a step after the newest checkpoint are left alone: they may be on their way into one. So are all files
+        where a manifest cannot be read: who knows what it refers to.
         """
         steps = self.steps()
         kept = {*steps[:keep], *also}
         for step in steps:
             if step not in kept:
                 disk.remove(self._path(step))
-        used = {file.name for step in self.steps() for file in self._files_of(step)}
+        try:
+            used = {file.name for step in self.steps() for file in self.read(step).files}
+        except CheckpointError:
+            return
         for path in self._pool.iterdir():
             named = _POOLED.match(path.name.removeprefix("."))
             if named and steps and int(named[1]) <= steps[0] and path.name not in used:
                 disk.remove(path)
 
-    def _files_of(self, step: int) -> list[File]:
-        try:
-            return self.read(step).files
-        except CheckpointError:
-            return []  # it cannot be used, and so needs none
+    def abandon_after(self, step: int) -> None:
+        """Checkpoints after `step` are not of the run that goes on from there."""
+        for later in self.steps():
+            if later > step:
+                disk.rename(self._path(later), self.folder / f"abandoned-{self._path(later).name}")
 
     # --- reading -----------------------------------------------------------------------------------------------
 

@@ -340,6 +340,12 @@ class RunConfig(Section):
     monitor: MonitorConfig = MonitorConfig()
 
     @property
+    def saves(self) -> bool:
+        """Whether checkpoints are written."""
+        # The moments of 8-bit Adam are quantised for where they lie.
+        return self.checkpoint.every is not None and self.optimizer.name != "adamw_8bit"
+
+    @property
     def merges(self) -> bool:
         """Whether adapters are merged into their base at the end."""
         if self.substrate.name != "adapter":

@@ -42,7 +42,7 @@ from trainer.updates import Dense, UpdateRule
 logger = logging.getLogger(__name__)
 
 # By which DeepSpeed's engine counts.
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 class StateSource(Protocol):
@@ -200,6 +200,7 @@ class Sparse:
             "interval": self.interval,
             "times_active": list(self.times_active),
             "selector": self.selector.state_dict(),
+            "observed_at": self._observed_at,
             "probes": self._prober.taken if self._prober is not None else 0,
             "learning_rates": [float(group["lr"]) for group in engine.basic_optimizer.param_groups],
             "engine": {name: getattr(engine, name) for name in _COUNTERS},
@@ -215,11 +216,14 @@ class Sparse:
         engine, registration = self._attached(), self._registered()
         for name in _COUNTERS:
             setattr(engine, name, state["engine"][name])
+        # Steps end where this is a multiple of the accumulation, which may be another one now.
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         for group, rate in zip(engine.basic_optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
         registration.restore_loss_scale(state["loss_scale"])
         self.selector.load_state_dict(state["selector"])
         self.interval, self.times_active = state["interval"], list(state["times_active"])
+        self._observed_at = state["observed_at"]
         if self._prober is not None:
             self._prober.skip(state["probes"])
         if self.bank.keeps:

@@ -92,6 +92,9 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
 # Optimizer state with one value per weight. It is zeroed in place and banked; anything else is not understood.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
+# Of DeepSpeed's DynamicLossScaler, what moves; the rest is configuration.
+_OF_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 Parameters = Mapping[str, nn.Parameter]
 
 
@@ -204,9 +207,9 @@ class Registration(ABC):
         return min(_full_numel(parameter), dist.get_rank() * -(-_full_numel(parameter) // dist.get_world_size()))
 
     def loss_scale_state(self) -> dict[str, float]:
-        """The loss scaler's numbers (fp16); empty without one."""
+        """Where the dynamic loss scaler (fp16) is; empty without one."""
         scaler = getattr(self.optimizer, "loss_scaler", None)
-        return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler is not None else {}
+        return {k: v for k, v in vars(scaler).items() if k in _OF_LOSS_SCALE} if scaler is not None else {}
 
     def restore_loss_scale(self, state: Mapping[str, float]) -> None:
         """Take back what `loss_scale_state` returned."""
