@@ -171,7 +171,7 @@ class _Loop:
                 stopped = not self._evaluate(last=True)
             last = history.evaluations.get(history.step, history.last_loss)
             if not stopped and not math.isfinite(last):
-                raise self._stopped(f"the loss is {last}")
+                raise self._stopped(f"the loss is {last}", step=history.step)
             if saves:
                 self._save_finally()
         return not stopped
@@ -239,12 +239,13 @@ class _Loop:
         except CheckpointError as error:
             self.progress.say(f"WARNING: {error}")
 
-    def _stopped(self, reason: str) -> StoppedError:
-        config = self.config
+    def _stopped(self, reason: str, *, step: int | None = None) -> StoppedError:
+        """Of the step that is under way, or of `step`."""
+        config, step = self.config, step or self.history.step + 1
         clipping = config.train.gradient_clipping
         clip = f"lower train.gradient_clipping ({clipping})" if clipping else "set train.gradient_clipping (0: none)"
         return StoppedError(
-            f"stopped at step {self.history.step + 1}: {reason}; no model was written. Lower optimizer.lr "
+            f"stopped at step {step}: {reason}; no model was written. Lower optimizer.lr "
             f"({config.optimizer.lr}), {clip}, or look at the data"
         )
 
