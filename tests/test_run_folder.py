@@ -36,8 +36,10 @@ def _cases(rank: int, place: Path) -> str:
     _refused(rank, place / "new" / "run")
     assert not (place / "new" / "run").exists()
     before = _contents(place / "mine")
+    torch_distributed.barrier()  # rank 0 writes there next, and once more after that
     _refused(rank, place / "mine")
     assert _contents(place / "mine") == before
+    torch_distributed.barrier()
 
     with start_run_folder(_config(place / "mine")) as folder:
         assert folder == place / "mine"
