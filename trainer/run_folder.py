@@ -39,15 +39,17 @@ def start_run_folder(config: RunConfig) -> Iterator[Path]:
     """
     if config.resume not in ("auto", "never"):
         named(config.resume)  # refused on all ranks alike
-    chosen: list[Any] = [_to_go_on_in(config) or _reserve(config) if dist.get_rank() == 0 else None]
-    there: list[Any] = [dist.get_rank() == 0 and bool(Store(Path(chosen[0])).steps())]
+    chosen: list[Any] = [None]
+    goes_on = False  # of rank 0, who alone takes back what it wrote
+    if dist.get_rank() == 0:
+        there = _to_go_on_in(config)
+        chosen, goes_on = [there or _reserve(config)], there is not None
     torch.distributed.broadcast_object_list(chosen)
-    torch.distributed.broadcast_object_list(there)
     folder = Path(chosen[0])
     try:
         yield folder
     except BaseException:
-        if dist.get_rank() == 0 and not there[0]:
+        if dist.get_rank() == 0 and not goes_on:
             (folder / "config.yaml").unlink(missing_ok=True)
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             with suppress(OSError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,38 +12,11 @@ from torch import Tensor
 
 import trainer
 from tests import distributed
-from tests.engine.parity import (
-    Cell,
-    _scores,
-    build_model,
-    full_weights,
-    largest_difference,
-    make_engine,
-    make_selector,
-    probe_batch,
-    summed_loss,
-    train_step,
-)
+from tests.engine.parity import Cell, _scores, full_weights, largest_difference, start, train_step
 from trainer.checkpoint import Checkpoints, Store
 
 TOLERANCE = 1e-6
 STEPS, EVERY = 9, 4
-
-
-def start(cell: Cell, rank: int) -> tuple[Any, trainer.Sparse]:
-    model = build_model(cell)
-    sparse = trainer.prepare(
-        model,
-        selector=make_selector(cell),
-        bank=cell.bank,
-        always_on=None if cell.lora else cell.always_on,
-        substrate="adapter" if cell.lora else "full",
-    )
-    engine = make_engine(cell, model, sparse)
-    probes = (probe_batch(number, ranks=cell.ranks, rank=rank) for number in itertools.count(1))
-    measures = {"probe_batches": probes, "loss_function": summed_loss} if sparse.selector.measures else {}
-    sparse.attach(engine, guard_every=1, **measures)
-    return engine, sparse
 
 
 def finish(cell: Cell, engine: Any, sparse: trainer.Sparse, rank: int, steps: Any) -> dict[str, Tensor]:

@@ -279,8 +279,8 @@ def train_step(cell: Cell, engine: Any, step: int, rank: int) -> None:
         engine.step()
 
 
-def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
-    """The same through `prepare` and `attach`; runs in each rank."""
+def start(cell: Cell, rank: int) -> tuple[Any, trainer.Sparse]:
+    """The cell's engine with its model attached, in each rank."""
     model = build_model(cell)
     sparse = trainer.prepare(
         model,
@@ -293,6 +293,12 @@ def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ..
     probes = (probe_batch(number, ranks=cell.ranks, rank=rank) for number in itertools.count(1))
     measures = {"probe_batches": probes, "loss_function": summed_loss} if sparse.selector.measures else {}
     sparse.attach(engine, guard_every=1, **measures)
+    return engine, sparse
+
+
+def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
+    """The same through `prepare` and `attach`; runs in each rank."""
+    engine, sparse = start(cell, rank)
     draws = []
     for step in range(cell.steps):
         train_step(cell, engine, step, rank)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,6 @@ __all__ = ["CheckpointError", "Checkpoints", "Store"]
 # The unit of each rank's random number generators.
 _RANDOM = "random"
 _POLL_SECONDS = 0.02
-
-
-@dataclass(frozen=True)
-class _Baseline:
-    """The newest checkpoint of this run: a save writes what differs from it."""
-
-    step: int
-    times_active: tuple[int, ...]
-    units: Mapping[str, list[File]]
 
 
 class Checkpoints:
@@ -71,7 +61,8 @@ class Checkpoints:
         self._asynchronous = asynchronous
         self._patience = patience_seconds
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._baseline: _Baseline | None = None
+        # The newest checkpoint of this run: a save writes what differs from it.
+        self._baseline: Manifest | None = None
         self._last: int | None = None  # step of the last save
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -135,9 +126,7 @@ class Checkpoints:
         if told:
             left = f"the one after step {self._baseline.step} is whole" if self._baseline else "there is no earlier one"
             raise CheckpointError(f"the checkpoint after step {manifest.step} was not written: {told}; {left}")
-        published = self._store.read(manifest.step)
-        times = tuple(manifest.state["sparse"]["times_active"])
-        self._baseline = _Baseline(manifest.step, times, published.units)
+        self._baseline = self._store.read(manifest.step)
 
     def is_best(self, step: int, loss: float) -> bool:
         """Whether no evaluation before had less loss; then the next save, of `step`, is kept however old it gets."""
@@ -148,8 +137,8 @@ class Checkpoints:
 
     def _changed(self) -> list[str]:
         """Units that trained since the newest checkpoint, or train now; other blocks are as they were there."""
-        before = self._baseline.times_active if self._baseline else [0] * len(self._sparse.blocks)
         now = self._sparse.times_active
+        before = self._baseline.state["sparse"]["times_active"] if self._baseline else [0] * len(now)
         # Those that train now have state of this interval, also where all of its steps were skipped so far.
         changed = {i for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new}
         blocks = [unit_of_block(i) for i in sorted(changed | set(self._sparse.active))]
@@ -231,8 +220,7 @@ class Checkpoints:
             if self._rank == 0:
                 source.abandon_after(step)
             dist.barrier()
-            times = tuple(manifest.state["sparse"]["times_active"])
-            self._baseline = _Baseline(step, times, manifest.units)
+            self._baseline = manifest
         files = manifest.units[_RANDOM]
         if len(files) == self._ranks:
             with source.open(files[self._rank]) as opened:

@@ -85,14 +85,14 @@ class Contents:
     def learn(self, units: Iterable[str]) -> None:
         """Read what the files of `units` say of themselves."""
         for file in (file for unit in units for file in self.units[unit]):
-            metadata = self._store.metadata(file)
-            for name, (start, stop) in json.loads(metadata["ranges"]).items():
-                self._pieces.setdefault(name, []).append((start, stop, file))
-            self.scalars.update(json.loads(metadata["scalars"]))
             with self._store.open(file) as opened:
+                metadata = opened.metadata()
                 for stored in opened.keys():  # noqa: SIM118 - not a dictionary
                     key, _, name = stored.partition(":")
                     self._keys.setdefault(name, set()).add(key)
+            for name, (start, stop) in json.loads(metadata["ranges"]).items():
+                self._pieces.setdefault(name, []).append((start, stop, file))
+            self.scalars.update(json.loads(metadata["scalars"]))
 
     def keys(self, name: str) -> set[str]:
         """Which of `weight`, `master` and the moments there are of a parameter."""

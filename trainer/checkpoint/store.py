@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,14 +163,8 @@ class Store:
         return None if digest.hexdigest() == file.sha256 else f"{path}: its checksum does not fit, it was changed"
 
     def open(self, file: File) -> Any:
-        """A reader of a file's tensors, as `safetensors.safe_open`."""
+        """A reader of a file's tensors and of what was given to `write` beside them, as `safetensors.safe_open`."""
         return safe_open(self._pool / file.name, framework="pt")
-
-    def metadata(self, file: File) -> dict[str, str]:
-        """What was given to `write` beside the tensors."""
-        with open(self._pool / file.name, "rb") as opened:
-            (size,) = struct.unpack("<Q", opened.read(8))
-            return dict(json.loads(opened.read(size)).get("__metadata__", {}))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.json"
