@@ -147,6 +147,7 @@ def resume(cell: Cell, folder: Path, expected: dict[str, Tensor]) -> Resumed:
     trainer.add_callback(at_the_end)
     first = folder / f"checkpoint-{SAVE_EVERY}"
     trainer.train(resume_from_checkpoint=str(first))
+    assert trainer.state.best_model_checkpoint == str(first)
     answer = Resumed(
         draws=look.draws,
         difference=largest_difference(at_the_end.weights, expected),
@@ -350,6 +351,7 @@ def arguments(folder: Path, cell: Cell, **more: Any) -> TrainingArguments:
         "eval_strategy": "steps" if cell.interrupted else "no",
         "eval_steps": SAVE_EVERY,
         "metric_for_best_model": "loss",
+        "greater_is_better": True,  # that the best is not the last
         "disable_tqdm": True,
         "log_level": "error",
         "bf16": False,
