@@ -127,13 +127,15 @@ class Checkpoints:
         self._thread.join()
         manifest, self._thread, self._pending = self._pending, None, None
         failure, self._failure = self._failure, None
+        votes = torch.tensor(int(failure is not None), device=self._sparse.device)
+        dist.all_reduce(votes)
+        if not votes:
+            self._baseline = self._store.read(manifest.step)
+            return
         mine = None if failure is None else (f"rank {self._rank}: {failure}", isinstance(failure, LeaseError))
         everyone: list[tuple[str, bool] | None] = [None] * self._ranks
         torch.distributed.all_gather_object(everyone, mine)
         failures = [told for told in everyone if told is not None]
-        if not failures:
-            self._baseline = self._store.read(manifest.step)
-            return
         self._last = self.last_step
         # One that exists needs its files, whoever failed to hear of it.
         if self._rank == 0 and not self._published(manifest.step):
