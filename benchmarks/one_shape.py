@@ -148,8 +148,8 @@ class Run:
         # Without offload gradients are kept until the step, in which a group's lie there a second time, and in fp32.
         gradients = 0 if self.offload else 2 * active + 6 * max(map(sum, groups))
         checkpoints = 2 * self.shape.blocks * tokens * hidden
-        # The head's backward: a tile of logits, its weight gradient in fp32 and then in bf16.
-        in_head = 2 * tokens * min(self.shape.vocabulary, 32768) + 8 * tokens * hidden + 6 * head * trains_head
+        # The head's backward: TRL's tile of logits, the weight gradient in fp32 and then in bf16.
+        in_head = 2 * min(tokens, 4096) * 32768 + 8 * tokens * hidden + 6 * head * trains_head
         # A block that is computed again: about twelve tensors as wide as the model and six as wide as its MLP, and a
         # weight gradient, with offload in fp32 on its way out.
         in_block = 2 * tokens * (12 * hidden + 6 * wide) + (8 if self.offload else 2) * largest

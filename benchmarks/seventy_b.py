@@ -4,8 +4,8 @@
     python benchmarks/seventy_b.py --shape 8b --method lora ist lisa --offload never --batch 4 --json eight.json
 
 Runs unattended. Every shape and method has a process of its own; none is started with less of `--seconds` left than the
-longest so far took, one that is not done then is stopped, and what each length measured is in the file at once. Weights are drawn on the
-card, block by block and in bf16, so that the model is never in host memory. With `--offload`, the default, masters,
+longest so far took, one that is not done by then is stopped, and what each length measured is kept. Weights are drawn
+on the card, block by block and in bf16, so that the model is never in host memory. With `--offload always` masters,
 moments and gradients of what trains are in host memory (ZeRO-2): a Llama-2-70B, whose weights are 137.9 GB, then trains
 on one card of 141 GB. The loss is computed tile by tile, activations are checkpointed.
 
