@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
-from common import ENTRY, Tracker, around_switch, llama, quiet_collector, start_engine, with_lora
+from common import ENTRY, Tracker, around_switch, llama, start_engine, with_lora
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from seventy_b import SHAPES, arguments
@@ -176,31 +177,33 @@ class Run:
         steps = self.args.steps
         if self.sparse.selector.measures:  # as many probes as a run has of them
             steps = self.sparse.selector.update_every * -(-steps // self.sparse.selector.update_every)
+        on_card = self.accelerator.device_name() != "cpu"
+        if on_card:
+            self.accelerator.empty_cache()  # cut to the sizes of another length
         for number in range(2):
             step(number)
+        gc.collect()
         self.watch.clear()
-        on_card = self.accelerator.device_name() != "cpu"
         if on_card:
             self.accelerator.reset_peak_memory_stats()
         seconds, losses, flops = [], [], []
-        with quiet_collector():
-            for number in range(steps):
-                one, loss = step(2 + number)
-                seconds.append(one)
-                losses.append(loss)
-                flops.append(
-                    step_flops(
-                        shapes,
-                        head=self.shape.hidden * self.shape.vocabulary,
-                        batch=self.args.batch,
-                        length=length,
-                        active=self.sparse.active,
-                        embeddings="embeddings" in on,
-                        train_head="head" in on,
-                        checkpointing=True,
-                        attention_backward=2.5,
-                    )
+        for number in range(steps):
+            one, loss = step(2 + number)
+            seconds.append(one)
+            losses.append(loss)
+            flops.append(
+                step_flops(
+                    shapes,
+                    head=self.shape.hidden * self.shape.vocabulary,
+                    batch=self.args.batch,
+                    length=length,
+                    active=self.sparse.active,
+                    embeddings="embeddings" in on,
+                    train_head="head" in on,
+                    checkpointing=True,
+                    attention_backward=2.5,
                 )
+            )
         if on_card:
             peak = self.accelerator.max_memory_allocated()
         else:  # watching every storage is slow
