@@ -28,7 +28,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import trainer  # noqa: E402
 from trainer.config.deepspeed import size_buckets  # noqa: E402
@@ -69,8 +69,9 @@ def llama(
         use_cache=False,
         **{"intermediate_size": 11 * hidden // 4, **heads, **more},
     )
+    # On the device and in its dtype from the first: a large model does not fit twice.
     with torch.device(get_accelerator().current_device_name()):
-        model = LlamaForCausalLM(config).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
@@ -97,7 +98,9 @@ def start_engine(
     """The engine of a prepared model with AdamW, attached, and its DeepSpeed settings: buckets as train.py has them."""
     on_cpu = get_accelerator().device_name() == "cpu"
     groups = sparse.param_groups(weight_decay=0.01)
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": not on_cpu, "contiguous_gradients": True}
+    # One rank has nothing to overlap, and pays for it with a second bucket.
+    overlap = not on_cpu and dist.get_world_size() > 1
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": overlap, "contiguous_gradients": True}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
     ds = {
