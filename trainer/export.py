@@ -156,7 +156,8 @@ def write_merged(
     *,
     step: Alone | None = None,
 ) -> None:
-    """Merge block by block; `gather` makes live tensors whole, in host memory. Raises `ExportError` where PEFT cannot."""
+    """Merge block by block; `gather` makes live tensors whole, in host memory. Raises `ExportError` where PEFT cannot
+    merge."""
     step = step or Alone()
     base = adapters.model.get_base_model()
     merger = Merger(adapters)
