@@ -22,7 +22,8 @@ def _contents(folder: Path) -> set[str]:
 
 
 def _refused(rank: int, place: Path) -> None:
-    with pytest.raises(ZeroDivisionError), start_run_folder(_config(place)) as folder:
+    with pytest.raises(ZeroDivisionError), start_run_folder(_config(place)) as run:
+        folder = run.path
         if rank == 0:
             assert (folder / "config.yaml").exists()
             (folder / "tensorboard" / "deep").mkdir(parents=True)
@@ -41,18 +42,23 @@ def _cases(rank: int, place: Path) -> str:
     assert _contents(place / "mine") == before
     torch_distributed.barrier()
 
-    with start_run_folder(_config(place / "mine")) as folder:
+    with start_run_folder(_config(place / "mine")) as run:
+        folder = run.path
         assert folder == place / "mine"
+        (folder / "metrics.jsonl").touch()
+        torch_distributed.barrier()
     torch_distributed.barrier()
     with start_run_folder(_config(place / "mine")) as second:
-        assert second == place / "mine-2"
+        assert second.path == place / "mine-2"
+        (second.path / "metrics.jsonl").touch()
+        torch_distributed.barrier()
     torch_distributed.barrier()
     return (folder / "config.yaml").read_text()
 
 
 def _beside(rank: int, place: Path) -> str:
-    with start_run_folder(_config(place)) as folder:
-        return folder.name
+    with start_run_folder(_config(place)) as run:
+        return run.path.name
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "importance.png", "model"])

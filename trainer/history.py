@@ -13,6 +13,7 @@ from deepspeed import comm as dist
 from trainer.checkpoint import CheckpointError, Checkpoints, Store
 from trainer.config import RunConfig
 from trainer.data.batches import Batches
+from trainer.progress import Meter
 from trainer.resuming import came_from, check_settings, named
 
 
@@ -35,8 +36,8 @@ class History:
         self._batches = batches
         self._scheduler = scheduler
 
-    def save(self) -> None:
-        """A checkpoint after the steps so far."""
+    def save(self, meter: Meter) -> None:
+        """A checkpoint after the steps so far, and of what `meter` has added up since the last log line."""
         self.checkpoints.save(
             self.step,
             {
@@ -46,10 +47,11 @@ class History:
                 "evaluations": [[step, _finite(loss)] for step, loss in self.evaluations.items()],
                 "skipped": self.skipped,
                 "last_loss": _finite(self.last_loss),
+                "meter": [_finite(value) for value in meter.sums()],
             },
         )
 
-    def resume(self, folder: Path) -> str:
+    def resume(self, folder: Path, meter: Meter) -> str:
         """Go on as `resume` says; returns where from, or nothing for a run that begins. Raises `CheckpointError`."""
         wanted = self._config.resume
         if wanted == "never":
@@ -72,6 +74,7 @@ class History:
         self._take_up_schedule(state["scheduler"])
         self.evaluations = {step: _number(loss) for step, loss in state["evaluations"]}
         self.skipped, self.last_loss = state["skipped"], _number(state["last_loss"])
+        meter.go_on_from(*map(_number, state["meter"]))
         dist.barrier()
         return f"{source.folder}/step-{step:08d}.json"
 

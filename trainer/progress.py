@@ -106,7 +106,20 @@ class Meter:
 
     def _reset(self) -> None:
         self._results: list[StepResult] = []
+        self._before = (0.0, 0.0)
         self._since = time.monotonic()
+
+    def sums(self) -> tuple[float, float]:
+        """Loss and target tokens since the last reading, for a run that goes on from here."""
+        loss, targets = self._before
+        return (
+            loss + sum(float(r.loss_sum) for r in self._results),
+            targets + sum(float(r.targets) for r in self._results),
+        )
+
+    def go_on_from(self, loss: float, targets: float) -> None:
+        """Begin with these sums."""
+        self._before = (loss, targets)
 
     def add(self, result: StepResult) -> None:
         self._results.append(result)
@@ -119,10 +132,10 @@ class Meter:
         self._since += time.monotonic() - started
 
     def read(self, engine: DeepSpeedEngine) -> dict[str, float]:
-        loss = sum(float(r.loss_sum) for r in self._results) / max(1.0, sum(float(r.targets) for r in self._results))
+        loss, targets = self.sums()
         seconds = time.monotonic() - self._since
         values = {
-            "loss": loss,
+            "loss": loss / max(1.0, targets),
             "grad_norm": float(engine.get_global_grad_norm() or 0.0),
             "tokens_per_second": sum(float(r.tokens) for r in self._results) / seconds,
             "step_seconds": seconds / len(self._results),

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from trainer.checkpoint.store import CheckpointError, Store
 from trainer.config import RunConfig
 
@@ -29,10 +31,19 @@ _FIXED = (
 _FREE = ("model.path", "substrate.merge", "substrate.adapter")
 
 
+def finished(folder: Path) -> bool:
+    """Whether the run in `folder` came to its end: what it writes last is there."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        adapters = config["substrate"]["name"] == "adapter"
+    except (OSError, yaml.YAMLError, TypeError, KeyError):  # what is there is nobody's to go on with
+        return True
+    return (folder / ("adapter" if adapters else "model")).exists()
+
+
 def can_go_on(folder: Path) -> bool:
     """Whether `folder` holds a run that saved checkpoints and did not come to its end."""
-    finished = any((folder / name).exists() for name in ("model", "adapter"))
-    return not finished and (folder / "config.yaml").exists() and bool(Store(folder).steps())
+    return bool(Store(folder).steps()) and not finished(folder)
 
 
 def named(resume: str) -> tuple[Store, int | None]:

@@ -1,63 +1,121 @@
-"""The folder of a run: a fresh one for each, with the resolved configuration in it."""
+"""The folder of a run: a fresh one for each, with the resolved configuration in it, and one run at a time."""
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
 
-from trainer.checkpoint.store import Store
+from trainer.checkpoint.lease import FILE as LEASE
+from trainer.checkpoint.lease import Holder, Lease, lives, this_process
+from trainer.checkpoint.lease import read as read_lease
+from trainer.checkpoint.store import CheckpointError, Store
 from trainer.config import RunConfig, dump
-from trainer.resuming import came_from, can_go_on, named
+from trainer.resuming import came_from, can_go_on, finished, named
 
-_OF_A_RUN = ("config.yaml", "metrics.jsonl", "model", "adapter", "importance.png", "tensorboard", "checkpoints")
-
-
-# Open files whose locks say that a run is alive.
-_LOCKED: list[BinaryIO] = []
+_OF_TRAINING = ("metrics.jsonl", "model", "adapter", "importance.png", "checkpoints")
+_OF_A_RUN = ("config.yaml", *_OF_TRAINING, "tensorboard", LEASE)
 
 
 def _wanted(config: RunConfig) -> Path:
     return Path(config.output).expanduser()
 
 
-@contextmanager
-def start_run_folder(config: RunConfig) -> Iterator[Path]:
-    """The run folder, with the resolved configuration in it; a folder that holds a run is never written over, but a run
-    that stopped there goes on (`resume`).
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, on all ranks, and on rank 0 the lease of it."""
 
-    Where what happens inside is refused, what was written goes again, and the folder with it if nothing else is there:
-    it may be one of the user's.
+    path: Path
+    lease: Lease | None
+
+
+@contextmanager
+def start_run_folder(config: RunConfig) -> Iterator[RunFolder]:
+    """The run folder, with the resolved configuration in it, for this run alone as long as the context lasts.
+
+    A folder that holds a run is never written over, but a run that stopped there goes on (`resume`). Raises
+    `CheckpointError` on all ranks: where another job trains there, and where ranks do not see the same folder.
+
+    Where what happens inside is refused before training, what was written goes again, and the folder with it if nothing
+    else is there: it may be one of the user's.
     """
     if config.resume not in ("auto", "never"):
         named(config.resume)  # refused on all ranks alike
-    chosen: list[Any] = [None]
-    goes_on = False  # of rank 0, who alone takes back what it wrote
-    if dist.get_rank() == 0:
-        there = _to_go_on_in(config)
-        chosen, goes_on = [there or _reserve(config)], there is not None
-    torch.distributed.broadcast_object_list(chosen)
-    folder = Path(chosen[0])
+    lease: Lease | None = None
+
+    def choose() -> tuple[str, str]:
+        nonlocal lease
+        lease = _choose(config)
+        return str(lease.folder), lease.holder.token
+
+    chosen, token = _told_by_rank_0(choose)
+    folder = Path(chosen)
     try:
-        yield folder
-    except BaseException:
-        if dist.get_rank() == 0 and not goes_on:
-            (folder / "config.yaml").unlink(missing_ok=True)
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+        _check_shared(folder, token)
+        yield RunFolder(folder, lease)
+    finally:
+        if lease is not None:
+            lease.release()
+            if not any((folder / name).exists() for name in _OF_TRAINING):
+                _take_back(folder)
 
 
-def _to_go_on_in(config: RunConfig) -> Path | None:
+def _take_back(folder: Path) -> None:
+    (folder / "config.yaml").unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _told_by_rank_0(look: Callable[[], Any]) -> Any:
+    """What `look` returns on rank 0, on all ranks; its `CheckpointError` or `OSError` is raised on all."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told = [look(), None]
+        except (CheckpointError, OSError) as error:
+            told = [None, error]
+    torch.distributed.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def _check_shared(folder: Path, token: str) -> None:
+    """Ranks write their parts of checkpoints into one folder."""
+    here = None
+    with suppress(CheckpointError, OSError):
+        here = read_lease(folder)
+    blind: list[Any] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(blind, here is None or here.token != token)
+    without = [rank for rank, unseen in enumerate(blind) if unseen]
+    if without:
+        raise CheckpointError(
+            f"output: ranks {without} do not see rank 0's {folder}: it must be on a file system that all nodes share"
+        )
+
+
+def _choose(config: RunConfig) -> Lease:
+    """The lease of the folder to train in."""
+    holder = this_process()
+    while True:
+        folder = _to_go_on_in(config, holder)
+        if folder is not None:
+            return Lease.take(folder, holder)
+        folder = _reserve(config)
+        if folder is not None:
+            return Lease.take(folder, holder)
+
+
+def _to_go_on_in(config: RunConfig, holder: Holder) -> Path | None:
     """The folder of the run that `resume` goes on with, if that is one of `output`'s."""
     if config.resume == "never":
         return None
@@ -65,23 +123,14 @@ def _to_go_on_in(config: RunConfig) -> Path | None:
     for folder in takewhile(_holds_a_run, _numbered(config)):
         store = Store(folder)
         ours = source is None or store.folder.resolve() == source or came_from(store, config.resume)
-        if ours and (can_go_on(folder) or store.folder.resolve() == source) and _lock(folder):
+        if ours and (can_go_on(folder) or store.folder.resolve() == source):
+            return folder
+        # Of this job before it was requeued, without a checkpoint yet; or of one that trains there now, which is named
+        # when its lease is wanted.
+        before = read_lease(folder)
+        if before is not None and not finished(folder) and (before.job == holder.job or lives(folder, before, holder)):
             return folder
     return None
-
-
-def _lock(folder: Path) -> bool:
-    """Keep other processes from going on in `folder` as well, until this one ends; False where one does already."""
-    file = open(folder / "config.yaml", "rb")  # noqa: SIM115 - held until the process ends
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return False
-    except OSError:  # a file system without locks
-        pass
-    _LOCKED.append(file)
-    return True
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -97,19 +146,16 @@ def _numbered(config: RunConfig) -> Iterator[Path]:
         yield wanted.resolve().with_name(f"{wanted.resolve().name}-{number}")
 
 
-def _reserve(config: RunConfig) -> Path:
-    for folder in _numbered(config):
-        if _holds_a_run(folder):
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(folder / "config.yaml", "x", encoding="utf-8") as file:  # or another job was faster
-                file.write(dump(config))
-            _lock(folder)
-            return folder
-        except FileExistsError:
-            continue
-    raise AssertionError("unreachable")
+def _reserve(config: RunConfig) -> Path | None:
+    """A fresh folder with the configuration in it; None where another job was faster."""
+    folder = next(folder for folder in _numbered(config) if not _holds_a_run(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(folder / "config.yaml", "x", encoding="utf-8") as file:
+            file.write(dump(config))
+    except FileExistsError:
+        return None
+    return folder
 
 
 def move_tensorboard(ds: dict[str, Any], config: RunConfig, folder: Path) -> None:

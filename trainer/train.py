@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -17,7 +19,8 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from trainer import build
 from trainer import model as models
 from trainer.adapters import adapt, choose_merge
-from trainer.checkpoint import CheckpointError, Checkpoints
+from trainer.blocks import full_numel
+from trainer.checkpoint import CheckpointError, Checkpoints, LeaseError
 from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed import resolve
 from trainer.data import Prepared, prepare_run
@@ -29,12 +32,12 @@ from trainer.engine.attach import Sparse
 from trainer.export import save
 from trainer.feed import Feed
 from trainer.history import History
-from trainer.interruption import EXIT_INTERRUPTED, Interruption
+from trainer.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
 from trainer.loss import LossError, Objective, check_fused, check_packing, choose_fused
 from trainer.picture import draw_importance
 from trainer.progress import Meter, Progress
 from trainer.rank_watch import watch_ranks
-from trainer.run_folder import move_tensorboard, start_run_folder
+from trainer.run_folder import RunFolder, move_tensorboard, start_run_folder
 from trainer.step import StepResult, evaluate, summed_over, train_step
 
 
@@ -48,14 +51,26 @@ def run(config: RunConfig) -> int:
     tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
     data = prepare_run(config, tokenizer)  # before there is a process group that could time out waiting
     build.initialise_process_group()
-    with watch_ranks():
-        code = _train(config, tokenizer, data)
+    interruption = Interruption()
+    with ExitStack() as whole_run:
+        if config.saves:
+            whole_run.enter_context(interruption.listening())
+        whole_run.enter_context(watch_ranks())
+        place = whole_run.enter_context(start_run_folder(config))
+        code = _train(config, tokenizer, data, place, interruption)
     # Only in the end: after a failure it could wait for ranks that will not come.
     torch.distributed.destroy_process_group()
     return code
 
 
-def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared) -> int:
+def _train(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared,
+    place: RunFolder,
+    interruption: Interruption,
+) -> int:
+    folder = place.path
     rank, ranks = dist.get_rank(), dist.get_world_size()
     ds = resolve(config, ranks)
     build.check_hardware(config)
@@ -92,23 +107,25 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
         rank=rank,
         ranks=ranks,
     )
-    with start_run_folder(config) as folder:
-        move_tensorboard(ds, config, folder)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds)
-        sparse.attach(engine, guard_every=config.train.guard_every, **_probing(engine, objective, feed, sparse))
-        engine.train()
-        if fused:
-            _check_fused(config, engine, objective)
-        if config.data.packing:
-            check_packing(engine)
-        settings = config.checkpoint.model_dump()
-        history = History(
-            Checkpoints(sparse, folder, keep=settings["keep"], asynchronous=settings["async"]),
-            config,
-            batches,
-            scheduler,
-        )
-        origin = history.resume(folder)
+    move_tensorboard(ds, config, folder)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds)
+    sparse.attach(engine, guard_every=config.train.guard_every, **_probing(engine, objective, feed, sparse))
+    engine.train()
+    if fused:
+        _check_fused(config, engine, objective)
+    if config.data.packing:
+        check_packing(engine)
+    settings = config.checkpoint.model_dump()
+    history = History(
+        Checkpoints(sparse, folder, keep=settings["keep"], asynchronous=settings["async"], lease=place.lease),
+        config,
+        batches,
+        scheduler,
+    )
+    meter = Meter()
+    origin = history.resume(folder, meter)
+    whole = adapters is None or merge
+    history.checkpoints.require_space(_bytes_to_write(config, sparse, model if whole else None), "this run at least")
 
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank, first_step=history.step)
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
@@ -117,14 +134,17 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
         progress.say(line)
     if origin:
         progress.say(f"going on after step {history.step}, from {origin}")
-    loop = _Loop(config, engine, objective, sparse, feed, batches, history, progress, num_steps)
-    if not loop.run():
+    interruption.remember()
+    loop = _Loop(config, engine, objective, sparse, feed, batches, history, progress, num_steps, interruption, meter)
+    try:
+        loop.run()
+        written, failure = save(engine, tokenizer, folder, adapters, merge=merge)
+    except Interrupted:
         progress.close()
         if rank == 0:
             saved = history.checkpoints.last_step
             print(f"Told to stop: saved after step {saved}. The same command goes on from there.", flush=True)
         return EXIT_INTERRUPTED
-    written, failure = save(engine, tokenizer, folder, adapters, merge=merge)
     progress.close()
     if rank == 0:
         pictures = draw_importance(folder, sparse.times_active)
@@ -149,32 +169,31 @@ class _Loop:
     history: History
     progress: Progress
     num_steps: int
-    meter: Meter = field(default_factory=Meter)
-    interruption: Interruption = field(default_factory=Interruption)
+    interruption: Interruption
+    meter: Meter
 
-    def run(self) -> bool:
-        """All steps that are left; False where a rank was told to stop, after a checkpoint."""
+    def run(self) -> None:
+        """All steps that are left. Raises `Interrupted` where a rank was told to stop, after a checkpoint."""
         config, history = self.config, self.history
-        saves = config.saves
-        with self.interruption.listening() if saves else nullcontext():
-            stopped = not self._evaluate()
-            while not stopped and history.step < self.num_steps:
-                result = self._step()
-                history.step += 1
-                stopped = saves and bool(result.told_to_stop)
-                if not stopped and config.eval.every and history.step % config.eval.every == 0:
-                    stopped = not self._evaluate()
-                # After the last step there is an evaluation first.
-                if saves and history.step < self.num_steps and history.step % config.checkpoint.every == 0:
-                    self._save()
-            if not stopped:
-                stopped = not self._evaluate(last=True)
-            last = history.evaluations.get(history.step, history.last_loss)
-            if not stopped and not math.isfinite(last):
-                raise self._stopped(f"the loss is {last}", step=history.step)
-            if saves:
-                self._save_finally()
-        return not stopped
+        stopped = not self._evaluate()
+        while not stopped and history.step < self.num_steps:
+            result = self._step()
+            history.step += 1
+            stopped = config.saves and bool(result.told_to_stop)
+            if not stopped and config.eval.every and history.step % config.eval.every == 0:
+                stopped = not self._evaluate()
+            # After the last step there is an evaluation first.
+            if config.saves and history.step < self.num_steps and history.step % config.checkpoint.every == 0:
+                self._save()
+        if not stopped:
+            stopped = not self._evaluate(last=True)
+        last = history.evaluations.get(history.step, history.last_loss)
+        if not stopped and not math.isfinite(last):
+            raise self._stopped(f"the loss is {last}", step=history.step)
+        if config.saves:
+            self._save_finally()
+        if stopped:
+            raise Interrupted
 
     def _step(self) -> StepResult:
         config, step = self.config, self.history.step
@@ -229,14 +248,27 @@ class _Loop:
 
     def _save(self) -> None:
         with self.meter.paused():
-            self.history.save()
+            self._unless_it_fails(self.history.checkpoints.finish)  # an earlier one
+            self._unless_it_fails(partial(self.history.save, self.meter))
 
     def _save_finally(self) -> None:
         """What was trained can be exported, and an earlier checkpoint gone on from, if this one cannot be written."""
+        with self.meter.paused():
+            for act in (
+                self.history.checkpoints.finish,
+                partial(self.history.save, self.meter),
+                self.history.checkpoints.finish,
+            ):
+                self._unless_it_fails(act, stop=False)
+
+    def _unless_it_fails(self, act: Callable[[], None], *, stop: bool | None = None) -> None:
         try:
-            self._save()
-            self.history.checkpoints.finish()
+            act()
+        except LeaseError:  # it is another job's run by now
+            raise
         except CheckpointError as error:
+            if self.config.checkpoint.on_failure == "stop" if stop is None else stop:
+                raise
             self.progress.say(f"WARNING: {error}")
 
     def _stopped(self, reason: str, *, step: int | None = None) -> StoppedError:
@@ -258,6 +290,15 @@ def _probing(engine: DeepSpeedEngine, objective: Objective, feed: Feed, sparse: 
         "probe_batches": feed.probe_batches(),
         "loss_function": lambda module, batches: summed_over(engine, objective, batches),
     }
+
+
+def _bytes_to_write(config: RunConfig, sparse: Sparse, exported: torch.nn.Module | None) -> int:
+    """By rank 0 for all: the first checkpoint (master and two moments, fp32), and the model in the end."""
+    if dist.get_rank() != 0:
+        return 0
+    checkpoint = 12 * sum(full_numel(p) for p in sparse.trainable_parameters()) if config.saves else 0
+    written = [] if exported is None else exported.parameters()
+    return checkpoint + sum(full_numel(p) * p.element_size() for p in written)
 
 
 def _check_fused(config: RunConfig, engine: DeepSpeedEngine, objective: Objective) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import (
@@ -37,6 +37,7 @@ from trainer.integrations.transformers import layerwise
 from trainer.selectors import Uniform
 
 RANKS, ACCUMULATION, MICRO_BATCH, LENGTH = 2, 2, 2, 16
+SAVE_EVERY = 5
 LR, BETAS, EPS, WEIGHT_DECAY, CLIPPING = 3e-3, (0.9, 0.95), 1e-3, 0.1, 0.5
 
 
@@ -72,6 +73,15 @@ def run_everything(rank: int, folder: str) -> dict[str, Any]:
 
 
 @dataclass
+class Resumed:
+    """What a new Trainer that went on from the first checkpoint came to. Differences are the largest of any weight."""
+
+    draws: list[tuple[int, ...]]
+    difference: float  # at the last step, to the run that was never interrupted
+    best_difference: float  # after `load_best_model_at_end`, to that checkpoint's model
+
+
+@dataclass
 class Answer:
     """What a cell found. Differences are the largest of any weight."""
 
@@ -84,9 +94,8 @@ class Answer:
     own_rates: list[float]
     difference: float
     saved_difference: float
-    checkpoint_difference: float
     train_again: str
-    resume: str
+    resumed: Resumed | None
 
 
 def compare(cell: Cell, folder: Path) -> Answer:
@@ -105,15 +114,12 @@ def compare(cell: Cell, folder: Path) -> Answer:
     trainer.save_model(str(folder / "saved"))
     batches = list(trainer.get_train_dataloader())
     train_again = message_of(trainer.train)
-    resume = resume_message(cell, folder) if cell.interrupted else ""
     del trainer, args
     leave_deepspeed()
+    resumed = resume(cell, folder, weights) if cell.interrupted else None
 
     own_weights, own_draws, own_rates = own_loop(cell, batches)
     saved = LlamaForCausalLM.from_pretrained(folder / "saved").requires_grad_(False)
-    written = weights
-    if cell.interrupted:
-        written = get_fp32_state_dict_from_zero_checkpoint(folder / f"checkpoint-{cell.steps}")
     return Answer(
         draws=look.draws,
         rates=look.rates,
@@ -124,18 +130,32 @@ def compare(cell: Cell, folder: Path) -> Answer:
         own_rates=own_rates,
         difference=largest_difference(weights, own_weights),
         saved_difference=largest_difference(weights, dict(saved.named_parameters())),
-        checkpoint_difference=largest_difference(weights, dict(written)),
         train_again=train_again,
-        resume=resume,
+        resumed=resumed,
     )
 
 
-def resume_message(cell: Cell, folder: Path) -> str:
-    """What a new Trainer says when it is to resume from the checkpoints of `folder`."""
+def resume(cell: Cell, folder: Path, expected: dict[str, Tensor]) -> Resumed:
+    """In the middle of an interval, and with the best model in the end, which is the one resumed from."""
     model = load(folder.parent)
-    trainer = build_trainer(cell, arguments(folder, cell), model)
-    layerwise(trainer, prepare_model(model, cell))
-    return message_of(lambda: trainer.train(resume_from_checkpoint=True))
+    sparse = prepare_model(model, cell)
+    look = Look(sparse, model)
+    trainer = build_trainer(cell, arguments(folder, cell, load_best_model_at_end=True), model)
+    layerwise(trainer, sparse, guard_every=1)
+    trainer.add_callback(look)
+    at_the_end = AtTheEnd(trainer)
+    trainer.add_callback(at_the_end)
+    first = folder / f"checkpoint-{SAVE_EVERY}"
+    trainer.train(resume_from_checkpoint=str(first))
+    assert trainer.state.best_model_checkpoint == str(first)
+    answer = Resumed(
+        draws=look.draws,
+        difference=largest_difference(at_the_end.weights, expected),
+        best_difference=largest_difference(full_weights(trainer.model_wrapped), load_file(first / "model.safetensors")),
+    )
+    del trainer
+    leave_deepspeed()
+    return answer
 
 
 def leave_deepspeed() -> None:
@@ -203,7 +223,6 @@ def refusals(folder: Path) -> dict[str, str]:
     ask("model_init", model={"model_init": fresh})
     ask("optimizer section", deepspeed=deepspeed_config(cell, optimizer={"type": "AdamW", "params": {"lr": "auto"}}))
     ask("optimizer with parameters", optimizer=(torch.optim.SGD, {"params": []}))
-    ask("best model", load_best_model_at_end=True, save_strategy="steps", eval_strategy="steps", save_steps=2)
     ask("reentrant", activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
     return messages
 
@@ -236,6 +255,18 @@ class Look(TrainerCallback):
     ) -> None:
         self.draws.append(self.sparse.active)
         self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+
+class AtTheEnd(TrainerCallback):
+    """Notes the weights after the last step, before the best ones take their place."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.weights: dict[str, Tensor] = {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            self.weights = full_weights(self.trainer.model_wrapped)
 
 
 class Listening(logging.Handler):
@@ -316,9 +347,11 @@ def arguments(folder: Path, cell: Cell, **more: Any) -> TrainingArguments:
         "train_sampling_strategy": "sequential",
         "report_to": "none",
         "save_strategy": "steps" if cell.interrupted else "no",
-        "save_steps": 5,
+        "save_steps": SAVE_EVERY,
         "eval_strategy": "steps" if cell.interrupted else "no",
-        "eval_steps": 2,
+        "eval_steps": SAVE_EVERY,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # that the best is not the last
         "disable_tqdm": True,
         "log_level": "error",
         "bf16": False,
@@ -402,10 +435,11 @@ def test_save_model_writes_every_weight(answers: dict[str, Any], name: str) -> N
     assert answers[name].saved_difference == 0
 
 
-def test_a_checkpoint_holds_every_weight_and_is_not_resumed(answers: dict[str, Any]) -> None:
-    assert answers["Trainer"].checkpoint_difference == 0
-    assert any("save_strategy is 'steps'" in warning for warning in answers["Trainer"].warnings)
-    assert "resume_from_checkpoint: step 8" in answers["Trainer"].resume
+def test_a_checkpoint_is_gone_on_from_bit_for_bit(answers: dict[str, Any]) -> None:
+    answer = answers["Trainer"]
+    assert answer.resumed.draws == answer.draws[SAVE_EVERY:]
+    assert answer.resumed.difference == 0
+    assert answer.resumed.best_difference == 0
 
 
 def test_activation_checkpointing_stops_at_the_lowest_active_block(answers: dict[str, Any]) -> None:
@@ -426,7 +460,6 @@ def test_training_again_is_refused(answers: dict[str, Any], name: str) -> None:
         ("model_init", "model_init builds another"),
         ("optimizer section", "remove the section"),
         ("optimizer with parameters", "sets params"),
-        ("best model", "args.load_best_model_at_end: True"),
         ("reentrant", "use_reentrant=True"),
     ],
 )

@@ -8,30 +8,37 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import secrets
+import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
-from torch import Tensor
 
-from trainer.checkpoint.contents import Contents, Share, parameters_by_unit, put_weights_back, take, unit_of_block
+from trainer.checkpoint.contents import (
+    Contents,
+    Share,
+    Staging,
+    parameters_by_unit,
+    put_weights_back,
+    take,
+    unit_of_block,
+)
 from trainer.checkpoint.fingerprint import fingerprints
+from trainer.checkpoint.lease import Lease, LeaseError
+from trainer.checkpoint.random_state import random_state, restore_random_state
 from trainer.checkpoint.store import CheckpointError, File, Manifest, Store
 from trainer.engine.attach import Sparse
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CheckpointError", "Checkpoints", "Store"]
+__all__ = ["CheckpointError", "Checkpoints", "LeaseError", "Store"]
 
 # The unit of each rank's random number generators.
 _RANDOM = "random"
@@ -43,7 +50,10 @@ class Checkpoints:
 
     All ranks call every method together. With `asynchronous` a save stops training for a copy of what changed into host
     memory only; files are written in a thread, without collectives: ranks tell rank 0 through the folder, which they
-    share, and rank 0 publishes.
+    share, and rank 0 publishes, as long as the run folder is its own (`lease`, on rank 0; None for a loop that lets
+    nobody else write there).
+
+    Make it before the first step: it takes checksums of what it will not save again until it trains, the base model.
     """
 
     def __init__(
@@ -53,35 +63,30 @@ class Checkpoints:
         *,
         keep: int,
         asynchronous: bool,
+        lease: Lease | None = None,
+        base: Mapping[str, str] | None = None,
         patience_seconds: float = 1800.0,
     ) -> None:
         self._sparse = sparse
         self._store = Store(folder)
         self._keep = keep
         self._asynchronous = asynchronous
+        self._lease = lease
         self._patience = patience_seconds
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         # The newest checkpoint of this run: a save writes what differs from it.
         self._baseline: Manifest | None = None
         self._last: int | None = None  # step of the last save
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._pending: Manifest | None = None
+        self._staging = Staging()
         self._best: tuple[float, int] | None = None  # evaluation loss, step
-        # Checksums of what was never trained, by unit; None before the first save.
-        self._base: dict[str, str] | None = None
+        self.base = dict(base) if base is not None else base_checksums(sparse)
         # In the names of files: an earlier attempt may have left some of the same step, or whole checkpoints of it.
         attempt = [secrets.token_hex(4)]
         torch.distributed.broadcast_object_list(attempt)
         self._attempt = attempt[0]
-
-    def _fingerprints(self, trained: Collection[str]) -> dict[str, str]:
-        """Of the units that are still the base's; what never trains is a unit of its own."""
-        units = parameters_by_unit(self._sparse)
-        known = {id(parameter) for unit in units.values() for parameter in unit.values()}
-        rest = {name: p for name, p in self._sparse.model.named_parameters() if id(p) not in known}
-        base = {unit: parameters for unit, parameters in units.items() if unit not in trained}
-        return fingerprints(self._sparse, {**base, "rest": rest})
 
     @property
     def last_step(self) -> int | None:
@@ -90,19 +95,22 @@ class Checkpoints:
 
     # --- saving ------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Mapping[str, Any], *, complete: bool = False) -> None:
         """Begin a checkpoint after `step` steps, with `state` (JSON) for whoever resumes. An earlier one is finished
-        first. Raises `CheckpointError` on all ranks where a file of the earlier one could not be written."""
+        first. With `complete` it holds what never trained, too, as far as it may train.
+
+        Raises `CheckpointError` on all ranks: where there is no room, or a file of the earlier one could not be
+        written; `LeaseError`, which is one, where the run folder is another job's by now.
+        """
         if step == self._last:
             return
         self.finish()
+        shares = take(self._sparse, self._changed(complete), self._staging)
+        shares[_RANDOM] = Share(random_state(), {}, {})
+        own = sum(t.numel() * t.element_size() for share in shares.values() for t in share.tensors.values())
+        self.require_space(own, f"the checkpoint after step {step} was not written: it")
         self._last = step
-        changed = self._changed()
-        if self._base is None:
-            self._base = self._fingerprints(changed)
-        shares = take(self._sparse, changed)
-        shares[_RANDOM] = Share(_random_state(), {}, {})
-        full = {"base": self._base, "ranks": self._ranks, "sparse": self._sparse.state_dict(), "run": dict(state)}
+        full = {"base": self.base, "ranks": self._ranks, "sparse": self._sparse.state_dict(), "run": dict(state)}
         full["best"] = self._best
         kept = {} if self._baseline is None else self._baseline.units
         units = {unit: list(files) for unit, files in kept.items() if unit not in shares}
@@ -118,15 +126,42 @@ class Checkpoints:
             return
         self._thread.join()
         manifest, self._thread, self._pending = self._pending, None, None
-        failures: list[str | None] = [None] * self._ranks
-        mine = None if self._failure is None else f"rank {self._rank}: {self._failure}"
-        torch.distributed.all_gather_object(failures, mine)
-        self._failure = None
-        told = next((failure for failure in failures if failure), None)
-        if told:
-            left = f"the one after step {self._baseline.step} is whole" if self._baseline else "there is no earlier one"
-            raise CheckpointError(f"the checkpoint after step {manifest.step} was not written: {told}; {left}")
-        self._baseline = self._store.read(manifest.step)
+        failure, self._failure = self._failure, None
+        mine = None if failure is None else (f"rank {self._rank}: {failure}", isinstance(failure, LeaseError))
+        everyone: list[tuple[str, bool] | None] = [None] * self._ranks
+        torch.distributed.all_gather_object(everyone, mine)
+        failures = [told for told in everyone if told is not None]
+        if not failures:
+            self._baseline = self._store.read(manifest.step)
+            return
+        self._last = self.last_step
+        # One that exists needs its files, whoever failed to hear of it.
+        if self._rank == 0 and not self._published(manifest.step):
+            self._store.withdraw(manifest.step, self._attempt)
+        dist.barrier()
+        lost = any(of_lease for _, of_lease in failures)
+        raise (LeaseError if lost else CheckpointError)(
+            f"the checkpoint after step {manifest.step} was not written: {failures[0][0]}; {self._what_is_left()}"
+        )
+
+    def require_space(self, num_bytes: int, what: str) -> None:
+        """Raise `CheckpointError` on all ranks where the file system has less free than all ranks' `num_bytes`, which
+        `what` takes. Collective."""
+        free = 0
+        if self._rank == 0:
+            there = next(path for path in (self._store.folder, *self._store.folder.parents) if path.exists())
+            free = shutil.disk_usage(there).free
+        wanted = torch.tensor([num_bytes, free], dtype=torch.int64, device=self._sparse.device)
+        dist.all_reduce(wanted)
+        needed, free = wanted.tolist()
+        if needed > free:
+            raise CheckpointError(
+                f"{what} takes {needed / 2**20:,.1f} MiB, and {self._store.folder} has {free / 2**20:,.1f} MiB free; "
+                f"{self._what_is_left()}. Make room, lower checkpoint.keep ({self._keep} here) or set another output"
+            )
+
+    def _what_is_left(self) -> str:
+        return f"the one after step {self._baseline.step} is whole" if self._baseline else "there is no earlier one"
 
     def is_best(self, step: int, loss: float) -> bool:
         """Whether no evaluation before had less loss; then the next save, of `step`, is kept however old it gets."""
@@ -135,8 +170,10 @@ class Checkpoints:
         self._best = (loss, step)
         return True
 
-    def _changed(self) -> list[str]:
+    def _changed(self, complete: bool) -> list[str]:
         """Units that trained since the newest checkpoint, or train now; other blocks are as they were there."""
+        if complete:
+            return list(parameters_by_unit(self._sparse))
         now = self._sparse.times_active
         before = self._baseline.state["sparse"]["times_active"] if self._baseline else [0] * len(now)
         # Those that train now have state of this interval, also where all of its steps were skipped so far.
@@ -157,7 +194,7 @@ class Checkpoints:
                 self._publish(manifest)
             else:
                 self._wait_for(step, lambda: self._published(step))
-        except BaseException as error:  # told to the main thread, and to the ranks that wait for this one
+        except Exception as error:  # told to the main thread, and to the ranks that wait for this one
             self._failure = error
             with suppress(OSError):
                 self._store.announce(step, f"{self._attempt}-failed", f"rank {self._rank}: {error}")
@@ -168,12 +205,13 @@ class Checkpoints:
             files = self._wait_for(step, partial(self._store.announced, step, self._mark(rank)))
             for unit, file in files.items():
                 manifest.units.setdefault(unit, []).append(File(**file))
-        self._store.publish(manifest)
-        best = manifest.state["best"]
-        try:
-            self._store.prune(self._keep, also=[best[1]] if best else [])
-        except OSError as error:  # the checkpoint is whole all the same
-            logger.warning("old checkpoints in %s could not be removed: %s", self._store.folder, error)
+        with self._lease.held() if self._lease is not None else nullcontext():
+            self._store.publish(manifest)
+            best = manifest.state["best"]
+            try:
+                self._store.prune(self._keep, also=[best[1]] if best else [])
+            except OSError as error:  # the checkpoint is whole all the same
+                logger.warning("old checkpoints in %s could not be removed: %s", self._store.folder, error)
 
     def _mark(self, rank: int) -> str:
         return f"{self._attempt}-r{rank:05d}"
@@ -208,13 +246,12 @@ class Checkpoints:
         manifest = source.read(step)
         self._verify(source, manifest, step)
         self._last = step
-        base = manifest.state["base"]
-        self._compare_base(base, self._fingerprints(manifest.units))
+        self._compare_base(manifest)
         contents = Contents(source, manifest.units)
         contents.learn(unit for unit in manifest.units if unit != _RANDOM)
         put_weights_back(self._sparse, contents)
         self._sparse.load_state_dict(manifest.state["sparse"], contents)
-        self._base = base
+        self.base = manifest.state["base"]
         if source.folder.resolve() == self._store.folder.resolve():
             self._best = tuple(manifest.state["best"]) if manifest.state["best"] else None
             if self._rank == 0:
@@ -224,7 +261,7 @@ class Checkpoints:
         files = manifest.units[_RANDOM]
         if len(files) == self._ranks:
             with source.open(files[self._rank]) as opened:
-                _restore_random_state({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+                restore_random_state({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
         else:  # not what it would have been, but not the start's again either
             torch.manual_seed(torch.initial_seed() + step * self._ranks)
         return dict(manifest.state["run"])
@@ -242,9 +279,10 @@ class Checkpoints:
                 + (f"; there is an older one: resume={source.folder}/step-{older[0]:08d}.json" if older else "")
             )
 
-    def _compare_base(self, base: Mapping[str, str], now: Mapping[str, str]) -> None:
+    def _compare_base(self, manifest: Manifest) -> None:
         """What the checkpoint leaves to the base must be what it was."""
-        changed = [unit for unit in now if base.get(unit) != now[unit]]
+        before = manifest.state["base"]
+        changed = [unit for unit in self.base if unit not in manifest.units and before.get(unit) != self.base[unit]]
         if changed:
             raise CheckpointError(
                 f"the base model is another one than when this run began: {', '.join(changed)} "
@@ -253,31 +291,13 @@ class Checkpoints:
             )
 
 
-def _random_state() -> dict[str, Tensor]:
-    """Of this process's generators."""
-    kind, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([kind, *internal], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-    }
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        state["accelerator"] = accelerator.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["torch"])
-    kind, *internal = state["python"].tolist()
-    gauss = state["python_gauss"].tolist()
-    random.setstate((kind, tuple(internal), gauss[0] if gauss else None))
-    *keys, position, has_gauss = state["numpy"].tolist()
-    np.random.set_state(
-        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(state["numpy_gauss"][0]))
-    )
-    if "accelerator" in state:
-        get_accelerator().set_rng_state(state["accelerator"])
+def base_checksums(sparse: Sparse) -> dict[str, str]:
+    """Of each unit that has not trained yet, and of what never trains, `rest`. Collective."""
+    units = parameters_by_unit(sparse)
+    known = {id(parameter) for unit in units.values() for parameter in unit.values()}
+    rest = {name: p for name, p in sparse.model.named_parameters() if id(p) not in known}
+    trained = {unit_of_block(index) for index, times in enumerate(sparse.times_active) if times}
+    if sparse.steps:
+        trained |= sparse.always_on.keys()
+    base = {unit: parameters for unit, parameters in units.items() if unit not in trained}
+    return fingerprints(sparse, {**base, "rest": rest})

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from trainer.checkpoint.store import CheckpointError, File, Store
@@ -44,33 +45,65 @@ class Share:
         return {"ranges": json.dumps(self.ranges), "scalars": json.dumps(self.scalars)}
 
 
-def take(sparse: Sparse, units: Iterable[str]) -> dict[str, Share]:
+class Staging:
+    """Host memory that one save after another copies into; on a GPU's host pinned, so that copies run at full speed.
+
+    Allocating it anew for each save would cost more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._used = 0
+
+    def begin(self) -> None:
+        """What was copied before is needed no more."""
+        self._used = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """`tensor`, flat, on the host; to be relied upon after `wait`."""
+        source = tensor.detach().reshape(-1)
+        wanted = source.numel() * source.element_size()
+        if self._used == len(self._buffers):
+            self._buffers.append(torch.empty(0, dtype=torch.uint8))
+        if self._buffers[self._used].numel() < wanted:
+            pinned = get_accelerator().device_name() != "cpu"
+            self._buffers[self._used] = torch.empty(wanted, dtype=torch.uint8, pin_memory=pinned)
+        buffer = self._buffers[self._used][:wanted].view(source.dtype)
+        self._used += 1
+        return buffer.copy_(source, non_blocking=True)
+
+    def wait(self) -> None:
+        """Until all copies are done."""
+        if not get_accelerator().is_synchronized_device():
+            get_accelerator().synchronize()
+
+
+def take(sparse: Sparse, units: Iterable[str], staging: Staging) -> dict[str, Share]:
     """Copies of this rank's part of `units` in host memory: what an asynchronous save works on."""
+    staging.begin()
     wanted = parameters_by_unit(sparse)
     shares = {unit: Share({}, {}, {}) for unit in units}
     owner = {name: unit for unit in shares for name in wanted[unit]}
     with torch.no_grad():
         for piece in sparse.optimizer_slices(owner):
-            _add(shares[owner[piece.name]], piece)
+            share = shares[owner[piece.name]]
+            share.scalars[piece.name] = dict(piece.scalars)
+            _put(share, piece.name, piece.start, piece.tensors, staging)
         for unit, share in shares.items():
             for name, parameter in wanted[unit].items():
                 if name not in share.ranges:  # no optimizer state is kept
                     start, weights = sparse.owned(parameter)
-                    _put(share, name, start, {WEIGHT: weights})
+                    _put(share, name, start, {WEIGHT: weights}, staging)
+    staging.wait()
     return shares
 
 
-def _add(share: Share, piece: Slice) -> None:
-    share.scalars[piece.name] = dict(piece.scalars)
-    _put(share, piece.name, piece.start, piece.tensors)
-
-
-def _put(share: Share, name: str, start: int, tensors: Mapping[str, Tensor]) -> None:
+def _put(share: Share, name: str, start: int, tensors: Mapping[str, Tensor], staging: Staging) -> None:
     length = next(iter(tensors.values())).numel()
     share.ranges[name] = (start, start + length)
     for key, tensor in tensors.items():
         if length:
-            share.tensors[f"{key}:{name}"] = tensor.detach().reshape(-1).to("cpu", copy=True)
+            share.tensors[f"{key}:{name}"] = staging.copy(tensor)
 
 
 class Contents:

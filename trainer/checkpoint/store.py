@@ -114,6 +114,11 @@ class Store:
             if named and steps and int(named[1]) <= steps[0] and path.name not in used:
                 disk.remove(path)
 
+    def withdraw(self, step: int, attempt: str) -> None:
+        """Remove the files of a save that will not be published: on a full disk they are in the way."""
+        for path in self._pool.glob(f"{step:08d}-*{attempt}*"):
+            disk.remove(path)
+
     def abandon_after(self, step: int) -> None:
         """Checkpoints after `step` are not of the run that goes on from there."""
         for later in self.steps():

@@ -300,6 +300,10 @@ CheckpointConfig = create_model(
         Field(100, description="Steps between checkpoints, one more in the end; null: none, and signals end a run."),
     ),
     keep=(Count, Field(3, description="Newest checkpoints to keep, beside the one with the least evaluation loss.")),
+    on_failure=(
+        Literal["stop", "continue"],
+        Field("stop", description="What a run does that cannot write a checkpoint, as on a full disk; it says so."),
+    ),
     **{
         "async": (
             bool,

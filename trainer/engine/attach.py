@@ -205,6 +205,7 @@ class Sparse:
             "learning_rates": [float(group["lr"]) for group in engine.basic_optimizer.param_groups],
             "engine": {name: getattr(engine, name) for name in _COUNTERS},
             "loss_scale": self._registered().loss_scale_state(),
+            "rounded_away": self.rounded_away,
         }
 
     @torch.no_grad()
@@ -227,12 +228,15 @@ class Sparse:
         if self._prober is not None:
             self._prober.skip(state["probes"])
         if self.bank.keeps:
+            self.bank.clear()  # of a life that goes on in another way
             self._fill_bank(state["slots"], source)
         self._arrange(state["slots"])
         for number, group in enumerate(self.groups()):
             self._load_group(number, group, source)
         self._local.replace(self._outside_optimizer())
         self._rounding = self._follow_rounding()
+        if self._rounding is not None:
+            self._rounding.share = state["rounded_away"]
         self._guard.after_switch(interval=self.interval, step=self.steps, active=self.active, expected=self._expected())
 
     def _fill_bank(self, slots: Sequence[int], source: StateSource) -> None:
@@ -318,6 +322,7 @@ class Sparse:
         iterator, and `loss_function(module, batch) -> (summed loss, target tokens)`.
 
         An engine that was built with more trainable parameters is shrunk, and the log says what that peak was.
+        `engine.save_checkpoint` and `load_checkpoint` keep their signatures and write and read Strata's format.
         Raises `trainer.engine.registration.RegistrationError` for an engine that cannot be switched.
         """
         if self._engine is not None:
@@ -360,6 +365,7 @@ class Sparse:
         self._guard.after_switch(interval=0, step=0, active=self.active, expected=self._expected())
         self._wrap_forward(engine)
         self._wrap_step(engine)
+        self._replace_checkpoint_calls(engine)
 
     # --- during training ---------------------------------------------------------------------------------------
 
@@ -462,6 +468,13 @@ class Sparse:
                     self.times_active[index] += 1
 
         engine.step = step  # type: ignore[method-assign]
+
+    def _replace_checkpoint_calls(self, engine: DeepSpeedEngine) -> None:
+        from trainer.checkpoint.engine_calls import EngineCalls  # which knows this module
+
+        calls = EngineCalls(self, engine)
+        engine.save_checkpoint = calls.save_checkpoint  # type: ignore[method-assign]
+        engine.load_checkpoint = calls.load_checkpoint  # type: ignore[method-assign]
 
     # --- groups ------------------------------------------------------------------------------------------------
 

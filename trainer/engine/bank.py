@@ -44,6 +44,9 @@ class Bank(ABC):
         """What is stored of `names`; not to be written to."""
         return []
 
+    def clear(self) -> None:
+        """Forget everything."""
+
     def wait(self) -> None:
         """Return when copies under way may be relied upon by the current stream."""
 
@@ -101,6 +104,9 @@ class _Keeping(Bank):
 
     def slices(self, names: Collection[str]) -> list[Slice]:
         return [piece for name, piece in self._stored.items() if name in names]
+
+    def clear(self) -> None:
+        self._stored.clear()
 
     @property
     def num_bytes(self) -> int:

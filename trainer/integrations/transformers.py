@@ -9,15 +9,12 @@ Read in transformers 5.23, accelerate 1.15 and TRL 1.16.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.engine.attach import Sparse
-
-logger = logging.getLogger(__name__)
 
 # Settings by which an optimizer of `args.optim` chooses its parameters itself (GaLore, LOMO).
 _OWN_PARAMETERS = {"params", "model", "optimizer_dict"}
@@ -31,19 +28,22 @@ def layerwise(trainer: Trainer, sparse: Sparse, **attach: Any) -> None:
     (`guard_every`, and `probe_batches` and `loss_function` for selectors that measure).
 
     Raises `ValueError`, and leaves the trainer as it was, for arguments that layer-wise training cannot honour.
-    `train()` itself raises `RuntimeError` when it is to resume from a checkpoint, and when it is called again.
+    `train()` itself raises `RuntimeError` when it is called again.
+
+    Checkpoints are Strata's, by way of `engine.save_checkpoint`, inside `args.output_dir/checkpoint-N`:
+    `resume_from_checkpoint` (on any number of ranks, under any ZeRO stage) and `load_best_model_at_end` work as ever.
     """
     _check(trainer, sparse)
     # transformers ignores `optimizers=` under DeepSpeed; what stands here it does use, parameters included.
-    optimizer, settings = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
-        trainer.args, trainer.model
-    )
+    args = trainer.args
+    optimizer, settings = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     if own := _OWN_PARAMETERS & settings.keys():
         raise ValueError(
-            f"args.optim ('{trainer.args.optim}') or optimizer_cls_and_kwargs sets {', '.join(sorted(own))}, but which "
+            f"args.optim ('{args.optim}') or optimizer_cls_and_kwargs sets {', '.join(sorted(own))}, but which "
             "parameters train is chosen here: use an optimizer that takes any, for instance args.optim='adamw_torch'"
         )
-    trainer.optimizer_cls_and_kwargs = (optimizer, {**settings, "params": _groups(trainer, sparse)})
+    groups = sparse.param_groups(weight_decay=args.weight_decay)
+    trainer.optimizer_cls_and_kwargs = (optimizer, {**settings, "params": groups})
     # Activation checkpointing comes with a hook by which embeddings require gradients, and backward would always run
     # down to the first block. PEFT and TRL install it early, `train()` again, and then the first is out of reach.
     trainer.model.disable_input_require_grads()
@@ -51,37 +51,36 @@ def layerwise(trainer: Trainer, sparse: Sparse, **attach: Any) -> None:
 
 
 class LayerwiseCallback(TrainerCallback):
-    """Attaches `sparse` to the DeepSpeed engine that `trainer` has built when training begins; see `layerwise`."""
+    """Attaches `sparse` to the DeepSpeed engine that `trainer` builds when training begins; see `layerwise`."""
 
     def __init__(self, trainer: Trainer, sparse: Sparse, attach: Mapping[str, Any]) -> None:
         self.trainer = trainer
         self.sparse = sparse
-        self.attach = attach
+        self._attach = attach
+        self._attached = False
+        # Called when the engine is there, and before a checkpoint is loaded into it.
+        self._create_scheduler = trainer.create_scheduler
+        trainer.create_scheduler = self.create_scheduler  # type: ignore[method-assign]
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """`trainer.create_scheduler`, and attaches."""
+        scheduler = self._create_scheduler(*args, **kwargs)
+        wrapper = self.trainer.accelerator.deepspeed_engine_wrapped
+        if wrapper is not None and not self._attached:
+            self._attached = True
+            self.sparse.attach(wrapper.engine, **self._attach)
+        return scheduler
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        wrapper = self.trainer.accelerator.deepspeed_engine_wrapped
-        if wrapper is None:
+        if self.trainer.accelerator.deepspeed_engine_wrapped is None:
             raise RuntimeError(
                 "this Trainer has no DeepSpeed engine any more: transformers destroys it when train() follows an "
                 "earlier train() or evaluate(). Build a new Trainer and prepare its model; to evaluate first, set "
                 "args.eval_on_start"
             )
         self.trainer.model.disable_input_require_grads()
-        self.sparse.attach(wrapper.engine, **self.attach)
-
-
-def _groups(trainer: Trainer, sparse: Sparse) -> Iterator[dict[str, Any]]:
-    """The optimizer's groups. Being a generator, it runs when the optimizer is built: the first moment at which a
-    resumed run can be told from a new one, and still before the checkpoint is loaded."""
-    if step := trainer.state.global_step:
-        raise RuntimeError(
-            f"resume_from_checkpoint: step {step}, but a DeepSpeed checkpoint holds the optimizer state of one active "
-            "set and cannot be resumed layer-wise: load its weights with from_pretrained and call train() without "
-            "resume_from_checkpoint"
-        )
-    yield from sparse.param_groups(weight_decay=trainer.args.weight_decay)
 
 
 def _check(trainer: Trainer, sparse: Sparse) -> None:
@@ -102,19 +101,8 @@ def _check(trainer: Trainer, sparse: Sparse) -> None:
             "args.deepspeed: its 'optimizer' section puts everything into one group, but switching needs groups for "
             "each block: remove the section; args.optim, learning_rate, adam_* and weight_decay then say the same"
         )
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "args.load_best_model_at_end: True, but a DeepSpeed checkpoint holds the optimizer state of one active set "
-            "and cannot be loaded into another: set it to False and open the best checkpoint with from_pretrained"
-        )
     if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
             "args.activation_checkpointing_kwargs: use_reentrant=True gives no gradients to a block whose input needs "
             "none: set it to False"
-        )
-    if args.save_strategy != "no" and not args.save_only_model:
-        logger.warning(
-            "args.save_strategy is '%s': the optimizer state in these checkpoints cannot be resumed layer-wise; "
-            "args.save_only_model=True leaves it out",
-            args.save_strategy.value,
         )
