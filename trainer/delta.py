@@ -15,13 +15,12 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import GenerationConfig
 
 from trainer import model as models
 from trainer.blocks import Piece, pieces
 from trainer.config.schema import ModelConfig
 from trainer.data.tokenizer import load_tokenizer
-from trainer.export_run import BaseCheck, TrainedRun, Units
+from trainer.export_run import BaseCheck, TrainedRun, Units, take_generation_config
 from trainer.shards import Alone, ExportError, Shards, complete_or_not_at_all, digest, meta_of, write_model
 from trainer.weights import ModelFolder
 
@@ -70,11 +69,9 @@ def apply_delta(base: Path, delta: Path, folder: Path, *, shard_size: int | str)
     """
     info = _read_info(delta)
     tokenizer = load_tokenizer(str(delta.absolute()))
-    model = models.on_meta(ModelConfig(path=str(base), dtype=info["dtype"]), tokenizer)
     dtype = models.DTYPES[info["dtype"]]
-    model = model.to(dtype)
-    if (base / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(base)
+    model = models.on_meta(ModelConfig(path=str(base), dtype=info["dtype"]), tokenizer).to(dtype)
+    take_generation_config(model, str(base))
     source = ModelFolder(base, model)
     units = Units(model, set(info["fingerprints"]), path=info["blocks"])
     check = BaseCheck(str(base), info["fingerprints"], units)

@@ -36,7 +36,7 @@ class Together(Alone):
         self.writes = dist.get_rank() == 0
         self._stop = stop
 
-    def __call__(self, work: Callable[[], None]) -> None:
+    def __call__(self, work: Callable[[], None], *, last: bool = False) -> None:
         failure = None
         if self.writes:
             try:
@@ -48,7 +48,7 @@ class Together(Alone):
             raise failure
         if told is not None:
             raise ExportError(f"rank 0 could not write: {told}")
-        if self._stop is not None:
+        if self._stop is not None and not last:
             self._stop()
 
     def share(self, value: Any) -> Any:

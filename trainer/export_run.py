@@ -6,6 +6,7 @@ Needs no process group and no accelerator, and holds a shard and a block of the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,8 @@ class TrainedRun:
     def model(self) -> PreTrainedModel:
         """The model on the meta device, in the dtype that it was trained in."""
         model = models.on_meta(self.config.model, self.tokenizer).to(self.dtype)
-        if self.config.model.path is not None and (Path(self.config.model.path) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.config.model.path)
+        if self.config.model.path is not None:
+            take_generation_config(model, self.config.model.path)
         return model
 
     @cached_property
@@ -159,6 +160,12 @@ def export_run(run: TrainedRun, folder: Path, *, shard_size: int | str) -> None:
         return found
 
     write_model(run.model, run.tokenizer, folder, read, shard_size=shard_size)
+
+
+def take_generation_config(model: PreTrainedModel, base: str) -> None:
+    """As `from_pretrained` does, and a model on the meta device does not."""
+    with suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(base)
 
 
 class _InMemory:
@@ -205,8 +212,6 @@ def _configuration(manifest: Manifest, base: Path | None) -> RunConfig:
         if config.model.path is None:
             raise ExportError(f"--base {base}: the base of this run is not a folder but model.random and a seed")
         changes["path"] = str(base)
-        if config.model.tokenizer is None and not (base / "tokenizer_config.json").is_file():
-            raise ExportError(f"--base {base}: no tokenizer there")
     model = config.model.model_copy(update=changes)
     path = Path(model.path) if model.path is not None else None
     if path is not None and path.is_absolute() and not (path / "config.json").is_file():

@@ -38,7 +38,8 @@ class Alone:
 
     writes = True  # whether it is this process that takes them
 
-    def __call__(self, work: Callable[[], None]) -> None:
+    def __call__(self, work: Callable[[], None], *, last: bool = False) -> None:
+        """`last`: it is done with this, and nobody can stop it any more."""
         work()
 
     def share(self, value: Any) -> Any:
@@ -69,8 +70,8 @@ class Shards:
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Take tensors over (the dictionary is empty afterwards). Raises `ExportError` for one that was not planned."""
-        while tensors:
-            name, tensor = tensors.popitem()
+        for name in list(tensors):
+            tensor = tensors.pop(name)
             wanted = self._planned.get(name)
             if wanted is None or (wanted.shape, wanted.dtype) != (tensor.shape, tensor.dtype) or name in self.digests:
                 raise ExportError(f"{self._folder}: {name} {_of(tensor)} is not of this model")
@@ -128,7 +129,10 @@ def write_model(
         shards = Shards(partial_folder, planned, shard_size)
 
         def take(piece: Piece, tensors: dict[str, Tensor]) -> None:
-            shards.add(_on_disk(model, prepare(piece, tensors)))
+            made = _on_disk(model, prepare(piece, tensors))
+            if made is not tensors:
+                tensors.clear()  # what was taken apart is held no longer
+            shards.add(made)
 
         for piece in parts:
             step(partial(take, piece, read(piece)))
@@ -157,7 +161,7 @@ def complete_or_not_at_all(folder: Path, step: Alone) -> Iterator[Path]:
     try:
         step(begin)
         yield unfinished
-        step(publish)
+        step(publish, last=True)
     except BaseException:
         if step.writes:
             shutil.rmtree(unfinished, ignore_errors=True)
