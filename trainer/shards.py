@@ -80,6 +80,8 @@ class Shards:
             self._open.setdefault(file, {})[name] = _own(tensor)
             if len(self._open[file]) == len(self._split.filename_to_tensors[file]):
                 save_file(self._open.pop(file), self._folder / file, metadata={"format": "pt"})
+                # safetensors makes files that only their owner reads; the folder is as the user's umask wants it.
+                (self._folder / file).chmod(self._folder.stat().st_mode & 0o666)
 
     def finish(self) -> None:
         """The index, where there is more than one file. Raises `ExportError` where tensors did not come."""
@@ -127,17 +129,17 @@ def write_model(
     planned = _plan(model, parts)
     with complete_or_not_at_all(folder, step) as partial_folder:
         shards = Shards(partial_folder, planned, shard_size)
+        step(partial(_write_configuration, model, partial_folder))  # first: transformers clears other shards away
 
         def take(piece: Piece, tensors: dict[str, Tensor]) -> None:
             made = _on_disk(model, prepare(piece, tensors))
-            if made is not tensors:
-                tensors.clear()  # what was taken apart is held no longer
+            tensors.clear()  # what was taken apart is held no longer
             shards.add(made)
 
         for piece in parts:
             step(partial(take, piece, read(piece)))
         step(shards.finish)
-        step(partial(_write_beside, model, tokenizer, partial_folder))
+        step(partial(tokenizer.save_pretrained, partial_folder))
         for file in shards.files:
             step(partial(shards.verify, file))
 
@@ -193,16 +195,16 @@ def _plan(model: PreTrainedModel, parts: list[Piece]) -> dict[str, Tensor]:
 
 
 def _on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Named and cut as in published checkpoints; experts, for instance, stand one by one there."""
-    return revert_weight_conversion(model, tensors)
+    """Named and cut as in published checkpoints; experts, for instance, stand one by one there. In the order of names:
+    transformers' depends on where a model came from."""
+    return dict(sorted(revert_weight_conversion(model, tensors).items()))
 
 
-def _write_beside(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Configuration, code of the model's own if it has some, and tokenizer."""
+def _write_configuration(model: PreTrainedModel, folder: Path) -> None:
+    """Everything but the weights: configurations, and the code of a model that brings its own."""
     was_caching, model.config.use_cache = model.config.use_cache, True  # training only switched it off
     model.save_pretrained(folder, state_dict={})
     model.config.use_cache = was_caching
-    tokenizer.save_pretrained(folder)
 
 
 def _own(tensor: Tensor) -> Tensor:
