@@ -20,6 +20,7 @@ from trainer.engine.attach import Sparse
 from trainer.engine.registration import MOMENTS, Slice
 
 WEIGHT, MASTER = "weight", "master"
+_CHUNK = 2**22
 
 
 def unit_of_block(index: int) -> str:
@@ -127,6 +128,11 @@ class Contents:
                 self._pieces.setdefault(name, []).append((start, stop, file))
             self.scalars.update(json.loads(metadata["scalars"]))
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The parameters that there is something of."""
+        return frozenset(self._pieces)
+
     def keys(self, name: str) -> set[str]:
         """Which of `weight`, `master` and the moments there are of a parameter."""
         return self._keys.get(name, set())
@@ -148,6 +154,13 @@ class Contents:
         if reached < stop:
             raise CheckpointError(f"{name}: elements {reached} to {stop} are in none of the checkpoint's files")
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def weights(self, name: str, into: Tensor) -> None:
+        """Copy the weights of a parameter, or its master rounded to them, into the whole tensor `into`."""
+        flat, key = into.view(-1), WEIGHT if WEIGHT in self.keys(name) else MASTER
+        for start in range(0, flat.numel(), _CHUNK):  # a master is twice as large as the weights
+            stop = min(start + _CHUNK, flat.numel())
+            flat[start:stop].copy_(self.read(key, name, start, stop))
 
     # Masters and moments, as `Sparse.load_state_dict` wants them.
 
