@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import datetime
 import json
 import os
 import resource
@@ -258,11 +259,12 @@ def main() -> int:
     figures["parameters"] = SHAPES[args.shape[0]].numel
     on_card = accelerator.device_name() != "cpu"
     figures["environment"] = {
+        "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if on_card else "cpu",
         "device_bytes": torch.cuda.get_device_properties(0).total_memory if on_card else None,
         "cores": len(os.sched_getaffinity(0)),
         "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, transformers)},
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("json", "save", "seconds")},
     }
 
     def note(**more: Any) -> None:
