@@ -189,13 +189,13 @@ def _into_partitions(
         if whole.is_custom_code():
             raise WeightsError(f"'{config.path}' is a model with code of its own")
         folder = ModelFolder(config.path, whole)
-        _refuse_tensors_that_are_tied_and_differ(whole, folder)
     except WeightsError as error:
         if dist.get_rank() == 0:
             logger.warning("model.path: transformers loads all of the model before it is partitioned: %s", error)
         return None
     except Exception as error:
         raise ModelError(f"model.path: cannot load '{config.path}': {error}") from error
+    _refuse_untied(whole, folder)
     tensors = _stored_tensors(whole)
     missing = [names[0] for names, _ in tensors if not any(name in folder.shapes for name in names)]
     if missing and whole._keys_to_ignore_on_load_missing:  # some may be: transformers knows which, and makes them
@@ -241,13 +241,17 @@ def _stored_tensors(model: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
     return list(found.values())
 
 
-def _refuse_tensors_that_are_tied_and_differ(whole: PreTrainedModel, folder: ModelFolder) -> None:
-    """Files may hold a tied weight under both names. transformers unties what differs there."""
+def _refuse_untied(whole: PreTrainedModel, folder: ModelFolder) -> None:
+    """Files may hold a tied weight under both its names. Where these differ transformers leaves them apart, but not
+    under ZeRO-3, where it drops one of them (5.23)."""
     for names, _ in _stored_tensors(whole):
         first, *others = [name for name in names if name in folder.shapes] or [""]
         for other in others:
             if not torch.equal(*folder.read([first, other]).values()):
-                raise WeightsError(f"{first} and {other} are tied in this model, but differ in '{folder.path}'")
+                raise ModelError(
+                    f"model.path: config.json in '{folder.path}' ties {first} and {other}, but the weights differ: set "
+                    "tie_word_embeddings to false in that file"
+                )
 
 
 def _refuse_misfits(
