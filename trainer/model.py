@@ -29,7 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from trainer.blocks import full_shape
 from trainer.config.schema import ModelConfig
-from trainer.weights import ModelFolder, WeightsError
+from trainer.weights import ModelFolder, WeightsError, release_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +210,7 @@ def _into_partitions(
     with no_init_weights(), prevent_arange_dtype_change(), zero.Init(config_dict_or_path=deepspeed):
         model = _from_config(config, architecture, options)
     model.tie_weights()
+    release_freed_memory()
     _fill(model, folder)
     with suppress(OSError):  # a folder need not have one
         model.generation_config = GenerationConfig.from_pretrained(config.path)
@@ -227,6 +228,7 @@ def _fill(model: PreTrainedModel, folder: ModelFolder) -> None:
             with zero.GatheredParameters([tensor], modifier_rank=0):
                 if read:
                     tensor.copy_(read.pop(name))
+            release_freed_memory()
         else:  # every rank holds it whole
             tensor.copy_(folder.read([name])[name])
         tensor._is_hf_initialized = True
