@@ -12,7 +12,6 @@ import torch
 from deepspeed import comm as dist
 from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +28,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from trainer.blocks import full_shape
 from trainer.config.schema import ModelConfig
-from trainer.weights import ModelFolder, WeightsError, release_freed_memory
+from trainer.partitions import fill, freed_at_once, stored_tensors
+from trainer.weights import ModelFolder, WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +180,8 @@ def _into_partitions(
 ) -> PreTrainedModel | None:
     """The model of `config.path` under ZeRO-3, read weight by weight; None if that is for `from_pretrained` to do.
 
-    `from_pretrained` holds the files of the whole model on rank 0 while it fills the partitions. Here host memory holds
-    a rank's own partition and one weight. What is wrong with the files is found on all ranks, before one is filled.
+    `from_pretrained` maps the files of the whole model on rank 0 while it fills the partitions. Here host memory holds a
+    rank's own partition and one weight. What is wrong with the files is found on all ranks, before any is filled.
     """
     with torch.device("meta"):
         whole = _from_config(config, architecture, options)
@@ -196,7 +196,7 @@ def _into_partitions(
     except Exception as error:
         raise ModelError(f"model.path: cannot load '{config.path}': {error}") from error
     _refuse_untied(whole, folder)
-    tensors = _stored_tensors(whole)
+    tensors = stored_tensors(whole)
     missing = [names[0] for names, _ in tensors if not any(name in folder.shapes for name in names)]
     if missing and whole._keys_to_ignore_on_load_missing:  # some may be: transformers knows which, and makes them
         return None
@@ -207,46 +207,20 @@ def _into_partitions(
         if name in folder.shapes
     ]
     _refuse_misfits(config, missing, [(name, found, wanted) for name, found, wanted in shapes if found != wanted])
-    with no_init_weights(), prevent_arange_dtype_change(), zero.Init(config_dict_or_path=deepspeed):
-        model = _from_config(config, architecture, options)
-    model.tie_weights()
-    release_freed_memory()
-    _fill(model, folder)
+    with freed_at_once():
+        with no_init_weights(), prevent_arange_dtype_change(), zero.Init(config_dict_or_path=deepspeed):
+            model = _from_config(config, architecture, options)
+        model.tie_weights()
+        fill(model, folder)
     with suppress(OSError):  # a folder need not have one
         model.generation_config = GenerationConfig.from_pretrained(config.path)
     return model.eval()
 
 
-@torch.no_grad()
-def _fill(model: PreTrainedModel, folder: ModelFolder) -> None:
-    """Give every parameter and every buffer what `folder` has for it. Rank 0 reads parameters, and passes them on."""
-    for names, tensor in _stored_tensors(model):
-        name = next(name for name in names if name in folder.shapes)
-        if isinstance(tensor, nn.Parameter):
-            # Before it is gathered: a conversion needs memory of its own.
-            read = folder.read([name], tensor.dtype) if dist.get_rank() == 0 else {}
-            with zero.GatheredParameters([tensor], modifier_rank=0):
-                if read:
-                    tensor.copy_(read.pop(name))
-            release_freed_memory()
-        else:  # every rank holds it whole
-            tensor.copy_(folder.read([name])[name])
-        tensor._is_hf_initialized = True
-    model.initialize_weights()  # what is left: buffers that no file holds
-
-
-def _stored_tensors(model: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
-    """What files hold of `model`: each parameter and persistent buffer once, with all names that it has."""
-    found: dict[int, tuple[list[str], Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), ([], tensor))[0].append(name)
-    return list(found.values())
-
-
 def _refuse_untied(whole: PreTrainedModel, folder: ModelFolder) -> None:
     """Files may hold a tied weight under both its names. Where these differ transformers leaves them apart, but not
     under ZeRO-3, where it drops one of them (5.23)."""
-    for names, _ in _stored_tensors(whole):
+    for names, _ in stored_tensors(whole):
         first, *others = [name for name in names if name in folder.shapes] or [""]
         for other in others:
             if not torch.equal(*folder.read([first, other]).values()):

@@ -7,7 +7,6 @@ gives, bit for bit; but for the weights that are asked for, not for all files at
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterable
 from copy import deepcopy
@@ -151,14 +150,3 @@ def _match(keys: Iterable[str], model: PreTrainedModel) -> list[_Origin]:
         origin = origins.setdefault(name, _Origin(name, by_pattern[pattern] if pattern is not None else None))
         origin.sources.append((key, pattern or key))
     return list(origins.values())
-
-
-def release_freed_memory() -> None:
-    """Give back to the system what this process has freed.
-
-    glibc keeps freed tensors of up to 32 MB for later, between others that live, so that it cannot use the room: loading
-    partition after partition it held 1.7 times what was alive. Does nothing with other C libraries.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
