@@ -180,7 +180,7 @@ def _into_partitions(
 ) -> PreTrainedModel | None:
     """The model of `config.path` under ZeRO-3, read weight by weight; None if that is for `from_pretrained` to do.
 
-    `from_pretrained` maps the files of the whole model on rank 0 while it fills the partitions. Here host memory holds a
+    `from_pretrained` maps all files of the model on rank 0 while it fills the partitions. Here host memory holds a
     rank's own partition and one weight. What is wrong with the files is found on all ranks, before any is filled.
     """
     with torch.device("meta"):

@@ -19,7 +19,7 @@ from trainer.weights import ModelFolder
 def fill(model: PreTrainedModel, folder: ModelFolder) -> None:
     """Give every parameter and every buffer of `model` what `folder` has for it. Collective.
 
-    Rank 0 reads one parameter at a time, and each rank keeps its part. `model` was made under `deepspeed.zero.Init`, its
+    Rank 0 reads one parameter at a time, each rank keeps its part. `model` was made under `deepspeed.zero.Init`, its
     weights tied as they are to be; `folder` has at least one name of every tensor in `stored_tensors`.
     """
     for names, tensor in stored_tensors(model):
