@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.utils import is_flash_attn_2_available
 
 from trainer.blocks import full_shape
 from trainer.config.schema import ModelConfig
+from trainer.partitions import fill, freed_at_once, stored_tensors
+from trainer.weights import ModelFolder, WeightsError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,12 +49,16 @@ def load(
     """
     architecture = _architecture(config, tokenizer)
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
-    with partitioned_creation(deepspeed):
-        if config.path is None:
-            torch.manual_seed(seed)
-            model = _from_config(config, architecture, options)
-        else:
-            model = _from_pretrained(config, architecture, options)
+    model = None
+    if config.path is not None and deepspeed["zero_optimization"]["stage"] == 3 and config.quantization is None:
+        model = _into_partitions(config, architecture, options, deepspeed)
+    if model is None:
+        with partitioned_creation(deepspeed):
+            if config.path is None:
+                torch.manual_seed(seed)
+                model = _from_config(config, architecture, options)
+            else:
+                model = _from_pretrained(config, architecture, options)
     _check_vocabulary(_embedded(model), tokenizer)
     model.config.use_cache = False
     for module in model.modules():
@@ -157,19 +171,79 @@ def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, option
         )
     except Exception as error:
         raise ModelError(f"model.path: cannot load '{config.path}': {error}") from error
-    if info["mismatched_keys"]:
-        name, stored, wanted = sorted(info["mismatched_keys"])[0]
+    _refuse_misfits(config, info["missing_keys"], info["mismatched_keys"])
+    return model
+
+
+def _into_partitions(
+    config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any], deepspeed: dict[str, Any]
+) -> PreTrainedModel | None:
+    """The model of `config.path` under ZeRO-3, read weight by weight; None if that is for `from_pretrained` to do.
+
+    `from_pretrained` maps all files of the model on rank 0 while it fills the partitions. Here host memory holds a
+    rank's own partition and one weight. What is wrong with the files is found on all ranks, before any is filled.
+    """
+    with torch.device("meta"):
+        whole = _from_config(config, architecture, options)
+    try:
+        if whole.is_custom_code():
+            raise WeightsError(f"'{config.path}' is a model with code of its own")
+        folder = ModelFolder(config.path, whole)
+    except WeightsError as error:
+        if dist.get_rank() == 0:
+            logger.warning("model.path: transformers loads all of the model before it is partitioned: %s", error)
+        return None
+    except Exception as error:
+        raise ModelError(f"model.path: cannot load '{config.path}': {error}") from error
+    _refuse_untied(whole, folder)
+    tensors = stored_tensors(whole)
+    missing = [names[0] for names, _ in tensors if not any(name in folder.shapes for name in names)]
+    if missing and whole._keys_to_ignore_on_load_missing:  # some may be: transformers knows which, and makes them
+        return None
+    shapes = [
+        (name, folder.shapes[name], tensor.shape)
+        for names, tensor in tensors
+        for name in names
+        if name in folder.shapes
+    ]
+    _refuse_misfits(config, missing, [(name, found, wanted) for name, found, wanted in shapes if found != wanted])
+    with freed_at_once():
+        with no_init_weights(), prevent_arange_dtype_change(), zero.Init(config_dict_or_path=deepspeed):
+            model = _from_config(config, architecture, options)
+        model.tie_weights()
+        fill(model, folder)
+    with suppress(OSError):  # a folder need not have one
+        model.generation_config = GenerationConfig.from_pretrained(config.path)
+    return model.eval()
+
+
+def _refuse_untied(whole: PreTrainedModel, folder: ModelFolder) -> None:
+    """Files may hold a tied weight under both its names. Where these differ transformers leaves them apart, but not
+    under ZeRO-3, where it drops one of them (5.23)."""
+    for names, _ in stored_tensors(whole):
+        first, *others = [name for name in names if name in folder.shapes] or [""]
+        for other in others:
+            if not torch.equal(*folder.read([first, other]).values()):
+                raise ModelError(
+                    f"model.path: config.json in '{folder.path}' ties {first} and {other}, but the weights differ: set "
+                    "tie_word_embeddings to false in that file"
+                )
+
+
+def _refuse_misfits(
+    config: ModelConfig, missing: Iterable[str], mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]]
+) -> None:
+    if mismatched := sorted(mismatched):
+        name, stored, wanted = mismatched[0]
         raise ModelError(
-            f"model.path: '{config.path}' has {len(info['mismatched_keys'])} weights of another shape than its "
+            f"model.path: '{config.path}' has {len(mismatched)} weights of another shape than its "
             f"config.json says, for instance {name}: {tuple(stored)} instead of {tuple(wanted)}"
         )
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
+    if missing := sorted(missing):
         raise ModelError(
-            f"model.path: '{config.path}' lacks {len(names)} weights, for instance {', '.join(names[:3])}: is this "
+            f"model.path: '{config.path}' lacks {len(missing)} weights, for instance {', '.join(missing[:3])}: is this "
             "folder complete?"
         )
-    return model
 
 
 def _quantized(config: ModelConfig) -> dict[str, Any]:
