@@ -36,6 +36,10 @@ class RunFolder:
     path: Path
     lease: Lease | None
 
+    def check_lease(self) -> None:
+        """Raise `LeaseError` on all ranks where another job has taken the folder over. Collective."""
+        _told_by_rank_0(lambda: self.lease.check() if self.lease is not None else None)
+
 
 @contextmanager
 def start_run_folder(config: RunConfig) -> Iterator[RunFolder]:

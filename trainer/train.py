@@ -134,17 +134,24 @@ def _train(
         progress.say(line)
     if origin:
         progress.say(f"going on after step {history.step}, from {origin}")
+
+    def may_go_on() -> None:
+        """Asked on all ranks between the blocks of an export."""
+        if config.saves:
+            interruption.check(engine.device)
+        place.check_lease()
+
     interruption.remember()
     loop = _Loop(config, engine, objective, sparse, feed, batches, history, progress, num_steps, interruption, meter)
     try:
         loop.run()
-        stop = partial(interruption.check, engine.device) if config.saves else None
-        written, failure = save(engine, tokenizer, folder, adapters, merge=merge, stop=stop)
+        written, failure = save(engine, tokenizer, folder, adapters, merge=merge, stop=may_go_on)
     except Interrupted:
         progress.close()
         if rank == 0:
             saved = history.checkpoints.last_step
-            print(f"Told to stop: saved after step {saved}. The same command goes on from there.", flush=True)
+            begins = "begins anew" if saved is None else "goes on from there"
+            print(f"Told to stop: saved after step {saved}. The same command {begins}.", flush=True)
         return EXIT_INTERRUPTED
     progress.close()
     if rank == 0:

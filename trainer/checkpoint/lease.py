@@ -99,6 +99,11 @@ class Lease:
                 raise LeaseError(f"{self.folder} belongs to {now or 'nobody'} now, not to {self.holder}")
             yield
 
+    def check(self) -> None:
+        """Raise `LeaseError` where somebody else has it."""
+        with self.held():
+            pass
+
     def release(self) -> None:
         """The folder is free; nothing happens where it belongs to somebody else by now."""
         if self._released.is_set():
