@@ -6,29 +6,19 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import deepspeed, launch, metrics, rank_process, start, write_inputs
+from tests.checkpoint.supervisor import after_step, supervise
+from tests.launching import deepspeed, environment, launch, metrics, rank_process, start, write_inputs
 
 VALUES = ["train.steps=120", "eval.every=30", "checkpoint.every=9", "bank.name=cpu", "selector.interval=3"]
 
 
 def command(*more: str) -> list[str]:
     return deepspeed("tiny.yaml", *VALUES, *more)
-
-
-def after_step(folder: Path, step: int, process: Any, deadline: float = 90) -> None:
-    """Wait until the run has recorded `step`."""
-    end = time.monotonic() + deadline
-    while time.monotonic() < end and process.poll() is None:
-        if (folder / "metrics.jsonl").exists() and any(line.get("step", 0) >= step for line in metrics(folder)[:-1]):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached, exit code {process.poll()}")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +40,8 @@ def assert_same(found: Path, expected: Path) -> None:
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
     tmp_path: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
@@ -75,18 +66,13 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
-    """Twice: one rank, and all of them."""
+@pytest.mark.timeout(900)
+def test_a_run_killed_five_times_while_it_saves_comes_to_the_same_end(tmp_path: Path, undisturbed: Path) -> None:
+    """One rank or all, at random moments, with a save under way nearly always."""
     write_inputs(tmp_path)
     run = tmp_path / "runs" / "tiny"
-    for step, victims in ((33, [1]), (71, [0, 1])):
-        process = start(command(), tmp_path, stdout=-3, stderr=-3)
-        after_step(run, step, process)
-        for pid in [rank_process(process.pid, rank) for rank in victims]:
-            os.kill(pid, signal.SIGKILL)
-        assert process.wait(60) != 0
-    finished = launch(command(), tmp_path)
-    assert finished.code == 0, finished.everything
+    done = supervise(tmp_path, run, ["tiny.yaml", *VALUES, "checkpoint.every=1"], kills=5, steps=110, seed=1)
+    assert len(done) == 5
     assert_same(run, undisturbed)
     assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"tiny", "cache"}
 
@@ -107,3 +93,49 @@ def test_another_run_goes_on_from_a_checkpoint_and_settings_must_fit(tmp_path: P
     ours = load_file(tmp_path / "runs" / "other" / "model" / "model.safetensors")
     theirs = load_file(undisturbed / "model" / "model.safetensors")
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_ends_a_run_at_once(tmp_path: Path) -> None:
+    """With nothing to lose: exit code 75, on which SLURM scripts requeue, and no run folder left behind."""
+    write_inputs(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    with open(tmp_path / "out", "w+") as out:
+        process = start(command(), tmp_path, stdout=out, stderr=out)
+        end = time.monotonic() + 120
+        while not (run / "lease.json").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        pids = [rank_process(process.pid, rank) for rank in (0, 1)]
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        assert process.wait(60) == 75
+        out.seek(0)
+        assert "Traceback" not in out.read()
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_a_second_job_is_refused_while_the_first_trains_and_the_requeued_one_is_not(tmp_path: Path) -> None:
+    """Its first start left no checkpoint."""
+    write_inputs(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    first = {**environment(), "SLURM_JOB_ID": "7"}
+    process = start(command("checkpoint.every=1000"), tmp_path, stdout=-3, stderr=-3, env=first)
+    after_step(run, 3, process)
+    second = launch(command(), tmp_path)
+    assert second.code == 2
+    assert f"another run trains in {run.relative_to(tmp_path)}: SLURM job 7 (process" in second.stderr
+    for pid in [rank_process(process.pid, rank) for rank in (0, 1)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    again = start(
+        command("train.steps=6", "selector.interval=2"),
+        tmp_path,
+        stdout=-3,
+        stderr=-3,
+        env={**first, "SLURM_RESTART_COUNT": "1"},
+    )
+    assert again.wait(120) == 0
+    assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"tiny", "cache"}
+    assert (run / "model").exists() and not (run / "lease.json").exists()
