@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,19 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
+from trainer.accounting.peak import Activations
 from trainer.blocks import Structure
 from trainer.loss import summed_loss
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes beside weights. `saved`: what forward leaves for backward, its output included and its input not; `peak`:
-    the most that is alive beside the input at any moment of forward and backward, `saved` and one weight's gradient at
-    a time included; `forward`: the same without gradients, as in evaluation and in a checkpointed forward."""
-
-    saved: int
-    peak: int
-    forward: int
 
 
 class LiveStorages(TorchDispatchMode):

@@ -340,6 +340,12 @@ def _auto_problems(values: Mapping[str, Any], source: str, prefix: str = "") -> 
     return problems
 
 
+def zero_size(ds: Mapping[str, Any], name: str) -> int:
+    """A size of `zero_optimization`, by the name of its field, whichever spelling it has; 0 where there is none."""
+    zero = ds["zero_optimization"]
+    return int(zero.get(name, zero.get(ZERO_ALIASES.get(name, name), 0)))
+
+
 def size_buckets(
     ds: Mapping[str, Any], *, largest_parameter: int, largest_group: int, largest_block: int, hidden: int
 ) -> dict[str, Any]:
