@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -61,11 +62,16 @@ class LiveStorages(TorchDispatchMode):
 class Tracer:
     """Traces the parts of a model on the meta device, at `batch` sequences of `length` tokens.
 
-    `requires_grad` of the parameters is looked at by `outside`; `block` is told what trains.
+    `requires_grad` of the parameters is looked at by `outside`; `block` is told what trains. `zero3`: with the linear
+    layers of DeepSpeed's stage 3, which keep their input for backward whether or not their weights train.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, *, batch: int, length: int) -> None:
+    def __init__(
+        self, model: nn.Module, structure: Structure, *, batch: int, length: int, zero3: bool = False
+    ) -> None:
         self._structure = structure
+        # Stage 3 replaces the function for good, for the whole process.
+        self._linear = zero3_linear_wrap if zero3 else torch._C._nn.linear
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         kept = model.get_submodule(structure.path)
         parent, _, name = structure.path.rpartition(".")
@@ -139,7 +145,7 @@ class Tracer:
     def _running(self) -> Iterator[None]:
         # Looks at values, and takes rows that it cannot look at for packed ones.
         rows = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
-        with self._mode, rows:
+        with self._mode, rows, mock.patch.object(nn.functional, "linear", self._linear):
             yield
 
 

@@ -94,10 +94,10 @@ class Memory:
 
 def fused_loss(*, tokens: int, hidden: int, vocabulary: int, weight_bytes: int, trains: bool, tiles: int) -> Activations:
     """Of TRL's fused head: a tile of logits, fp32 gradients of hidden states and, if the head `trains`, of the head,
-    and their copies in the weights' type. `tiles`: fp32 copies of a tile that are made where Triton is not (5 on a
+    and their copies in the weights' type. `tiles`: fp32 copies of a tile that are made where Triton is not (7 on a
     CPU, else 0)."""
-    tile = min(tokens, _TILE[0]) * min(vocabulary, _TILE[1])
-    tile_bytes = tile * (weight_bytes + 4 * tiles)
+    rows, columns = min(tokens, _TILE[0]), min(vocabulary, _TILE[1])
+    tile_bytes = rows * (weight_bytes * _TILE[1] + 4 * tiles * columns)  # the buffer is as wide for any vocabulary
     inputs = 2 * tokens * hidden * weight_bytes  # normed, and the rows that are targets
     gradients = (4 + weight_bytes) * (tokens * hidden + trains * hidden * vocabulary)
     return Activations(saved=inputs, peak=inputs + tile_bytes + gradients, forward=inputs + tile_bytes)
@@ -123,7 +123,7 @@ def _moments(shape: StepShape, zero: Zero, bucket: int) -> dict[str, dict[str, i
     recomputed = worst.peak if shape.checkpointing else worst.peak - worst.saved
     gradients = _whole_gradients(shape, zero)
     return {
-        "loss": {"activations": saved, "loss": shape.loss.peak, "gathered": gathered, "buckets": reduction},
+        "loss": {"activations": saved, "loss": shape.loss.peak, "gathered": gathered},
         "backward": {
             "activations": saved,
             "recomputed": recomputed,

@@ -73,7 +73,8 @@ class Planner:
             model = adapt(base, config.substrate, stage=stage, quantization=config.model.quantization, empty=True).model
         sparse = prepare_model(config, model)
         ds = size_buckets(ds, sparse, model)
-        return _planned(config, ranks, ds, base, sparse, self._activations(config, model, sparse), on_cpu=self._on_cpu)
+        traced = self._activations(config, model, sparse, ds["zero_optimization"]["stage"])
+        return _planned(config, ranks, ds, base, sparse, traced, on_cpu=self._on_cpu)
 
     def _model(self, config: RunConfig) -> PreTrainedModel:
         key = config.model.model_dump_json(exclude={"activation_checkpointing"})
@@ -85,7 +86,7 @@ class Planner:
         return self._models[key]
 
     def _activations(
-        self, config: RunConfig, model: Any, sparse: Sparse
+        self, config: RunConfig, model: Any, sparse: Sparse, stage: int
     ) -> tuple[Activations, Activations, Activations]:
         """Of a block that trains, of one that passes gradients on, and of norm, head and loss."""
         key = json.dumps(
@@ -95,12 +96,13 @@ class Planner:
                 config.always_on.model_dump(),
                 config.data.max_length,
                 config.train.micro_batch_size,
+                stage == 3,
             ],
             default=str,
         )
         if key not in self._traced:
             size = {"batch": config.train.micro_batch_size, "length": config.data.max_length}
-            tracer = Tracer(model, sparse.structure, **size)
+            tracer = Tracer(model, sparse.structure, zero3=stage == 3, **size)
             block = max(sparse.blocks, key=lambda b: sum(full_numel(p) for p in b.module.parameters()))
             names = [name.removeprefix(f"{block.path}.") for name in block.parameters]
             self._traced[key] = (
@@ -152,7 +154,7 @@ def _planned(
             vocabulary=vocabulary,
             weight_bytes=weight_bytes,
             trains=train_head,
-            tiles=5 if on_cpu else 0,
+            tiles=7 if on_cpu else 0,
         )
     embeddings = base.get_input_embeddings().weight
     shape = StepShape(
