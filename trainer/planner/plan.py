@@ -48,6 +48,7 @@ class Plan:
     parameters: int
     trained: int
     num_blocks: int
+    active: int  # blocks that train at a time
     memory: Memory
     flops: int
     volume: Volume
@@ -192,6 +193,7 @@ def _planned(
         parameters=shape.total,
         trained=trained,
         num_blocks=len(sparse.blocks),
+        active=shape.num_active,
         memory=memory(state, shape, zero, host=_on_host(config, sparse, shape, zero, trained)),
         flops=batch.accumulation_steps
         * step_flops(
