@@ -47,7 +47,7 @@ def run(config: RunConfig) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
     data = prepare_run(config, tokenizer)  # before there is a process group that could time out waiting
-    build.initialise_process_group()
+    build.initialise_process_group(timeout_minutes=config.train.timeout_minutes)
     with watch_ranks():
         code = _train(config, tokenizer, data)
     # Only in the end: after a failure it could wait for ranks that will not come.
