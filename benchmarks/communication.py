@@ -23,6 +23,7 @@ import trainer
 from trainer.accounting import Volume, step_volume
 from trainer.selectors import Uniform
 
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=6, help="blocks of the model")

@@ -33,7 +33,12 @@ from trainer.planner import Plan, Planner
 from trainer.step import train_step
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "intermediate_size": 688, "num_key_value_heads": 2, "max_position_embeddings": 512},
+    "llama": {
+        "model_type": "llama",
+        "intermediate_size": 688,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    },
     "gpt2": {"model_type": "gpt2", "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 DEEPEST = {"name": "fixed", "blocks": [0, 3]}

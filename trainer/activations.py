@@ -66,9 +66,7 @@ class Tracer:
     layers of DeepSpeed's stage 3, which keep their input for backward whether or not their weights train.
     """
 
-    def __init__(
-        self, model: nn.Module, structure: Structure, *, batch: int, length: int, zero3: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, *, batch: int, length: int, zero3: bool = False) -> None:
         self._structure = structure
         # Stage 3 replaces the function for good, for the whole process.
         self._linear = zero3_linear_wrap if zero3 else torch._C._nn.linear

@@ -32,6 +32,7 @@ from trainer.history import History
 from trainer.interruption import EXIT_INTERRUPTED, Interruption
 from trainer.loss import LossError, Objective, check_fused, check_packing, choose_fused
 from trainer.picture import draw_importance
+from trainer.planner.watch import PeakWatch
 from trainer.progress import Meter, Progress
 from trainer.rank_watch import watch_ranks
 from trainer.run_folder import move_tensorboard, start_run_folder
@@ -112,6 +113,9 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
 
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank, first_step=history.step)
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
+    watch = PeakWatch(config)
+    for line in watch.lines():
+        progress.say(line)
     hints = [*saving_warning(config), *learning_warning(config, sparse, num_steps), *rounding_warning(config, sparse)]
     for line in [*describe_data(data, config.data.max_length), *remarks, *hints]:
         progress.say(line)
@@ -124,11 +128,14 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
             saved = history.checkpoints.last_step
             print(f"Told to stop: saved after step {saved}. The same command goes on from there.", flush=True)
         return EXIT_INTERRUPTED
+    peak, figures = watch.result()
+    progress.summary(history.step, **figures)
     written, failure = save(engine, tokenizer, folder, adapters, merge=merge)
     progress.close()
     if rank == 0:
         pictures = draw_importance(folder, sparse.times_active)
         print(report(sparse, history.evaluations, data, num_steps, [*written, *pictures]), flush=True)
+        print(peak, flush=True)
     if failure is not None and config.substrate.merge is True:
         raise failure
     if failure is not None:  # nobody asked for a merge

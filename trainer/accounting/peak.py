@@ -30,7 +30,7 @@ class StepShape:
     """What a step's transient bytes follow from.
 
     `active` and `passed`: a block that trains, and one that only passes gradients on, `depth` blocks in all of which
-    `num_active` train; `loss`: final norm, head and loss; `embedded`: a hidden state, `mask`: what all blocks share.
+    `num_active` train; `loss`: final norm, head and loss; `evaluation`: of a forward without gradients; `embedded`: a hidden state.
     `largest`: elements of the largest parameter that trains, `block` of a whole block, `embeddings` of the input
     embeddings if they train, `total` of the model; `groups`: of the optimizer's groups.
     """
@@ -38,6 +38,7 @@ class StepShape:
     active: Activations
     passed: Activations
     loss: Activations
+    evaluation: int
     embedded: int
     depth: int
     num_active: int
@@ -60,6 +61,7 @@ class Zero:
     overlap: bool = False
     max_live: int = 0
     offload: bool = False
+    machine_ranks: int = 0  # hpZ: over which each machine cuts a copy of its own
     # AdamW of torch without fusing, as on a CPU, computes beside its state; fused and DeepSpeed's do not.
     temporaries: bool = False
 
@@ -92,7 +94,9 @@ class Memory:
         return sum(self.host.values())
 
 
-def fused_loss(*, tokens: int, hidden: int, vocabulary: int, weight_bytes: int, trains: bool, tiles: int) -> Activations:
+def fused_loss(
+    *, tokens: int, hidden: int, vocabulary: int, weight_bytes: int, trains: bool, tiles: int
+) -> Activations:
     """Of TRL's fused head: a tile of logits, fp32 gradients of hidden states and, if the head `trains`, of the head,
     and their copies in the weights' type. `tiles`: fp32 copies of a tile that are made where Triton is not (7 on a
     CPU, else 0)."""
@@ -112,6 +116,8 @@ def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str
     bucket = zero.weight_bytes * zero.reduce_bucket
     if zero.stage == 3:
         resident["buckets"] = bucket
+    if zero.machine_ranks > 1:
+        resident["weights for each machine"] = zero.weight_bytes * -(-shape.total // zero.machine_ranks)
     return Memory(resident, _moments(shape, zero, bucket), on_host)
 
 
@@ -139,6 +145,7 @@ def _moments(shape: StepShape, zero: Zero, bucket: int) -> dict[str, dict[str, i
             "whole gradients": gradients,
         },
         "optimizer step": _optimizer_step(shape, zero),
+        "evaluation": {"evaluation": shape.evaluation, "gathered": gathered},
     }
 
 

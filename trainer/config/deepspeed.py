@@ -220,9 +220,7 @@ def _defaults(config: RunConfig, values: Mapping[str, Any]) -> list[tuple[str, A
     return defaults
 
 
-def _places(
-    config: RunConfig, values: Mapping[str, Any], ranks: int, local_ranks: int | None
-) -> list[tuple[str, Any]]:
+def _places(config: RunConfig, values: Mapping[str, Any], ranks: int, local_ranks: int | None) -> list[tuple[str, Any]]:
     """(key, value) of what depends on the machines, where it is "auto"."""
     places: list[tuple[str, Any]] = []
     if _get(values, "zero_optimization.zero_hpz_partition_size") == AUTO:

@@ -74,7 +74,8 @@ def suggest(planner: Planner, load: Load, config: RunConfig, machine: Machine) -
 
 def _plan(planner: Planner, load: Load, chosen: Sequence[Change], machine: Machine) -> Plan | None:
     try:
-        return planner.plan(load([s for change in chosen for s in change.settings]), machine.ranks)
+        config = load([s for change in chosen for s in change.settings])
+        return planner.plan(config, machine.ranks, local_ranks=machine.gpus)
     except ConfigError:  # two changes that do not go together, or an optimizer that is not installed
         return None
 

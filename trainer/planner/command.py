@@ -46,13 +46,15 @@ def main(argv: Sequence[str]) -> int:
             host_bandwidth=arguments.host_bandwidth,
         )
         planner = Planner()
-        plan = planner.plan(config, machine.ranks)
+        plan = planner.plan(config, machine.ranks, local_ranks=machine.gpus)
         missing = shortage(plan, machine)
         suggestions, least = suggest(planner, load_with, config, machine) if missing else ([], None)
     except (ConfigError, ModelError, AdapterError, BlockError, LossError, DataError) as error:
         return refuse(str(error), rank=0)
     if arguments.json:
         print(json.dumps(report.mapping(plan, machine, suggestions, samples=arguments.samples), indent=2))
+    elif arguments.short:
+        print(report.short(plan, machine))
     else:
         print(report.table(plan, machine, samples=arguments.samples))
         if suggestions:
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bandwidth", type=_bytes, metavar="50GB", help="per second, from a rank to the others")
     parser.add_argument("--host-bandwidth", type=_bytes, metavar="25GB", help="per second, between card and host")
     parser.add_argument("--samples", type=_count, metavar="N", help="training samples, where the recipe says epochs")
+    parser.add_argument("--short", action="store_true", help="a few lines, as in the headers of recipes")
     parser.add_argument("--json", action="store_true", help="for programs; sizes in bytes")
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from trainer import model as models
 from trainer.accounting import (
     Memory,
+    ModelState,
     StepShape,
     Volume,
     Zero,
@@ -49,10 +51,22 @@ class Plan:
     trained: int
     num_blocks: int
     active: int  # blocks that train at a time
+    state: ModelState
     memory: Memory
     flops: int
     volume: Volume
     offloaded: int  # bytes that cross between card and host in a step
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A block that trains, one that passes gradients on, norm and head and plain loss; and in evaluation the bytes of a
+    block's forward and of the loss's."""
+
+    active: Activations
+    passed: Activations
+    outside: Activations
+    evaluated: tuple[int, int]
 
 
 class Planner:
@@ -61,11 +75,11 @@ class Planner:
     def __init__(self, *, on_cpu: bool = False) -> None:
         self._on_cpu = on_cpu
         self._models: dict[str, PreTrainedModel] = {}
-        self._traced: dict[str, tuple[Activations, Activations, Activations]] = {}
+        self._traced: dict[str, Traced] = {}
 
-    def plan(self, config: RunConfig, ranks: int) -> Plan:
-        """Raises what a run with `config` raises before it loads weights: `ConfigError`, `ModelError`, ..."""
-        ds = resolve(config, ranks)
+    def plan(self, config: RunConfig, ranks: int, *, local_ranks: int | None = None) -> Plan:
+        """Of `ranks` ranks, `local_ranks` on each machine (by default what the launcher says). Raises what a run with `config` raises before it loads weights: `ConfigError`, `ModelError`, ..."""
+        ds = resolve(config, ranks, local_ranks=local_ranks)
         base = self._model(config)
         model: Any = base
         if config.substrate.name == "adapter":  # changes the model
@@ -86,10 +100,7 @@ class Planner:
             self._models[key] = models.on_meta(config.model, tokenizer)
         return self._models[key]
 
-    def _activations(
-        self, config: RunConfig, model: Any, sparse: Sparse, stage: int
-    ) -> tuple[Activations, Activations, Activations]:
-        """Of a block that trains, of one that passes gradients on, and of norm, head and loss."""
+    def _activations(self, config: RunConfig, model: Any, sparse: Sparse, stage: int) -> Traced:
         key = json.dumps(
             [
                 config.model.model_dump(exclude={"activation_checkpointing"}),
@@ -97,19 +108,31 @@ class Planner:
                 config.always_on.model_dump(),
                 config.data.max_length,
                 config.train.micro_batch_size,
+                config.eval.micro_batch_size,
                 stage == 3,
             ],
             default=str,
         )
         if key not in self._traced:
-            size = {"batch": config.train.micro_batch_size, "length": config.data.max_length}
-            tracer = Tracer(model, sparse.structure, zero3=stage == 3, **size)
             block = max(sparse.blocks, key=lambda b: sum(full_numel(p) for p in b.module.parameters()))
             names = [name.removeprefix(f"{block.path}.") for name in block.parameters]
-            self._traced[key] = (
-                tracer.block(block.module, trains=names, input_requires_grad=True),
-                tracer.block(block.module, trains=(), input_requires_grad=True),
-                tracer.outside(),
+
+            def tracer(batch: int) -> Tracer:
+                return Tracer(model, sparse.structure, batch=batch, length=config.data.max_length, zero3=stage == 3)
+
+            training = tracer(config.train.micro_batch_size)
+            passed = training.block(block.module, trains=(), input_requires_grad=True)
+            outside = training.outside()
+            evaluated = config.eval.micro_batch_size or config.train.micro_batch_size
+            other = tracer(evaluated) if evaluated != config.train.micro_batch_size else None
+            self._traced[key] = Traced(
+                active=training.block(block.module, trains=names, input_requires_grad=True),
+                passed=passed,
+                outside=outside,
+                evaluated=(
+                    (other.block(block.module, trains=(), input_requires_grad=False) if other else passed).forward,
+                    (other.outside() if other else outside).forward,
+                ),
             )
         return self._traced[key]
 
@@ -120,7 +143,7 @@ def _planned(
     ds: dict[str, Any],
     base: PreTrainedModel,
     sparse: Sparse,
-    traced: tuple[Activations, Activations, Activations],
+    traced: Traced,
     *,
     on_cpu: bool,
 ) -> Plan:
@@ -147,21 +170,21 @@ def _planned(
     vocabulary, hidden = base.get_output_embeddings().weight.shape
     tokens = config.train.micro_batch_size * config.data.max_length
     train_head = base.get_output_embeddings().weight.requires_grad
-    loss = traced[2]
+    loss, evaluated = traced.outside, traced.evaluated
+    eval_tokens = (config.eval.micro_batch_size or config.train.micro_batch_size) * config.data.max_length
     if choose_fused(config.train.fused_loss, base):
-        loss = fused_loss(
-            tokens=tokens,
-            hidden=hidden,
-            vocabulary=vocabulary,
-            weight_bytes=weight_bytes,
-            trains=train_head,
-            tiles=7 if on_cpu else 0,
+        fused = partial(
+            fused_loss, hidden=hidden, vocabulary=vocabulary, weight_bytes=weight_bytes, tiles=7 if on_cpu else 0
         )
+        loss = fused(tokens=tokens, trains=train_head)
+        evaluated = (evaluated[0], fused(tokens=eval_tokens, trains=False).forward)
+    evaluates = config.data.eval is not None or config.data.eval_fraction > 0
     embeddings = base.get_input_embeddings().weight
     shape = StepShape(
-        active=traced[0],
-        passed=traced[1],
+        active=traced.active,
+        passed=traced.passed,
         loss=loss,
+        evaluation=(eval_tokens * hidden * weight_bytes + max(evaluated)) if evaluates else 0,
         embedded=tokens * hidden * weight_bytes,
         depth=len(sparse.blocks) - lowest,
         num_active=len(sparse.active),
@@ -180,6 +203,7 @@ def _planned(
         overlap=bool(ds["zero_optimization"].get("overlap_comm")),
         max_live=zero_size(ds, "max_live_parameters"),
         offload=offload,
+        machine_ranks=zero_size(ds, "zero_hpz_partition_size"),
         temporaries=on_cpu and not offload,
     )
     batch = resolve_batch(config, ranks)
@@ -194,6 +218,7 @@ def _planned(
         trained=trained,
         num_blocks=len(sparse.blocks),
         active=shape.num_active,
+        state=state,
         memory=memory(state, shape, zero, host=_on_host(config, sparse, shape, zero, trained)),
         flops=batch.accumulation_steps
         * step_flops(
@@ -216,6 +241,7 @@ def _planned(
             forward=shape.total,
             backward=in_blocks - below + head,
             micro_batches=batch.accumulation_steps,
+            machine_copies=zero.machine_ranks > 1,
         ),
         offloaded=(gradient_bytes + weight_bytes) * -(-trained // ranks) if offload else 0,
     )

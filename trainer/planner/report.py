@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,25 @@ def one_line(plan: Plan) -> str:
     shown = ", ".join(f"{name} {readable(size)}" for name, size in parts[:4])
     host = f"; in host memory {readable(plan.memory.total_host)}" if plan.memory.total_host else ""
     return f"planned peak {readable(plan.memory.peak)} on each rank ({plan.memory.highest}: {shown}){host}"
+
+
+def short(plan: Plan, machine: Machine) -> str:
+    """A few lines: what trains, the highest moment, whether it fits."""
+    lines = [
+        f"{plan.parameters:,} parameters, of which {plan.trained:,} train at a time",
+        f"each rank holds {readable(plan.memory.peak)} at the highest moment of a step ({plan.memory.highest}):",
+    ]
+    parts = [f"{name} {readable(size)}" for name, size in plan.memory.parts.items()]
+    lines += textwrap.wrap(", ".join(parts), 100, initial_indent="  ", subsequent_indent="  ")
+    memory = f"with context and slack {readable(needed(plan))}"
+    if machine.gpu_memory is not None:
+        memory += f" of {readable(machine.gpu_memory)}"
+    if plan.memory.total_host:
+        memory += f"; host memory of a node {readable(plan.memory.total_host * machine.gpus)}"
+    lines.append(memory)
+    if machine.gpu_memory is not None or machine.host_memory is not None:
+        lines.append(_verdict(plan, machine))
+    return "\n".join(lines)
 
 
 def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
@@ -45,13 +65,22 @@ def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
         lines.append(_row(f"node, {machine.gpus} rank{'s' * (machine.gpus > 1)}", node) + of)
     lines.append(
         f"a step: {plan.flops:.2e} FLOPs and {readable(plan.volume.sent(plan.ranks))} sent by each rank"
+        + (
+            f" ({readable(plan.volume.within_machine)} more gathered within its machine)"
+            if plan.volume.within_machine
+            else ""
+        )
         + (f", {readable(plan.offloaded)} through the host" if plan.offloaded else "")
     )
     lines += _time_lines(plan, machine, samples)
     if machine.gpu_memory is not None or machine.host_memory is not None:
-        missing = shortage(plan, machine)
-        lines.append("does not fit: " + ", ".join(missing) if missing else "fits")
+        lines.append(_verdict(plan, machine))
     return "\n".join(lines)
+
+
+def _verdict(plan: Plan, machine: Machine) -> str:
+    missing = shortage(plan, machine)
+    return "does not fit: " + ", ".join(missing) if missing else "fits"
 
 
 def _row(name: str, size: int) -> str:
@@ -77,7 +106,9 @@ def _span(spent: Times) -> str:
 
 
 def _rate(spent: Times) -> str:
-    return _span(Times(1 / spent.longest, 1 / spent.shortest)).replace(" (all overlapped)", "").replace(" (nothing)", "")
+    return (
+        _span(Times(1 / spent.longest, 1 / spent.shortest)).replace(" (all overlapped)", "").replace(" (nothing)", "")
+    )
 
 
 def advice(suggestions: list[Suggestion], machine: Machine) -> str:
