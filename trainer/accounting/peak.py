@@ -30,9 +30,9 @@ class StepShape:
     """What a step's transient bytes follow from.
 
     `active` and `passed`: a block that trains, and one that only passes gradients on, `depth` blocks in all of which
-    `num_active` train; `loss`: final norm, head and loss; `evaluation`: of a forward without gradients; `embedded`: a hidden state.
-    `largest`: elements of the largest parameter that trains, `block` of a whole block, `embeddings` of the input
-    embeddings if they train, `total` of the model; `groups`: of the optimizer's groups.
+    `num_active` train; `loss`: final norm, head and loss; bytes of `evaluation`, a forward without gradients (0: none),
+    and of `embedded`, a hidden state. `largest`: elements of the largest parameter that trains, `embeddings` of the
+    input embeddings if they train, `total` of the model, `groups` of the optimizer's groups.
     """
 
     active: Activations

@@ -142,8 +142,9 @@ class _Fill:
 def resolve(config: RunConfig, ranks: int, *, local_ranks: int | None = None) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`, except for the sizes that `size_buckets` adds.
 
-    `local_ranks` is the number of ranks on each machine, by default what the launcher says. Missing keys and "auto" are filled from the run. Raises ConfigError with every value that contradicts the run, and
-    with everything that Strata cannot work with.
+    `local_ranks` is the number of ranks on each machine, by default what the launcher says. Missing keys and "auto" are
+    filled from the run. Raises ConfigError with every value that contradicts the run, and with everything that Strata
+    cannot work with.
     """
     values = read(config.deepspeed)
     source = _source(config.deepspeed)
@@ -268,8 +269,8 @@ def _zero_problems(values: Mapping[str, Any], config: RunConfig, source: str) ->
     hpz = _get(values, "zero_optimization.zero_hpz_partition_size", 0)
     if stage == 3 and hpz not in (0, 1) and _get(values, "zero_optimization.offload_param.device", "none") != "none":
         problems.append(
-            f"deepspeed: zero_optimization.zero_hpz_partition_size is {json.dumps(hpz)} in {source} with offload_param: "
-            "a copy of the weights on each machine and weights in host memory; take one of them out"
+            f"deepspeed: zero_optimization.zero_hpz_partition_size is {json.dumps(hpz)} in {source} with "
+            "offload_param: a copy of the weights on each machine and weights in host memory; take one of them out"
         )
     offload = _get(values, "zero_optimization.offload_optimizer.device", "none")
     if config.optimizer.name == "adamw_8bit" and offload != "none":

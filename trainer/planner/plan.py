@@ -78,7 +78,10 @@ class Planner:
         self._traced: dict[str, Traced] = {}
 
     def plan(self, config: RunConfig, ranks: int, *, local_ranks: int | None = None) -> Plan:
-        """Of `ranks` ranks, `local_ranks` on each machine (by default what the launcher says). Raises what a run with `config` raises before it loads weights: `ConfigError`, `ModelError`, ..."""
+        """Of `ranks` ranks, `local_ranks` on each machine (by default what the launcher says).
+
+        Raises what a run with `config` raises before it loads weights: `ConfigError`, `ModelError`, ...
+        """
         ds = resolve(config, ranks, local_ranks=local_ranks)
         base = self._model(config)
         model: Any = base
