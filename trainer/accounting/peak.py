@@ -116,6 +116,8 @@ def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str
     bucket = zero.weight_bytes * zero.reduce_bucket
     if zero.stage == 3:
         resident["buckets"] = bucket
+    if zero.offload and zero.stage in (1, 2):  # through which gradients leave
+        resident["offload buffer"] = zero.weight_bytes * shape.largest
     if zero.machine_ranks > 1:
         resident["weights for each machine"] = zero.weight_bytes * -(-shape.total // zero.machine_ranks)
     return Memory(resident, _moments(shape, zero, bucket), on_host)
@@ -170,7 +172,7 @@ def _gathered(shape: StepShape, zero: Zero) -> int:
 
 def _reduction(shape: StepShape, zero: Zero, bucket: int) -> int:
     """Stage 3 makes a copy of a full bucket to scatter it, stages 1 and 2 have their buckets during backward."""
-    if zero.stage == 0 or zero.ranks == 1:
+    if zero.stage == 0:
         return 0
     if zero.stage == 3:
         return bucket
