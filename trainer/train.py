@@ -61,6 +61,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     ds = resolve(config, ranks)
     build.check_hardware(config)
     num_steps = total_steps(config, len(data.train))
+    watch = PeakWatch(config)
     torch.manual_seed(config.seed)
     model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds)
     build.check_length(config, model)
@@ -113,8 +114,7 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
 
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank, first_step=history.step)
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
-    watch = PeakWatch(config)
-    for line in watch.lines():
+    for line in watch.start():
         progress.say(line)
     hints = [*saving_warning(config), *learning_warning(config, sparse, num_steps), *rounding_warning(config, sparse)]
     for line in [*describe_data(data, config.data.max_length), *remarks, *hints]:
@@ -135,7 +135,8 @@ def _train(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Prepared
     if rank == 0:
         pictures = draw_importance(folder, sparse.times_active)
         print(report(sparse, history.evaluations, data, num_steps, [*written, *pictures]), flush=True)
-        print(peak, flush=True)
+        if peak:
+            print(peak, flush=True)
     if failure is not None and config.substrate.merge is True:
         raise failure
     if failure is not None:  # nobody asked for a merge

@@ -14,20 +14,26 @@ from trainer.planner.report import one_line
 
 
 class PeakWatch:
-    """Plans on rank 0, and measures on all ranks from here on; on CPUs, which do not count, nothing is measured."""
+    """Plans on rank 0 and measures on all ranks; on CPUs, which do not count, nothing is measured.
+
+    To be made before the model: transformers cuts what it builds under an active ZeRO-3 configuration.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._measures = get_accelerator().device_name() != "cpu"
-        self._plan = None
+        self._plan, self._failure = None, ""
         if dist.get_rank() == 0:
-            self._plan = Planner(on_cpu=not self._measures).plan(config, dist.get_world_size())
+            try:
+                self._plan = Planner(on_cpu=not self._measures).plan(config, dist.get_world_size())
+            except Exception as error:  # of what torch cannot trace; a run does not depend on its plan
+                self._failure = f"no plan of the memory: {type(error).__name__}: {error}"
+
+    def start(self) -> list[str]:
+        """Measure from here on. What rank 0 says before the run: the plan, and a warning where the card is smaller."""
         if self._measures:
             get_accelerator().reset_peak_memory_stats()
-
-    def lines(self) -> list[str]:
-        """What rank 0 says before the run: the plan, and a warning where the card is smaller."""
         if self._plan is None:
-            return []
+            return [self._failure] if self._failure else []
         lines = [one_line(self._plan)]
         memory = get_accelerator().total_memory() if self._measures else 0
         if 0 < memory < needed(self._plan) - CONTEXT:
