@@ -26,7 +26,7 @@ else:
 
 
 def test_a_rank_that_waits_in_vain_fails_after_the_timeout() -> None:
-    shared = environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "WORLD_SIZE": "2"}
+    shared = environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WAITS],
@@ -34,7 +34,7 @@ def test_a_rank_that_waits_in_vain_fails_after_the_timeout() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.getcwd()},
+            env=shared | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.getcwd()},
         )
         for rank in range(2)
     ]
