@@ -17,7 +17,7 @@ def _compare(rank: int) -> list[tuple[str, float]]:
     from memory_plan import CASES as ALL
     from memory_plan import Size, compare
 
-    return [(case.name, compare(case, Size(blocks=4, length=128))["ratio"]) for case in ALL if case.name in CASES]
+    return [(case.name, compare(case, Size())["ratio"]) for case in ALL if case.name in CASES]
 
 
 @pytest.mark.slow

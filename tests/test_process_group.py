@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.launching import environment
 
 WAITS = """
 import sys
+
+import pytest
 from trainer.entry import prepare_process
 prepare_process()
 from trainer.build import initialise_process_group
@@ -25,6 +29,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_in_vain_fails_after_the_timeout() -> None:
     shared = environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713"}
     processes = [
