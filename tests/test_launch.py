@@ -107,6 +107,11 @@ def nothing_was_trained(place: Path) -> bool:
 # --- a run that works --------------------------------------------------------------------------------------------
 
 
+def evaluations(run_folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that hold an evaluation."""
+    return [line for line in metrics(run_folder) if "eval_loss" in line]
+
+
 def test_the_run_ends_well(run: Run) -> None:
     assert run.finished.code == 0, run.finished.everything
     assert "Traceback" not in run.finished.everything
@@ -140,10 +145,17 @@ def test_metrics_hold_evaluations_before_during_and_after(run: Run) -> None:
     assert evaluations[6] < evaluations[4] < evaluations[0]
 
 
+def test_the_plan_is_said_before_the_run_and_stands_in_the_metrics_after_it(run: Run) -> None:
+    """On CPUs, which do not count, nothing is measured, and that is said."""
+    assert "planned peak " in run.finished.everything and "planned, not measured on a CPU." in run.finished.stdout
+    last = metrics(run.folder)[-1]
+    assert last["step"] == 6 and last["planned_peak_bytes"] > 0 and last["measured_peak_bytes"] is None
+
+
 def test_the_saved_model_has_the_last_evaluation_loss(run: Run) -> None:
     model = AutoModelForCausalLM.from_pretrained(run.folder / "model").eval()
     assert model.dtype == torch.float32
-    last = metrics(run.folder)[-1]
+    last = evaluations(run.folder)[-1]
     assert last["step"] == 6
     assert loss_by_hand(model, evaluation_samples(run.place)) == pytest.approx(last["eval_loss"], abs=1e-4)
 
@@ -372,7 +384,7 @@ def test_dry_run_of_each_recipe(run: Run, place: Path, recipe: Path) -> None:
     values = [] if recipe.stem == "quickstart" else own
     finished = launch([sys.executable, str(SCRIPT), str(recipe), *values, "output=runs/tiny", "--dry-run"], place)
     assert finished.code == 0, finished.everything
-    stage = yaml.safe_load(recipe.read_text())["deepspeed"].removeprefix("zero")
+    stage = yaml.safe_load(recipe.read_text())["deepspeed"].removeprefix("zero")[0]
     assert f"each of 1 ranks holds, under ZeRO stage {stage}" in finished.stdout
     assert nothing_was_trained(place)
 
@@ -439,8 +451,9 @@ def test_lisa_learns_more_of_gsm8k_than_embeddings_alone(tmp_path: Path) -> None
         assert finished.code == 0, finished.everything
     lisa, embeddings = tmp_path / "runs" / "lisa", tmp_path / "runs" / "embeddings"
     assert metrics(lisa)[0] == metrics(embeddings)[0], "the same weights to start from"
-    assert metrics(lisa)[-1]["step"] == metrics(embeddings)[-1]["step"] == 200
-    assert metrics(lisa)[-1]["eval_loss"] < metrics(embeddings)[-1]["eval_loss"] < metrics(lisa)[0]["eval_loss"]
+    assert evaluations(lisa)[-1]["step"] == evaluations(embeddings)[-1]["step"] == 200
+    assert evaluations(lisa)[-1]["eval_loss"] < evaluations(embeddings)[-1]["eval_loss"]
+    assert evaluations(embeddings)[-1]["eval_loss"] < evaluations(lisa)[0]["eval_loss"]
 
     trained, untrained = blocks_of(lisa / "model"), blocks_of(embeddings / "model")
     drawn = {index for line in metrics(lisa) for index in line.get("active_blocks", [])}
@@ -463,4 +476,4 @@ def test_lisa_learns_more_of_gsm8k_than_embeddings_alone(tmp_path: Path) -> None
         cache=tmp_path / "cache-of-test",
         seed=0,
     )
-    assert loss_by_hand(model, prepared.train) == pytest.approx(metrics(lisa)[-1]["eval_loss"], abs=1e-4)
+    assert loss_by_hand(model, prepared.train) == pytest.approx(evaluations(lisa)[-1]["eval_loss"], abs=1e-4)

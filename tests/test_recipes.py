@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from tests.launching import RECIPES
 from tests.models import tiny_llama
@@ -13,9 +14,12 @@ from trainer.config import METHODS, RunConfig, load
 from trainer.config.deepspeed import resolve
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.describe import describe
+from trainer.planner.command import main as plan
 
 # The one that runs as it stands; the others want a model and data of one's own.
 COMPLETE = "quickstart"
+# Beside 70B weights there is no room for the gradients of a large vocabulary.
+FROZEN_EMBEDDINGS = "llama-70b-lisa-141gb"
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +34,19 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*own, f"output={place / 'runs' / 'x'}"]
 
 
+def method_named(recipe: Path) -> str:
+    if recipe.stem == COMPLETE:
+        return "lisa"
+    return recipe.stem.split("-")[2] if recipe.stem.startswith("llama-") else recipe.stem.partition("_")[0]
+
+
 def loaded(recipe: Path, overrides: list[str]) -> RunConfig:
     own = overrides[3:] if recipe.stem == COMPLETE else overrides
     return load(str(recipe), own)
 
 
 def test_every_recipe_is_tested() -> None:
-    assert [recipe.stem for recipe in RECIPES] == [
+    assert [recipe.stem for recipe in RECIPES if recipe not in PLANNED] == [
         "badam",
         "full",
         "ist",
@@ -51,9 +61,10 @@ def test_every_recipe_is_tested() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_the_method_it_names(recipe: Path, overrides: list[str]) -> None:
     config = loaded(recipe, overrides)
-    assert config.method == ("lisa" if recipe.stem == COMPLETE else recipe.stem.partition("_")[0])
+    assert config.method == method_named(recipe)
     assert config.selector.name == METHODS[config.method]["selector"]["name"]
-    assert config.always_on.model_dump() == METHODS[config.method]["always_on"]
+    if recipe.stem != FROZEN_EMBEDDINGS:
+        assert config.always_on.model_dump() == METHODS[config.method]["always_on"]
     assert config.data.eval_fraction > 0, "a run that evaluates nothing cannot say how far the loss fell"
 
 
@@ -78,6 +89,52 @@ def test_recipe_fits_a_model(recipe: Path, overrides: list[str]) -> None:
     """All that a dry run does: data, blocks, always-on parts, buckets, bytes."""
     said = describe(loaded(recipe, overrides), ranks=2)
     parts = [part for part in ("embeddings", "head", "norm") if f"\nalways on: {part}, " in said]
-    whole = recipe.stem in ("full", "lisa", COMPLETE)
-    assert parts == (["embeddings", "head", "norm"] if whole else [])
+    whole = ["embeddings", "head", "norm"] if method_named(recipe) in ("full", "lisa") else []
+    assert parts == (["norm"] if recipe.stem == FROZEN_EMBEDDINGS else whole)
     assert "\nblocks: " in said and "\n  total " in said
+
+
+# --- the plans in their headers ----------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "Llama-3.1-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "heads": 32},
+    "Llama-3.1-70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "heads": 64},
+}
+PLANNED = [recipe for recipe in RECIPES if recipe.stem.startswith("llama-")]
+
+
+@pytest.mark.parametrize("recipe", PLANNED, ids=lambda path: path.stem)
+def test_plan_in_the_header(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command in the header says what the header says, and that it fits, from config.json alone."""
+    header = [line.removeprefix("# ").rstrip() for line in recipe.read_text().splitlines() if line.startswith("#")]
+    start = next(i for i, line in enumerate(header) if line.startswith("The plan, by "))
+    words = header[start].split("`")[1].split()
+    assert words[:5] == ["python", "-m", "trainer", "plan", f"launch/recipes/{recipe.name}"]
+    name = yaml.safe_load(recipe.read_text())["model"]["path"].removeprefix("meta-llama/")
+    fields = dict(PUBLISHED[name])
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=128256,
+        num_attention_heads=fields.pop("heads"),
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        **fields,
+    ).save_pretrained(tmp_path)
+    assert plan([str(recipe), f"model.path={tmp_path}", *words[5:]]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [f"  {line}".rstrip() for line in said] == header[start + 1 :]
+    assert said[-1] == "fits"
+
+
+def test_sizes_of_machines_have_recipes() -> None:
+    assert {recipe.stem for recipe in PLANNED} == {
+        f"llama-{size}-{method}{machine}"
+        for method in ("lisa", "ist")
+        for size, machine in (
+            ("8b", "-24gb"),
+            ("8b", "-80gb"),
+            ("70b", "-141gb"),
+            ("70b", "-8x80gb"),
+            ("70b", ""),
+        )
+    }

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config.errors import hint
-from trainer.entry import EXIT_REFUSED, prepare
+from trainer.entry import EXIT_REFUSED, prepare, prepare_process
 from trainer.entry import main as train
 from trainer.export_command import apply, export
 
@@ -18,7 +18,22 @@ def checkpoints(argv: Sequence[str]) -> int:
     return list_checkpoints(argv)
 
 
-COMMANDS = {"train": train, "prepare": prepare, "checkpoints": checkpoints, "export": export, "apply": apply}
+def plan(argv: Sequence[str]) -> int:
+    """As `trainer.planner.command.main`, which imports torch."""
+    prepare_process()
+    from trainer.planner.command import main as plan_recipe
+
+    return plan_recipe(argv)
+
+
+COMMANDS = {
+    "train": train,
+    "prepare": prepare,
+    "plan": plan,
+    "checkpoints": checkpoints,
+    "export": export,
+    "apply": apply,
+}
 USAGE = """Usage: python -m trainer COMMAND [argument ...]
 
   train RECIPE.yaml [key=value ...] [--dry-run] [--help]   what launch/train.py does; start it with a launcher for
@@ -26,6 +41,9 @@ USAGE = """Usage: python -m trainer COMMAND [argument ...]
   prepare RECIPE.yaml [key=value ...] [--show N]           tokenises the data into the cache, where training finds it,
                                                            and says what became of it; no accelerator is needed.
                                                            --show N prints N samples of every source
+  plan RECIPE.yaml [key=value ...] [options] [--help]      what each rank will hold, compute and send on the machine
+                                                           that the options describe, from config.json alone; whether
+                                                           it fits, and what to change if not
   checkpoints RUN                                          lists the checkpoints of a run folder and verifies them
   export RUN OUT [--step N | --best] [--delta]             writes the model of a checkpoint as a Hugging Face folder,
                                                            or what it changed of its base

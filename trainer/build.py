@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -46,8 +47,9 @@ def check_length(config: RunConfig, model: torch.nn.Module) -> None:
         )
 
 
-def initialise_process_group() -> None:
-    """From the launcher's variables; a process started by itself is a group of one."""
+def initialise_process_group(*, timeout_minutes: float) -> None:
+    """From the launcher's variables; a process started by itself is a group of one. A rank that waits longer than
+    `timeout_minutes` for the others in a collective fails."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -57,7 +59,9 @@ def initialise_process_group() -> None:
     on_cpu = accelerator.device_name() == "cpu"
     if not on_cpu:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False)
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes)
+    )
 
 
 def prepare_model(config: RunConfig, model: torch.nn.Module) -> Sparse:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from deepspeed.accelerator import get_accelerator
 
 from trainer import model as models
-from trainer.accounting import banked_bytes, model_state, nf4_bytes, readable
+from trainer.accounting import banked_bytes, readable
 from trainer.adapters import adapt, choose_merge
 from trainer.blocks import full_numel
 from trainer.build import check_hardware, check_length, offload_device, prepare_model, size_buckets
@@ -23,6 +22,8 @@ from trainer.data.tokenizer import load_tokenizer, tokenizer_name
 from trainer.engine.attach import Sparse
 from trainer.engine.registration import stored
 from trainer.engine.rounding import half_unit
+from trainer.planner import Planner
+from trainer.planner.report import one_line as planned
 
 
 def describe(config: RunConfig, ranks: int) -> str:
@@ -33,7 +34,6 @@ def describe(config: RunConfig, ranks: int) -> str:
     check_hardware(config)
     model = models.on_meta(config.model, tokenizer)
     check_length(config, model)
-    quantised = _quantised(config, model)
     remarks: list[str] = []
     if config.substrate.name == "adapter":
         stage = ds["zero_optimization"]["stage"]
@@ -42,20 +42,10 @@ def describe(config: RunConfig, ranks: int) -> str:
         remarks += adapted.warnings
         model = adapted.model
     sparse = prepare_model(config, model)
-    size_buckets(ds, sparse, model)
+    size_buckets(ds, sparse, model)  # refuses what does not fit into it
     stage = ds["zero_optimization"]["stage"]
-    weight_bytes = 4 if config.model.dtype == "fp32" else 2
-    state = model_state(
-        # What is in four bits counts as so many weights of the dtype.
-        [nf4_bytes(p.numel()) // weight_bytes if id(p) in quantised else p.numel() for p in model.parameters()],
-        [[p.numel() for p in group["params"]] for group in sparse.param_groups()],
-        stage=stage,
-        ranks=ranks,
-        weight_bytes=weight_bytes,
-        gradient_bytes=4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2,
-        moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
-        offload=offload_device(ds, "optimizer") != "none",
-    )
+    plan = Planner(on_cpu=get_accelerator().device_name() == "cpu").plan(config, ranks)
+    state = plan.state
     lines = [dump(config).rstrip(), ""]
     num_steps = total_steps(config, len(data.train))
     lines += [*remarks, *saving_warning(config), *learning_warning(config, sparse, num_steps)]
@@ -83,16 +73,8 @@ def describe(config: RunConfig, ranks: int) -> str:
         where = " in host memory" if config.bank.name == "cpu" else ""
         banked = readable(banked_bytes(inactive, ranks=ranks))
         lines.append(f"  {'bank':<10}{banked:>12}{where} more, once all blocks were drawn")
+    lines.append(planned(plan))
     return "\n".join(lines)
-
-
-def _quantised(config: RunConfig, model: PreTrainedModel) -> set[int]:
-    """Ids of the weights that `model.quantization` stores in four bits: transformers leaves out the head."""
-    if config.model.quantization is None:
-        return set()
-    kept = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    return linear - kept
 
 
 def saving_warning(config: RunConfig) -> list[str]:

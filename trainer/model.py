@@ -74,13 +74,15 @@ def load(
     return model
 
 
-def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model without any weights, for the dry run. Raises `ModelError`."""
+def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """The model without any weights, for the dry run and, from `config.json` alone, for the planner, which needs a
+    tokenizer with `model.random` only. Raises `ModelError`."""
     architecture = _architecture(config, tokenizer)
     with torch.device("meta"):
         options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
         model = _from_config(config, architecture, options)
-    _check_vocabulary(_embedded(model), tokenizer)
+    if tokenizer is not None:
+        _check_vocabulary(_embedded(model), tokenizer)
     return model
 
 
@@ -119,9 +121,9 @@ def _flash_obstacle(config: ModelConfig) -> str | None:
     return "model.dtype is fp32" if config.dtype == "fp32" else None
 
 
-def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
     if config.path is None:
-        assert config.random is not None  # one of the two, by validation
+        assert config.random is not None and tokenizer is not None  # one of path and random, by validation
         fields = dict(config.random)
         fields.setdefault("vocab_size", len(tokenizer))
         for name in ("pad", "bos", "eos"):

@@ -77,6 +77,11 @@ class Progress:
         self._engine.monitor.write_events([("Eval/loss", loss, step)])
         self.say(f"evaluation after {step} steps: loss {loss:.4f}")
 
+    def summary(self, step: int, **values: int | None) -> None:
+        """Record what is known of the whole run after `step` steps."""
+        if self._speaks:
+            self._write({"step": step, **values})
+
     def say(self, text: str) -> None:
         """A line for the user, above the bar."""
         if self._bar is not None:

@@ -35,6 +35,7 @@ from trainer.history import History
 from trainer.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
 from trainer.loss import LossError, Objective, check_fused, check_packing, choose_fused
 from trainer.picture import draw_importance
+from trainer.planner.watch import PeakWatch
 from trainer.progress import Meter, Progress
 from trainer.rank_watch import watch_ranks
 from trainer.run_folder import RunFolder, move_tensorboard, start_run_folder
@@ -50,7 +51,7 @@ def run(config: RunConfig) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
     data = prepare_run(config, tokenizer)  # before there is a process group that could time out waiting
-    build.initialise_process_group()
+    build.initialise_process_group(timeout_minutes=config.train.timeout_minutes)
     interruption = Interruption()
     with ExitStack() as whole_run:
         if config.saves:
@@ -75,6 +76,7 @@ def _train(
     ds = resolve(config, ranks)
     build.check_hardware(config)
     num_steps = total_steps(config, len(data.train))
+    watch = PeakWatch(config)
     torch.manual_seed(config.seed)
     model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds)
     build.check_length(config, model)
@@ -129,6 +131,8 @@ def _train(
 
     progress = Progress(folder, engine=engine, total_steps=num_steps, rank=rank, first_step=history.step)
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
+    for line in watch.start():
+        progress.say(line)
     hints = [*saving_warning(config), *learning_warning(config, sparse, num_steps), *rounding_warning(config, sparse)]
     for line in [*describe_data(data, config.data.max_length), *remarks, *hints]:
         progress.say(line)
@@ -145,6 +149,8 @@ def _train(
     loop = _Loop(config, engine, objective, sparse, feed, batches, history, progress, num_steps, interruption, meter)
     try:
         loop.run()
+        peak, figures = watch.result()
+        progress.summary(history.step, **figures)
         written, failure = save(engine, tokenizer, folder, adapters, merge=merge, stop=may_go_on)
     except Interrupted:
         progress.close()
@@ -157,6 +163,8 @@ def _train(
     if rank == 0:
         pictures = draw_importance(folder, sparse.times_active)
         print(report(sparse, history.evaluations, data, num_steps, [*written, *pictures]), flush=True)
+        if peak:
+            print(peak, flush=True)
     if failure is not None and config.substrate.merge is True:
         raise failure
     if failure is not None:  # nobody asked for a merge

@@ -44,8 +44,18 @@ def problems(folder: Path, values: dict[str, Any], **run: Any) -> list[str]:
 
 
 def test_presets_are_the_files_and_no_others() -> None:
-    assert presets() == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
-    assert len(list(PRESET_FOLDER.iterdir())) == 6
+    assert presets() == [
+        "zero0",
+        "zero1",
+        "zero1_offload",
+        "zero2",
+        "zero2_offload",
+        "zero3",
+        "zero3_hpz",
+        "zero3_nvme",
+        "zero3_offload",
+    ]
+    assert len(list(PRESET_FOLDER.iterdir())) == 9
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -59,7 +69,8 @@ def test_deepspeed_reads_every_preset_as_the_run_says(preset: str) -> None:
     zero = parsed.zero_config
     assert zero.stage == int(preset[4])
     assert not zero.round_robin_gradients
-    assert ("offload" in preset) == (zero.offload_optimizer is not None)
+    device = {"offload": "cpu", "nvme": "nvme"}.get(preset.partition("_")[2])
+    assert (zero.offload_optimizer.device if zero.offload_optimizer else None) == device
     assert not parsed.bfloat16_config.enabled and not parsed.float16_config.enabled
     if zero.stage:
         assert zero.reduce_bucket_size == 4097
@@ -73,6 +84,21 @@ def test_bf16_is_filled_from_the_run(preset: str) -> None:
     resolved = resolve(config(preset, dtype="bf16"), 2)
     assert resolved["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert resolved["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def test_a_second_copy_of_the_weights_on_each_of_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(ranks: int, **local: int) -> int:
+        return resolve(config("zero3_hpz"), ranks, **local)["zero_optimization"]["zero_hpz_partition_size"]
+
+    assert (size(8, local_ranks=4), size(4, local_ranks=4)) == (4, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert size(8) == 2
+
+
+def test_nvme_is_the_machines_own_place_for_what_is_temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    offload = resolve(config("zero3_nvme"), 2)["zero_optimization"]["offload_optimizer"]
+    assert offload["nvme_path"] == str(tmp_path / "strata" / "x")
 
 
 def test_a_preset_is_the_same_for_every_run() -> None:

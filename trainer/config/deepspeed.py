@@ -5,6 +5,8 @@ Imports no torch. Two steps, because bucket sizes need the model: `resolve` befo
 
 import copy
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +139,12 @@ class _Fill:
     run_value: Any
 
 
-def resolve(config: RunConfig, ranks: int) -> dict[str, Any]:
+def resolve(config: RunConfig, ranks: int, *, local_ranks: int | None = None) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`, except for the sizes that `size_buckets` adds.
 
-    Missing keys and "auto" are filled from the run. Raises ConfigError with every value that contradicts the run, and
-    with everything that Strata cannot work with.
+    `local_ranks` is the number of ranks on each machine, by default what the launcher says. Missing keys and "auto" are
+    filled from the run. Raises ConfigError with every value that contradicts the run, and with everything that Strata
+    cannot work with.
     """
     values = read(config.deepspeed)
     source = _source(config.deepspeed)
@@ -161,7 +164,7 @@ def resolve(config: RunConfig, ranks: int) -> dict[str, Any]:
                 f'change one of them, or write "auto" in {source}'
             )
         _set(values, fill.key, fill.value)
-    for key, value in _defaults(config, values):
+    for key, value in [*_defaults(config, values), *_places(config, values, ranks, local_ranks)]:
         if _get(values, key, AUTO) == AUTO:
             _set(values, key, value)
     problems += _auto_problems(values, source)
@@ -220,6 +223,20 @@ def _defaults(config: RunConfig, values: Mapping[str, Any]) -> list[tuple[str, A
     return defaults
 
 
+def _places(config: RunConfig, values: Mapping[str, Any], ranks: int, local_ranks: int | None) -> list[tuple[str, Any]]:
+    """(key, value) of what depends on the machines, where it is "auto"."""
+    places: list[tuple[str, Any]] = []
+    if _get(values, "zero_optimization.zero_hpz_partition_size") == AUTO:
+        # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+        named = local_ranks or int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        # On one machine a second copy of the weights there would save nothing.
+        places.append(("zero_optimization.zero_hpz_partition_size", named if named < ranks else 1))
+    if _get(values, "zero_optimization.offload_optimizer.nvme_path") == AUTO:
+        folder = Path(tempfile.gettempdir()) / "strata" / Path(config.output).name
+        places.append(("zero_optimization.offload_optimizer.nvme_path", str(folder)))
+    return places
+
+
 def _refused(values: Mapping[str, Any], source: str) -> list[str]:
     problems = []
     for key, (off, reason) in REFUSED.items():
@@ -251,6 +268,12 @@ def _zero_problems(values: Mapping[str, Any], config: RunConfig, source: str) ->
             "model.quantization=null"
         )
     problems += _offload_problems(values, stage, source)
+    hpz = _get(values, "zero_optimization.zero_hpz_partition_size", 0)
+    if stage == 3 and hpz not in (0, 1) and _get(values, "zero_optimization.offload_param.device", "none") != "none":
+        problems.append(
+            f"deepspeed: zero_optimization.zero_hpz_partition_size is {json.dumps(hpz)} in {source} with "
+            "offload_param: a copy of the weights on each machine and weights in host memory; take one of them out"
+        )
     offload = _get(values, "zero_optimization.offload_optimizer.device", "none")
     if config.optimizer.name == "adamw_8bit" and offload != "none":
         problems.append(
@@ -340,6 +363,12 @@ def _auto_problems(values: Mapping[str, Any], source: str, prefix: str = "") -> 
         elif value == AUTO and path not in sized and path != "data_types.keep_in_fp32_modules":
             problems.append(f'deepspeed: {path} is "auto" in {source}, but the run has no value for it; write a value')
     return problems
+
+
+def zero_size(ds: Mapping[str, Any], name: str) -> int:
+    """A size of `zero_optimization`, by the name of its field, whichever spelling it has; 0 where there is none."""
+    zero = ds["zero_optimization"]
+    return int(zero.get(name, zero.get(ZERO_ALIASES.get(name, name), 0)))
 
 
 def size_buckets(

@@ -178,7 +178,6 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "zero_optimization.zenflow": ((), _UNTESTED),
     "zero_optimization.elastic_checkpoint": ((False,), "checkpoints are Strata's own"),
     "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has removed it"),
-    "zero_optimization.zero_hpz_partition_size": ((0, 1), _UNTESTED),
     "zero_optimization.zero_quantized_weights": ((False,), "blocks that train need their exact weights"),
     "zero_optimization.zero_quantized_nontrainable_weights": (
         (False,),

@@ -228,6 +228,9 @@ class TrainConfig(Section):
     guard_every: CountOrZero = Field(
         50, description="Steps between checks that active blocks moved and no others did; 0 switches them off."
     )
+    timeout_minutes: Positive = Field(
+        30.0, description="How long a rank waits for the others in a collective before the run ends with an error."
+    )
 
 
 class EvalConfig(Section):

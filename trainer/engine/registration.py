@@ -376,7 +376,6 @@ class Registration(ABC):
             ("zenflow", False, "zero_optimization.zenflow"),
             ("use_muon", False, "optimizer Muon"),
             ("partial_offload", 1.0, "zero_optimization.offload_optimizer.ratio below 1"),
-            ("zero_hpz_partition_size", 1, "zero_optimization.zero_hpz_partition_size"),
             ("zero_quantized_nontrainable_weights", False, "zero_optimization.zero_quantized_nontrainable_weights"),
             ("low_precision_master_weights_and_grads", False, "bf16_master_weights_and_grads"),
             ("bf16_master_weights_and_gradients", False, "bf16_master_weights_and_grads"),
@@ -585,8 +584,9 @@ class _Stage3(Registration):
         return self.local_shard(parameter)
 
     def publish(self, parameter: nn.Parameter) -> None:
+        parameter.ds_secondary_tensor = None  # hpZ's copy on this machine is out of date now
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
-            parameter.partition()  # a gathered copy is out of date now
+            parameter.partition()  # and so is a gathered one
 
     def _ranges(self, index: int) -> list[tuple[int, int, int]]:
         ranges, offset = [], 0

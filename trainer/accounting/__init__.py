@@ -1,0 +1,30 @@
+"""Bytes and FLOPs of a run by formula, from shapes alone.
+
+One set of formulas behind the dry run, the planner and the benchmarks: `state` (what stays on a rank between steps),
+`flops`, `peak` (what a step needs at its highest moment), `communication` (what ranks send each other).
+"""
+
+from trainer.accounting.communication import Volume, step_volume
+from trainer.accounting.flops import BlockShape, block_shape, step_flops
+from trainer.accounting.peak import Activations, Memory, StepShape, Zero, fused_loss, memory
+from trainer.accounting.state import ModelState, banked_bytes, measured_state, model_state, nf4_bytes, readable
+
+__all__ = [
+    "Activations",
+    "BlockShape",
+    "Memory",
+    "ModelState",
+    "StepShape",
+    "Volume",
+    "Zero",
+    "banked_bytes",
+    "block_shape",
+    "fused_loss",
+    "measured_state",
+    "memory",
+    "model_state",
+    "nf4_bytes",
+    "readable",
+    "step_flops",
+    "step_volume",
+]

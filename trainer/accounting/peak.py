@@ -1,0 +1,200 @@
+"""What a rank holds at the highest moments of a step, beside what stays: activations, loss, gathered weights, buckets.
+
+As DeepSpeed 0.19.8 does it. The device's context and the allocator's slack are not in these figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from trainer.accounting.state import ModelState
+
+# Of TRL's fused head (`trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py` 1.16): tokens and entries of a tile.
+_TILE = (4096, 32768)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes beside weights. `saved`: what forward leaves for backward, its output included and its input not; `peak`:
+    the most that is alive beside the input at any moment of forward and backward, `saved` and one weight's gradient at
+    a time included; `forward`: the same without gradients, as in evaluation and in a checkpointed forward."""
+
+    saved: int
+    peak: int
+    forward: int
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a step's transient bytes follow from.
+
+    `active` and `passed`: a block that trains, and one that only passes gradients on, `depth` blocks in all of which
+    `num_active` train; `loss`: final norm, head and loss; bytes of `evaluation`, a forward without gradients (0: none),
+    and of `embedded`, a hidden state. `largest`: elements of the largest parameter that trains, `embeddings` of the
+    input embeddings if they train, `total` of the model, `groups` of the optimizer's groups.
+    """
+
+    active: Activations
+    passed: Activations
+    loss: Activations
+    evaluation: int
+    embedded: int
+    depth: int
+    num_active: int
+    checkpointing: bool
+    largest: int
+    embeddings: int
+    total: int
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Settings of ZeRO that bytes follow from; sizes are elements, as in DeepSpeed's configuration."""
+
+    stage: int
+    ranks: int
+    weight_bytes: int
+    gradient_bytes: int
+    reduce_bucket: int = 0
+    overlap: bool = False
+    max_live: int = 0
+    offload: bool = False
+    machine_ranks: int = 0  # hpZ: over which each machine cuts a copy of its own
+    # AdamW of torch without fusing, as on a CPU, computes beside its state; fused and DeepSpeed's do not.
+    temporaries: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. `resident` stays; `moments` are what comes on top of it at each of a step's high moments, by
+    part; `host` lies in host memory."""
+
+    resident: dict[str, int]
+    moments: dict[str, dict[str, int]]
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def highest(self) -> str:
+        """The moment at which most is held."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What is held at that moment, by part."""
+        return {k: v for k, v in {**self.resident, **self.moments[self.highest]}.items() if v}
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def total_host(self) -> int:
+        return sum(self.host.values())
+
+
+def fused_loss(
+    *, tokens: int, hidden: int, vocabulary: int, weight_bytes: int, trains: bool, tiles: int
+) -> Activations:
+    """Of TRL's fused head: a tile of logits, fp32 gradients of hidden states and, if the head `trains`, of the head,
+    and their copies in the weights' type. `tiles`: fp32 copies of a tile that are made where Triton is not (7 on a
+    CPU, else 0)."""
+    rows, columns = min(tokens, _TILE[0]), min(vocabulary, _TILE[1])
+    tile_bytes = rows * (weight_bytes * _TILE[1] + 4 * tiles * columns)  # the buffer is as wide for any vocabulary
+    inputs = 2 * tokens * hidden * weight_bytes  # normed, and the rows that are targets
+    gradients = (4 + weight_bytes) * (tokens * hidden + trains * hidden * vocabulary)
+    return Activations(saved=inputs, peak=inputs + tile_bytes + gradients, forward=inputs + tile_bytes)
+
+
+def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str, int]) -> Memory:
+    """Of one optimizer step of `shape` under `zero`, with the model state `state`. `host` is held there besides."""
+    resident = {"weights": state.weights}
+    on_host = {k: v for k, v in host.items() if v}
+    for kind in ("gradients", "masters", "moments"):
+        (on_host if state.offload else resident)[kind] = getattr(state, kind)
+    bucket = zero.weight_bytes * zero.reduce_bucket
+    if zero.stage == 3:
+        resident["buckets"] = bucket
+    if zero.offload and zero.stage in (1, 2):  # through which gradients leave
+        resident["offload buffer"] = zero.weight_bytes * shape.largest
+    if zero.machine_ranks > 1:
+        resident["weights for each machine"] = zero.weight_bytes * -(-shape.total // zero.machine_ranks)
+    return Memory(resident, _moments(shape, zero, bucket), on_host)
+
+
+def _moments(shape: StepShape, zero: Zero, bucket: int) -> dict[str, dict[str, int]]:
+    gathered = _gathered(shape, zero)
+    saved = _saved(shape)
+    reduction = _reduction(shape, zero, bucket)
+    worst = max((shape.active, shape.passed) if shape.num_active < shape.depth else (shape.active,), key=_peak)
+    recomputed = worst.peak if shape.checkpointing else worst.peak - worst.saved
+    gradients = _whole_gradients(shape, zero)
+    return {
+        "loss": {"activations": saved, "loss": shape.loss.peak, "gathered": gathered},
+        "backward": {
+            "activations": saved,
+            "recomputed": recomputed,
+            "gathered": gathered,
+            "buckets": reduction,
+            "whole gradients": gradients,
+        },
+        "embeddings": {
+            "activations": shape.embedded,
+            "embeddings' gradient": zero.weight_bytes * shape.embeddings,
+            "gathered": gathered,
+            "buckets": reduction,
+            "whole gradients": gradients,
+        },
+        "optimizer step": _optimizer_step(shape, zero),
+        "evaluation": {"evaluation": shape.evaluation, "gathered": gathered},
+    }
+
+
+def _peak(activations: Activations) -> int:
+    return activations.peak
+
+
+def _saved(shape: StepShape) -> int:
+    """What all blocks' forward leaves behind, with the hidden state that goes into the first of them."""
+    if shape.checkpointing:
+        return shape.embedded * (shape.depth + 1)
+    passed = shape.depth - shape.num_active
+    return shape.embedded + shape.num_active * shape.active.saved + passed * shape.passed.saved
+
+
+def _gathered(shape: StepShape, zero: Zero) -> int:
+    """Prefetching goes on until so many elements are gathered, by whole parameters."""
+    if zero.stage < 3 or zero.ranks == 1:
+        return 0
+    return zero.weight_bytes * min(shape.total, zero.max_live + shape.largest)
+
+
+def _reduction(shape: StepShape, zero: Zero, bucket: int) -> int:
+    """Stage 3 makes a copy of a full bucket to scatter it, stages 1 and 2 have their buckets during backward."""
+    if zero.stage == 0:
+        return 0
+    if zero.stage == 3:
+        return bucket
+    return bucket * (2 if zero.overlap else 1)
+
+
+def _whole_gradients(shape: StepShape, zero: Zero) -> int:
+    """Gradients that backward gathers: all of them below stage 2, this rank's part of them under stage 2."""
+    elements = sum(shape.groups)
+    if zero.stage == 3 or (zero.stage == 2 and zero.offload):
+        return 0
+    if zero.stage == 2:
+        return zero.gradient_bytes * -(-elements // zero.ranks)
+    return zero.weight_bytes * elements
+
+
+def _optimizer_step(shape: StepShape, zero: Zero) -> dict[str, int]:
+    """Gradients in fp32, group by group, and what the optimizer computes with."""
+    if zero.offload:
+        return {"step": 0}
+    part = -(-max(shape.groups) // zero.ranks)
+    temporaries = 8 * part if zero.temporaries else 0
+    if zero.stage == 0:
+        return {"whole gradients": _whole_gradients(shape, zero), "step": 8 * shape.largest * zero.temporaries}
+    return {"whole gradients": _whole_gradients(shape, zero), "step": (4 + zero.gradient_bytes) * part + temporaries}

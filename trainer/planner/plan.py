@@ -1,0 +1,283 @@
+"""From a configuration to what each rank will hold, compute and send: shapes alone, no weights, no accelerator."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trainer import model as models
+from trainer.accounting import (
+    Memory,
+    ModelState,
+    StepShape,
+    Volume,
+    Zero,
+    banked_bytes,
+    block_shape,
+    fused_loss,
+    memory,
+    model_state,
+    nf4_bytes,
+    step_flops,
+    step_volume,
+)
+from trainer.accounting.peak import Activations
+from trainer.activations import Tracer
+from trainer.adapters import adapt
+from trainer.blocks import full_numel
+from trainer.build import offload_device, prepare_model, size_buckets
+from trainer.config import RunConfig, resolve_batch
+from trainer.config.deepspeed import resolve, zero_size
+from trainer.data.tokenizer import load_tokenizer, tokenizer_name
+from trainer.engine.attach import Sparse
+from trainer.loss import choose_fused
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank holds, computes and sends. `flops` and `volume` are of an optimizer step, `volume` in bytes."""
+
+    config: RunConfig
+    ranks: int
+    stage: int
+    parameters: int
+    trained: int
+    num_blocks: int
+    active: int  # blocks that train at a time
+    state: ModelState
+    memory: Memory
+    flops: int
+    volume: Volume
+    offloaded: int  # bytes that cross between card and host in a step
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A block that trains, one that passes gradients on, norm and head and plain loss; and in evaluation the bytes of a
+    block's forward and of the loss's."""
+
+    active: Activations
+    passed: Activations
+    outside: Activations
+    evaluated: tuple[int, int]
+
+
+class Planner:
+    """Plans configurations; what it learned of a model it keeps for the next one. `on_cpu`: for ranks on CPUs."""
+
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        self._on_cpu = on_cpu
+        self._models: dict[str, PreTrainedModel] = {}
+        self._traced: dict[str, Traced] = {}
+
+    def plan(self, config: RunConfig, ranks: int, *, local_ranks: int | None = None) -> Plan:
+        """Of `ranks` ranks, `local_ranks` on each machine (by default what the launcher says).
+
+        Raises what a run with `config` raises before it loads weights: `ConfigError`, `ModelError`, ...
+        """
+        ds = resolve(config, ranks, local_ranks=local_ranks)
+        base = self._model(config)
+        model: Any = base
+        if config.substrate.name == "adapter":  # changes the model
+            stage = ds["zero_optimization"]["stage"]
+            base = copy.deepcopy(base)
+            model = adapt(base, config.substrate, stage=stage, quantization=config.model.quantization, empty=True).model
+        sparse = prepare_model(config, model)
+        ds = size_buckets(ds, sparse, model)
+        traced = self._activations(config, model, sparse, ds["zero_optimization"]["stage"])
+        return _planned(config, ranks, ds, base, sparse, traced, on_cpu=self._on_cpu)
+
+    def _model(self, config: RunConfig) -> PreTrainedModel:
+        key = config.model.model_dump_json(exclude={"activation_checkpointing"})
+        if key not in self._models:
+            tokenizer = None
+            if config.model.path is None:  # whose vocabulary the model has, where nothing else is said
+                tokenizer = load_tokenizer(tokenizer_name(config.model))
+            self._models[key] = models.on_meta(config.model, tokenizer)
+        return self._models[key]
+
+    def _activations(self, config: RunConfig, model: Any, sparse: Sparse, stage: int) -> Traced:
+        key = json.dumps(
+            [
+                config.model.model_dump(exclude={"activation_checkpointing"}),
+                config.substrate.model_dump(),
+                config.always_on.model_dump(),
+                config.data.max_length,
+                config.train.micro_batch_size,
+                config.eval.micro_batch_size,
+                stage == 3,
+            ],
+            default=str,
+        )
+        if key not in self._traced:
+            block = max(sparse.blocks, key=lambda b: sum(full_numel(p) for p in b.module.parameters()))
+            names = [name.removeprefix(f"{block.path}.") for name in block.parameters]
+
+            def tracer(batch: int) -> Tracer:
+                return Tracer(model, sparse.structure, batch=batch, length=config.data.max_length, zero3=stage == 3)
+
+            training = tracer(config.train.micro_batch_size)
+            passed = training.block(block.module, trains=(), input_requires_grad=True)
+            outside = training.outside()
+            evaluated = config.eval.micro_batch_size or config.train.micro_batch_size
+            other = tracer(evaluated) if evaluated != config.train.micro_batch_size else None
+            self._traced[key] = Traced(
+                active=training.block(block.module, trains=names, input_requires_grad=True),
+                passed=passed,
+                outside=outside,
+                evaluated=(
+                    (other.block(block.module, trains=(), input_requires_grad=False) if other else passed).forward,
+                    (other.outside() if other else outside).forward,
+                ),
+            )
+        return self._traced[key]
+
+
+def _planned(
+    config: RunConfig,
+    ranks: int,
+    ds: dict[str, Any],
+    base: PreTrainedModel,
+    sparse: Sparse,
+    traced: Traced,
+    *,
+    on_cpu: bool,
+) -> Plan:
+    stage = ds["zero_optimization"]["stage"]
+    weight_bytes = 4 if config.model.dtype == "fp32" else 2
+    gradient_bytes = 4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2
+    groups = [[full_numel(p) for p in group.values()] for group in sparse.groups()]
+    offload = offload_device(ds, "optimizer") != "none"
+    quantised = quantised_weights(config, base)
+    parameters = list(sparse.model.parameters())
+    state = model_state(
+        # What is in four bits counts as so many weights of the dtype.
+        [nf4_bytes(p.numel()) // weight_bytes if id(p) in quantised else p.numel() for p in parameters],
+        groups,
+        stage=stage,
+        ranks=ranks,
+        weight_bytes=weight_bytes,
+        gradient_bytes=gradient_bytes,
+        moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
+        offload=offload,
+    )
+    trained = sum(map(sum, groups))
+    lowest = _lowest(config, sparse)
+    vocabulary, hidden = base.get_output_embeddings().weight.shape
+    tokens = config.train.micro_batch_size * config.data.max_length
+    train_head = base.get_output_embeddings().weight.requires_grad
+    loss, evaluated = traced.outside, traced.evaluated
+    eval_tokens = (config.eval.micro_batch_size or config.train.micro_batch_size) * config.data.max_length
+    if choose_fused(config.train.fused_loss, base):
+        fused = partial(
+            fused_loss, hidden=hidden, vocabulary=vocabulary, weight_bytes=weight_bytes, tiles=7 if on_cpu else 0
+        )
+        loss = fused(tokens=tokens, trains=train_head)
+        evaluated = (evaluated[0], fused(tokens=eval_tokens, trains=False).forward)
+    evaluates = config.data.eval is not None or config.data.eval_fraction > 0
+    embeddings = base.get_input_embeddings().weight
+    shape = StepShape(
+        active=traced.active,
+        passed=traced.passed,
+        loss=loss,
+        evaluation=(eval_tokens * hidden * weight_bytes + max(evaluated)) if evaluates else 0,
+        embedded=tokens * hidden * weight_bytes,
+        depth=len(sparse.blocks) - lowest,
+        num_active=len(sparse.active),
+        checkpointing=config.model.activation_checkpointing,
+        largest=max(max(group) for group in groups),
+        embeddings=embeddings.numel() if embeddings.requires_grad else 0,
+        total=sum(p.numel() for p in parameters),
+        groups=tuple(map(sum, groups)),
+    )
+    zero = Zero(
+        stage=stage,
+        ranks=ranks,
+        weight_bytes=weight_bytes,
+        gradient_bytes=gradient_bytes,
+        reduce_bucket=zero_size(ds, "reduce_bucket_size"),
+        overlap=bool(ds["zero_optimization"].get("overlap_comm")),
+        max_live=zero_size(ds, "max_live_parameters"),
+        offload=offload,
+        machine_ranks=zero_size(ds, "zero_hpz_partition_size"),
+        temporaries=on_cpu and not offload,
+    )
+    batch = resolve_batch(config, ranks)
+    below = sum(sum(full_numel(p) for p in b.module.parameters()) for b in sparse.blocks[:lowest])
+    in_blocks = sum(sum(full_numel(p) for p in b.module.parameters()) for b in sparse.blocks)
+    head = base.get_output_embeddings().weight.numel()
+    return Plan(
+        config=config,
+        ranks=ranks,
+        stage=stage,
+        parameters=shape.total,
+        trained=trained,
+        num_blocks=len(sparse.blocks),
+        active=shape.num_active,
+        state=state,
+        memory=memory(state, shape, zero, host=_on_host(config, sparse, shape, zero, trained)),
+        flops=batch.accumulation_steps
+        * step_flops(
+            [block_shape(block, base.config) for block in sparse.blocks],
+            head=hidden * vocabulary,
+            batch=config.train.micro_batch_size,
+            length=config.data.max_length,
+            active=[lowest, *range(len(sparse.blocks) - shape.num_active + 1, len(sparse.blocks))],
+            embeddings=bool(shape.embeddings),
+            train_head=train_head,
+            checkpointing=shape.checkpointing,
+            attention_backward=2.5,
+        ),
+        volume=step_volume(
+            stage=stage,
+            ranks=ranks,
+            weight_bytes=weight_bytes,
+            gradient_bytes=gradient_bytes,
+            trained=trained,
+            forward=shape.total,
+            backward=in_blocks - below + head,
+            micro_batches=batch.accumulation_steps,
+            machine_copies=zero.machine_ranks > 1,
+        ),
+        offloaded=(gradient_bytes + weight_bytes) * -(-trained // ranks) if offload else 0,
+    )
+
+
+def _lowest(config: RunConfig, sparse: Sparse) -> int:
+    """The lowest block that trains in the deepest of all draws."""
+    return sparse.active[0] if config.selector.name == "fixed" else 0
+
+
+def _on_host(config: RunConfig, sparse: Sparse, shape: StepShape, zero: Zero, trained: int) -> dict[str, int]:
+    """Bytes of one rank in host memory, masters and moments that are offloaded apart."""
+    part = -(-trained // zero.ranks)
+    held: dict[str, int] = {}
+    if zero.offload and zero.stage < 3:  # weights on their way back, and two buffers of the largest gradient
+        held["offload buffers"] = zero.weight_bytes * (part + shape.largest)
+    inactive = sorted((b.numel for b in sparse.blocks), reverse=True)[shape.num_active :]
+    banked = banked_bytes(inactive, ranks=zero.ranks) if sparse.bank.keeps else 0
+    if config.bank.name == "cpu":
+        held["bank, once all blocks were drawn"] = banked
+    if config.saves:
+        draws = -(-config.checkpoint.every // config.selector.interval)
+        changed = sum(sorted((b.numel for b in sparse.blocks), reverse=True)[: draws * shape.num_active])
+        outside = trained - sum(sparse.blocks[i].numel for i in sparse.active)
+        weights = zero.weight_bytes * -(-(changed + outside) // zero.ranks)
+        held["checkpoint, while it is written"] = weights + 12 * part + banked
+    return held
+
+
+def quantised_weights(config: RunConfig, model: PreTrainedModel) -> set[int]:
+    """Ids of the weights that `model.quantization` stores in four bits: transformers leaves out the head."""
+    if config.model.quantization is None:
+        return set()
+    kept = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    return linear - kept
