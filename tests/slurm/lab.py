@@ -25,7 +25,8 @@ def missing() -> str | None:
     absent = [name for name in ("slurmctld", "slurmd", "munged", "ip", "nsenter") if shutil.which(name) is None]
     if absent:
         return f"needs {', '.join(absent)}: tests/slurm/lab.sh install"
-    probe = subprocess.run(["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"], capture_output=True)
+    namespaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"]
+    probe = subprocess.run(namespaces, capture_output=True)
     return f"needs namespaces: {probe.stderr.decode().strip()}" if probe.returncode else None
 
 
@@ -50,6 +51,10 @@ class Lab:
     def login(self, command: Sequence[str], place: Path, *, deadline: float = 60, **variables: str) -> Finished:
         """Run `command` on the login node, in `place`."""
         return launch([str(SCRIPT), "run", *command], place, variables=self.variables | variables, deadline=deadline)
+
+    def on(self, node: str, *command: str) -> Finished:
+        """Run `command` on a node, outside any job."""
+        return launch([str(SCRIPT), "on", node, *command], self.folder, variables=self.variables, deadline=60)
 
     def submit(self, place: Path, *words: str, nodes: int = 2, gpus: int = 1, limit: str = "10") -> Job:
         """A job of `python -m trainer submit`, by a user who sits in `place`."""

@@ -19,18 +19,18 @@ class LaunchError(RuntimeError):
         self.task = task
 
 
-def take_rank(environment: MutableMapping[str, str] = os.environ) -> None:
+def take_rank(environment: MutableMapping[str, str] = os.environ, *, gpus: bool = True) -> None:
     """Make this process the rank that its launcher meant it to be.
 
     For a task of srun, sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR (the first host of the step's
     node list) and MASTER_PORT (from the job id); an address or port that is set already stands. Leaves everything as it
-    is where another launcher has set RANK, and for a process that is alone. Raises `LaunchError` where the process would
-    train by itself beside others, and where tasks and GPUs of a node do not go one to one.
+    is where another launcher has set RANK, and for a process that is alone. Raises `LaunchError` where the process
+    would train by itself beside others, and with `gpus` where tasks and GPUs of a node do not go one to one.
     """
     if "RANK" in environment:
         return
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # first: under SLURM mpirun's processes descend from srun's
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # first: mpirun may have them started by srun
         raise LaunchError(
             f"mpirun started {environment['OMPI_COMM_WORLD_SIZE']} processes, but RANK and WORLD_SIZE are not set, so "
             "each would train alone: start one process per node and let it run torchrun or deepspeed, or set RANK, "
@@ -38,11 +38,11 @@ def take_rank(environment: MutableMapping[str, str] = os.environ) -> None:
             int(environment.get("OMPI_COMM_WORLD_RANK", "0")),
         )
     if tasks > 1:
-        _take_task(environment, tasks)
+        _take_task(environment, tasks, gpus=gpus)
     elif int(environment.get("SLURM_NTASKS", "1")) > 1:
         raise LaunchError(
-            f"SLURM job {environment.get('SLURM_JOB_ID', '')} has {environment['SLURM_NTASKS']} tasks, but this process "
-            "was started without srun and would train alone: write srun before the command, as launch/slurm.sbatch does"
+            f"this SLURM job has {environment['SLURM_NTASKS']} tasks, but the process was started without srun and would "
+            "train alone: put srun before the command, as launch/slurm.sbatch does"
         )
 
 
@@ -51,7 +51,7 @@ def in_step(environment: MutableMapping[str, str] = os.environ) -> bool:
     return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-def check_gpus(environment: MutableMapping[str, str]) -> None:
+def _check_gpus(environment: MutableMapping[str, str]) -> None:
     """A task for each GPU of its node, all of which each task sees; raises `LaunchError`. Without GPUs nothing."""
     here, node = _tasks_here(environment), environment.get("SLURMD_NODENAME", "this node")
     task = int(environment["SLURM_PROCID"])
@@ -65,14 +65,15 @@ def check_gpus(environment: MutableMapping[str, str]) -> None:
         )
     if gpus and visible and len(visible.split(",")) < here:
         raise LaunchError(
-            f"task {task} on {node} sees only the GPUs CUDA_VISIBLE_DEVICES={visible} of the {gpus} that the job has there; "
-            "ranks find their own by number: use --gpus-per-node, not --gpus-per-task or --gpu-bind",
+            f"task {task} on {node} sees only CUDA_VISIBLE_DEVICES={visible} of the job's {gpus} GPUs there, but a "
+            "rank's number is that of its GPU among all: use --gpus-per-node, not --gpus-per-task or --gpu-bind",
             task,
         )
 
 
-def _take_task(environment: MutableMapping[str, str], tasks: int) -> None:
-    check_gpus(environment)
+def _take_task(environment: MutableMapping[str, str], tasks: int, *, gpus: bool) -> None:
+    if gpus:
+        _check_gpus(environment)
     environment.update(
         RANK=environment["SLURM_PROCID"],
         WORLD_SIZE=str(tasks),
@@ -100,7 +101,7 @@ def _first_host(environment: MutableMapping[str, str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise LaunchError(
-            f"`scontrol show hostnames {nodes}` names no host ({error}): where there is no scontrol, as in a container, set "
-            "MASTER_ADDR to the first host of the job before srun",
+            f"`scontrol show hostnames {nodes}` names no host ({error}); where there is no scontrol (a container), "
+            "set MASTER_ADDR to the first host of the job before srun",
             int(environment["SLURM_PROCID"]),
         ) from error

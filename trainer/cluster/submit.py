@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         print(script, end="")
         return 0
     if shutil.which("sbatch") is None:
-        return _refuse("sbatch: no such command; submit jobs where SLURM is (a login node), or use --print to see the file")
+        return _refuse("sbatch: no such command; submit from a login node of a SLURM cluster; --print shows the file")
     run = Path(config.output).expanduser()
     file = run.with_name(f"{run.name}.sbatch")
     try:
@@ -101,8 +101,8 @@ def _script(arguments: argparse.Namespace, config: RunConfig) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m trainer submit",
-        description="Writes a job for SLURM beside the run folder (OUTPUT.sbatch) and submits it. The job trains with one "
-        "task for each GPU, saves before its time limit or when it is preempted, and goes on by itself.",
+        description="Writes a job for SLURM beside the run folder (OUTPUT.sbatch) and submits it. The job trains with "
+        "one task for each GPU, saves before its time limit or when it is preempted, and goes on by itself.",
         epilog="The file is launch/slurm.sbatch with these values filled in. Data is tokenised by the job, unless "
         "`python -m trainer prepare` was there before.",
         allow_abbrev=False,
@@ -111,9 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings laid over the recipe")
     parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes (default 1)")
     parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="GPUs of each node, a rank for each")
-    parser.add_argument("--time", type=_time, required=True, metavar="T", help="time limit of an attempt: 12:00:00, 2-00:00:00")
-    for name, what in (("partition", "gpu"), ("account", "project"), ("qos", "normal"), ("mem", "0 for a node's whole")):
-        parser.add_argument(f"--{name}", metavar="X", help=f"as sbatch's ({what})")
+    parser.add_argument("--time", type=_time, required=True, metavar="T", help="limit of an attempt, such as 12:00:00")
+    for name in ("partition", "account", "qos", "mem"):
+        parser.add_argument(f"--{name}", metavar="X", help="as sbatch's")
     parser.add_argument("--cpus", type=_count, metavar="N", help="cores of each rank (CPU offload computes on them)")
     parser.add_argument(
         "--notice",
