@@ -1,10 +1,9 @@
-"""What goes wrong on clusters: every job ends where it can be seen, goes on where it is asked to, and trains the same."""
+"""What goes wrong on clusters: each job ends where it can be seen, goes on where it is asked to, and trains the same."""
 
 from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest

@@ -41,8 +41,8 @@ def take_rank(environment: MutableMapping[str, str] = os.environ, *, gpus: bool 
         _take_task(environment, tasks, gpus=gpus)
     elif int(environment.get("SLURM_NTASKS", "1")) > 1:
         raise LaunchError(
-            f"this SLURM job has {environment['SLURM_NTASKS']} tasks, but the process was started without srun and would "
-            "train alone: put srun before the command, as launch/slurm.sbatch does"
+            f"this SLURM job has {environment['SLURM_NTASKS']} tasks, but the process was started without srun and "
+            "would train alone: put srun before the command, as launch/slurm.sbatch does"
         )
 
 
