@@ -15,8 +15,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if (reason := missing()) is not None:
         pytest.skip(reason)
     lab = Lab(tmp_path_factory.mktemp("lab"))
-    lab.control("up")
+    lab.local.mkdir()
     try:
+        lab.control("up")
         yield lab
     finally:
         lab.control("down")

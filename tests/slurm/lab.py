@@ -32,14 +32,20 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Lab:
-    """Three nodes of two CPUs. `folder` holds the cluster's own files."""
+    """Three nodes of four CPUs and four GPUs, as Slurm believes. `folder` holds the cluster's own files."""
 
     folder: Path
 
     @property
+    def local(self) -> Path:
+        """A folder of which every node has its own."""
+        return self.folder / "local"
+
+    @property
     def variables(self) -> dict[str, str]:
         # Nodes see the same files, operators compiled before among them; the warnings are torch's, once per collective.
-        own = {"SLURM_LAB_DIR": str(self.folder), "SLURM_LAB_NODES": "3", "SLURM_LAB_CPUS": "2", "SLURM_LAB_GPUS": "4"}
+        own = {"SLURM_LAB_DIR": str(self.folder), "SLURM_LAB_NODES": "3", "SLURM_LAB_CPUS": "4", "SLURM_LAB_GPUS": "4"}
+        own["SLURM_LAB_LOCAL"] = str(self.local)
         here = {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1"}
         return environment() | own | here
 

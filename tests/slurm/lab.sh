@@ -122,6 +122,7 @@ boot() {
     for _ in {1..100}; do pid=$(init_pid "$1") && break; sleep 0.05; done
     [ -n "$pid" ] || die "$1 did not start: see $LAB/log/host.$1.log"
     if [ "$1" != login ]; then
+        until enter login ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
         ip link add "$1" netns "$(init_pid login)" type veth peer name eth0 netns "$pid"
         enter login ip link set "$1" master eth0 up
     fi

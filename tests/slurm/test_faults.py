@@ -1,4 +1,4 @@
-"""What goes wrong on clusters: each job ends where it can be seen, goes on where it is asked to, and trains the same."""
+"""What goes wrong on clusters: jobs end where it can be seen, go on where they are asked to, and train the same."""
 
 from __future__ import annotations
 
