@@ -133,3 +133,14 @@ def test_a_cancelled_job_stays_cancelled(lab: Lab, place: Path) -> None:
     job.wait("CANCELLED", deadline=60)
     until(lambda: not lab.login(["squeue", "-h"], place).stdout.strip(), "the queue is empty", 60)
     assert job.fields()["JobState"] == "CANCELLED" and job.fields()["Restarts"] == "0"
+
+
+def test_a_second_job_in_the_folder_of_a_run_is_refused(lab: Lab, place: Path) -> None:
+    job = started(lab, place, *command(steps=10**6))
+    second = lab.submit(place, *command(steps=10**6))
+    assert second.wait("FAILED", deadline=150)["ExitCode"] == "2:0"
+    refusal = f"output: another run trains in {Path('runs') / 'strata'}: SLURM job {job.number} (process "
+    assert second.said().count(refusal) == 1, second.said()
+    before = last_step(place)
+    until(lambda: last_step(place) > before, "the first job goes on", 30)
+    assert {entry.name for entry in (place / "runs").iterdir() if entry.is_dir()} == {"strata", "cache"}
