@@ -29,7 +29,7 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     """Run what `argv` asks for; returns the exit code: 0; 2 for a request that is refused, or a run that failed, with a
     message; 75 for a run that was told to stop and has saved a checkpoint to go on from."""
     try:
-        take_rank()
+        take_rank(os.environ)
     except LaunchError as error:
         return refuse(str(error), error.task)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -115,8 +115,8 @@ def prepare_process() -> None:
     # torchrun says LOCAL_WORLD_SIZE (and `take_rank` for srun), DeepSpeed's launcher LOCAL_SIZE.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if in_step() and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", "1")):  # srun has bound each task to its own
-        processes = 1
+    if in_step(os.environ) and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", "1")):
+        processes = 1  # srun has bound each task to cores of its own
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
@@ -126,7 +126,7 @@ def refuse(message: str, rank: int) -> int:
     Another rank speaks where rank 0 has not ended the job by then: its machine may be the only one without a file.
     """
     if rank > 0:
-        time.sleep(_PATIENCE_SECONDS_UNDER_SRUN if in_step() else _PATIENCE_SECONDS)
+        time.sleep(_PATIENCE_SECONDS_UNDER_SRUN if in_step(os.environ) else _PATIENCE_SECONDS)
         message = f"rank {rank}: {message}"
     print(f"\n{message}", file=sys.stderr, flush=True)
     return EXIT_REFUSED

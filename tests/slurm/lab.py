@@ -39,7 +39,7 @@ class Lab:
     @property
     def local(self) -> Path:
         """A folder of which every node has its own."""
-        return self.folder / "local"
+        return self.folder / "own"
 
     @property
     def variables(self) -> dict[str, str]:

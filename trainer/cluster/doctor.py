@@ -130,7 +130,7 @@ def _look(folder: Path) -> int:
     """All findings of this node, printed as they come."""
     end = time.monotonic() + BUILD_SECONDS
     host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    take_rank(gpus=False)
+    take_rank(os.environ, gpus=False)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
 
     def say(finding: Finding) -> None:

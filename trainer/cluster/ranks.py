@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import MutableMapping
@@ -19,7 +18,7 @@ class LaunchError(RuntimeError):
         self.task = task
 
 
-def take_rank(environment: MutableMapping[str, str] = os.environ, *, gpus: bool = True) -> None:
+def take_rank(environment: MutableMapping[str, str], *, gpus: bool = True) -> None:
     """Make this process the rank that its launcher meant it to be.
 
     For a task of srun, sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR (the first host of the step's
@@ -46,7 +45,7 @@ def take_rank(environment: MutableMapping[str, str] = os.environ, *, gpus: bool 
         )
 
 
-def in_step(environment: MutableMapping[str, str] = os.environ) -> bool:
+def in_step(environment: MutableMapping[str, str]) -> bool:
     """Whether this process is one of several tasks of srun."""
     return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
