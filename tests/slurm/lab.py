@@ -32,7 +32,7 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Lab:
-    """Three nodes of four CPUs and four GPUs, as Slurm believes. `folder` holds the cluster's own files."""
+    """Three nodes of four CPUs and four GPUs, as Slurm believes. `folder` holds its files."""
 
     folder: Path
 
@@ -44,10 +44,10 @@ class Lab:
     @property
     def variables(self) -> dict[str, str]:
         # Nodes see the same files, operators compiled before among them; the warnings are torch's, once per collective.
-        own = {"SLURM_LAB_DIR": str(self.folder), "SLURM_LAB_NODES": "3", "SLURM_LAB_CPUS": "4", "SLURM_LAB_GPUS": "4"}
-        own["SLURM_LAB_LOCAL"] = str(self.local)
+        size = {"SLURM_LAB_NODES": "3", "SLURM_LAB_CPUS": "4", "SLURM_LAB_GPUS": "4"}
+        own = {"SLURM_LAB_DIR": str(self.folder / "lab"), "SLURM_LAB_LOCAL": str(self.local)}
         here = {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1"}
-        return environment() | own | here
+        return environment() | size | own | here
 
     def control(self, *words: str) -> None:
         """`lab.sh WORDS`: up, down, cut node1, ..."""

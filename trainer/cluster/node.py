@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +26,15 @@ import psutil
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors")
 BUILD_SECONDS = 45
 _STALE_LOCK_SECONDS = 600
+# What is missing is asked first: DeepSpeed compiles what async_io stands on before it looks for libaio.
+_BUILD = """
+import sys
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+builder = {"cpu_adam": CPUAdamBuilder, "async_io": AsyncIOBuilder}[sys.argv[1]]()
+if not builder.is_compatible(verbose=True):
+    sys.exit(1)
+builder.load()
+"""
 _LITTLE_DISK, _LITTLE_SHARED_MEMORY = 10 * 2**30, 2**30
 
 
@@ -162,12 +172,8 @@ def builds(operators: tuple[str, ...] = ("cpu_adam", "async_io")) -> Iterator[di
     running: dict[str, subprocess.Popen[str]] = {}
     with tempfile.TemporaryDirectory(prefix="strata-doctor-", ignore_cleanup_errors=True) as place:
         for name in operators:
-            code = (
-                "from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder\n"
-                f"{{'cpu_adam': CPUAdamBuilder, 'async_io': AsyncIOBuilder}}[{name!r}]().load()"
-            )
             running[name] = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, "-c", _BUILD, name],
                 env=os.environ | {"TORCH_EXTENSIONS_DIR": str(Path(place) / name)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -180,7 +186,9 @@ def builds(operators: tuple[str, ...] = ("cpu_adam", "async_io")) -> Iterator[di
             for process in running.values():
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                    process.wait()
+                if process.stdout is not None:
+                    process.stdout.close()
 
 
 def check_build(name: str, process: subprocess.Popen[str], end: float) -> Finding:
@@ -202,9 +210,10 @@ def check_build(name: str, process: subprocess.Popen[str], end: float) -> Findin
 
 def _real_error(output: str) -> str:
     """The compiler's complaint if there is one, else what was raised; at most three lines."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    complaints = [line for line in lines if "error:" in line.lower() or " requires " in line]
-    return "; ".join([*complaints[:2], lines[-1]] if lines else ["it ended without a word"])[:600]
+    plain = re.sub(r"\x1b\[\d*m|\[WARNING\]", "", output)
+    lines = [line.strip() for line in plain.splitlines() if line.strip()] or ["it ended without a word"]
+    complaints = [line for line in lines if re.search(r"\berror: |^\w+ requires ", line)]
+    return "; ".join(complaints[:3] or lines[-1:])[:600]
 
 
 def as_line(host: str, finding: Finding) -> str:
