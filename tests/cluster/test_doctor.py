@@ -88,6 +88,14 @@ def test_on_cluster_needs_srun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "srun: no such command" in capsys.readouterr().err
 
 
+def test_one_doctor_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        assert doctor.main([]) == 2
+    assert capsys.readouterr().err.count("leave srun out") == 1
+
+
 @pytest.mark.slow
 def test_what_the_compiler_says_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "g++"

@@ -33,7 +33,7 @@ from trainer.cluster.node import (
     check_versions,
     from_line,
 )
-from trainer.cluster.ranks import take_rank
+from trainer.cluster.ranks import in_step, take_rank
 
 # What every node says, and what several nodes find out together.
 EACH = ("versions", "compiler", "cpu_adam", "async_io", "compiled", "accelerator", "disk", "network")
@@ -49,6 +49,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.node:
         return _look(arguments.folder)
+    if in_step(os.environ):
+        if os.environ["SLURM_PROCID"] == "0":
+            print(
+                "\nsrun: started several doctors, but one looks at all nodes of a job: leave srun out", file=sys.stderr
+            )
+        return 2
     nodes, launcher = 1, []
     if "SLURM_JOB_ID" in os.environ or arguments.on_cluster:
         if shutil.which("srun") is None:
