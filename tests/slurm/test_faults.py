@@ -78,7 +78,8 @@ def test_a_lost_node_is_replaced(lab: Lab, place: Path, undisturbed: Path, fault
     if fault == "cut":
         assert lab.on(node, *ranks).code == 0, "there was no zombie to show anything"
     lab.control("heal", node)
-    until(lambda: lab.on(node, *ranks).code != 0, "no process is left on the node", 60)
+    # Slurm asks the node what runs there within a minute.
+    until(lambda: lab.on(node, *ranks).code != 0, "no process is left on the node", 150)
     assert contents(place / "runs" / "strata") == before
 
 
