@@ -35,7 +35,9 @@ def test_another_rank_speaks_where_rank_0_has_not_ended_the_job(
     assert waited and waited[0] > 3, "DeepSpeed's launcher looks every second"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     entry.refuse("no such file", rank=3)
-    assert waited[1] > 20, "srun waits for 20 seconds, as launch/slurm.sbatch calls it"
+    assert waited[1] > 40, (
+        "rank 0 takes its time to leave on a busy node; srun waits for 20 seconds, as launch/slurm.sbatch calls it"
+    )
 
 
 @pytest.mark.parametrize(

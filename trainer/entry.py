@@ -22,7 +22,7 @@ trained on in green, or in ⟦brackets⟧ where the output is no terminal (FORCE
 """
 # Launchers kill the job about a second after the first process leaves, srun after 20 as launch/slurm.sbatch calls it;
 # rank 0, who speaks, must be that process.
-_PATIENCE_SECONDS, _PATIENCE_SECONDS_UNDER_SRUN = 10, 25
+_PATIENCE_SECONDS, _PATIENCE_SECONDS_UNDER_SRUN = 10, 45
 
 
 def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
