@@ -101,9 +101,19 @@ def start(command: list[str], folder: Path, **options: Any) -> subprocess.Popen[
     return subprocess.Popen(command, cwd=folder, text=True, start_new_session=True, **options)
 
 
-def launch(command: list[str], folder: Path, *, home: Path | None = None, deadline: float = 180) -> Finished:
-    """Run `command` in `folder` to its end; a hang is ended with all its processes and raises `AssertionError`."""
-    variables = environment()
+def launch(
+    command: list[str],
+    folder: Path,
+    *,
+    home: Path | None = None,
+    deadline: float = 180,
+    variables: dict[str, str] | None = None,
+) -> Finished:
+    """Run `command` in `folder` to its end; a hang is ended with all its processes and raises `AssertionError`.
+
+    `variables` is its environment, instead of a user's own.
+    """
+    variables = environment() if variables is None else variables
     if home is not None:  # what DeepSpeed compiled is found all the same
         variables |= {"XDG_CACHE_HOME": str(Path.home() / ".cache"), "HOME": str(home)}
     process = start(command, folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables)

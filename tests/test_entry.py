@@ -33,11 +33,24 @@ def test_another_rank_speaks_where_rank_0_has_not_ended_the_job(
     assert entry.refuse("no such file", rank=3) == 2
     assert capsys.readouterr().err == "\nrank 3: no such file\n"
     assert waited and waited[0] > 3, "DeepSpeed's launcher looks every second"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    entry.refuse("no such file", rank=3)
+    assert waited[1] > 40, (
+        "rank 0 takes its time to leave on a busy node; srun waits for 20 seconds, as launch/slurm.sbatch calls it"
+    )
 
 
 @pytest.mark.parametrize(
     ("variables", "share"),
-    [({}, 1), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_SIZE": "100000"}, 100000)],
+    [
+        ({}, 1),
+        ({"LOCAL_SIZE": "2"}, 2),
+        ({"LOCAL_WORLD_SIZE": "2"}, 2),
+        ({"LOCAL_SIZE": "100000"}, 100000),
+        # Tasks of srun: all on the same cores; and each bound to cores of its own, of more that the job has there.
+        ({"LOCAL_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_CPUS_ON_NODE": "1"}, 2),
+        ({"LOCAL_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_CPUS_ON_NODE": "100000"}, 1),
+    ],
 )
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], share: int) -> None:
     monkeypatch.setattr(os, "environ", dict(variables))

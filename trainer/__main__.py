@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from trainer.cluster.doctor import main as doctor
+from trainer.cluster.submit import main as submit
 from trainer.config.errors import hint
 from trainer.entry import EXIT_REFUSED, prepare, prepare_process
 from trainer.entry import main as train
@@ -33,6 +35,8 @@ COMMANDS = {
     "checkpoints": checkpoints,
     "export": export,
     "apply": apply,
+    "submit": submit,
+    "doctor": doctor,
 }
 USAGE = """Usage: python -m trainer COMMAND [argument ...]
 
@@ -48,6 +52,10 @@ USAGE = """Usage: python -m trainer COMMAND [argument ...]
   export RUN OUT [--step N | --best] [--delta]             writes the model of a checkpoint as a Hugging Face folder,
                                                            or what it changed of its base
   apply BASE DELTA OUT                                     puts such a delta on its base
+  submit RECIPE.yaml --nodes N --gpus N --time T           writes a job for SLURM beside the run folder and submits it;
+                                [key=value ...] [--print]  it saves before its time limit and goes on by itself
+  doctor [--on-cluster]                                    looks whether this machine, or every node of a cluster, is
+                                                           fit for training, and says what to do where it is not
 """
 
 

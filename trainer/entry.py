@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.cluster.ranks import LaunchError, in_step, take_rank
 from trainer.config import ConfigError, help_text, load, parse_command_line
 from trainer.config.deepspeed import resolve
 
@@ -19,16 +20,19 @@ finds it, and says what became of every source. --show N prints the first N samp
 trained on in green, or in ⟦brackets⟧ where the output is no terminal (FORCE_COLOR=1 colours all the same).
 `python -m trainer train --help` lists the settings.
 """
-# Launchers kill the job about a second after the first process leaves; rank 0, who speaks, must be that process.
-_PATIENCE_SECONDS = 10
+# Launchers kill the job about a second after the first process leaves, srun after 20 as launch/slurm.sbatch calls it;
+# rank 0, who speaks, must be that process.
+_PATIENCE_SECONDS, _PATIENCE_SECONDS_UNDER_SRUN = 10, 45
 
 
 def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     """Run what `argv` asks for; returns the exit code: 0; 2 for a request that is refused, or a run that failed, with a
     message; 75 for a run that was told to stop and has saved a checkpoint to go on from."""
+    try:
+        take_rank(os.environ)
+    except LaunchError as error:
+        return refuse(str(error), error.task)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if (task := _unlaunched_task()) is not None:
-        return refuse(*task)
     try:
         command = parse_command_line(argv, default_recipe=str(default_recipe) if default_recipe else None)
         if command.show_help:
@@ -97,24 +101,6 @@ def prepare(argv: Sequence[str]) -> int:
     return 0
 
 
-def _unlaunched_task() -> tuple[str, int] | None:
-    """(what is wrong, task) in one of several processes that no launcher made ranks of: each would train by itself."""
-    if "RANK" in os.environ:
-        return None
-    for count, task, name in (
-        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "mpirun"),
-    ):
-        if int(os.environ.get(count, "1")) > 1:
-            message = (
-                f"{name} started {os.environ[count]} processes, but RANK and WORLD_SIZE are not set, so each would "
-                "train alone: start one process per node and let it run torchrun or deepspeed, or set RANK, "
-                "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
-            )
-            return message, int(os.environ.get(task, "0"))
-    return None
-
-
 def prepare_process() -> None:
     """What the environment must hold before torch is imported.
 
@@ -126,9 +112,11 @@ def prepare_process() -> None:
     tools = str(Path(sys.executable).parent)
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
-    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; srun binds each process to cores of its own.
+    # torchrun says LOCAL_WORLD_SIZE (and `take_rank` for srun), DeepSpeed's launcher LOCAL_SIZE.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if in_step(os.environ) and cores < int(os.environ.get("SLURM_CPUS_ON_NODE", "1")):
+        processes = 1  # srun has bound each task to cores of its own
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
 
 
@@ -138,7 +126,7 @@ def refuse(message: str, rank: int) -> int:
     Another rank speaks where rank 0 has not ended the job by then: its machine may be the only one without a file.
     """
     if rank > 0:
-        time.sleep(_PATIENCE_SECONDS)
+        time.sleep(_PATIENCE_SECONDS_UNDER_SRUN if in_step(os.environ) else _PATIENCE_SECONDS)
         message = f"rank {rank}: {message}"
     print(f"\n{message}", file=sys.stderr, flush=True)
     return EXIT_REFUSED

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,7 @@ from trainer import model as models
 from trainer.adapters import adapt, choose_merge
 from trainer.blocks import full_numel
 from trainer.checkpoint import CheckpointError, Checkpoints, LeaseError
+from trainer.cluster.together import check_nodes
 from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed import resolve
 from trainer.data import Prepared, prepare_run
@@ -57,6 +59,7 @@ def run(config: RunConfig) -> int:
         if config.saves:
             whole_run.enter_context(interruption.listening())
         whole_run.enter_context(watch_ranks())
+        check_nodes(Path(config.output))
         place = whole_run.enter_context(start_run_folder(config))
         code = _train(config, tokenizer, data, place, interruption)
     # Only in the end: after a failure it could wait for ranks that will not come.
