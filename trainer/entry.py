@@ -6,11 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from trainer.cluster.ranks import LaunchError, in_step, take_rank
-from trainer.config import ConfigError, help_text, load, parse_command_line
+from trainer.config import ConfigError, RunConfig, help_text, load, parse_command_line
+from trainer.config.command_line import Command
 from trainer.config.deepspeed import resolve
+from trainer.interruption import Interruption
 
 EXIT_REFUSED = 2
 PREPARE_USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N]
@@ -44,6 +47,15 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     except ConfigError as error:
         return refuse(str(error), rank)
 
+    interruption = Interruption()
+    with interruption.listening() if config.saves and not command.dry_run else nullcontext():
+        outcome = _run(command, config, rank, ranks, interruption)
+    # Out here a signal ends this process as ever: one that waits to be killed must not look like one that has saved.
+    return outcome if isinstance(outcome, int) else refuse(outcome, rank)
+
+
+def _run(command: Command, config: RunConfig, rank: int, ranks: int, interruption: Interruption) -> int | str:
+    """The exit code, or why the run is refused or has failed."""
     prepare_process()
     from trainer.adapters import AdapterError
     from trainer.blocks import BlockError
@@ -62,13 +74,13 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
             if rank == 0:
                 print(describe(config, ranks))
         else:
-            return run(config)
+            return run(config, interruption)
     except (ConfigError, DataError, ModelError, AdapterError, BlockError, LossError, RegistrationError) as error:
-        return refuse(str(error), rank)
+        return str(error)
     except (StoppedError, GuardError, ExportError, CheckpointError) as error:
-        return refuse(str(error), rank)
+        return str(error)
     except OSError as error:  # a full disk, a folder that cannot be written
-        return refuse(f"{type(error).__name__}: {error}", rank)
+        return f"{type(error).__name__}: {error}"
     return 0
 
 

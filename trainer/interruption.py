@@ -9,9 +9,10 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-from deepspeed import comm as dist
+if TYPE_CHECKING:
+    import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # EX_TEMPFAIL of sysexits.h: the same command goes on where this one stopped.
@@ -31,6 +32,9 @@ class Interruption:
 
     def anywhere(self, device: torch.device) -> bool:
         """Whether any rank was. Collective."""
+        import torch  # not before signals are listened to: importing it takes seconds
+        from deepspeed import comm as dist
+
         told = torch.tensor(int(self.received), device=device)
         dist.all_reduce(told)
         return bool(told)

@@ -46,7 +46,7 @@ def start_run_folder(config: RunConfig) -> Iterator[RunFolder]:
     """The run folder, with the resolved configuration in it, for this run alone as long as the context lasts.
 
     A folder that holds a run is never written over, but a run that stopped there goes on (`resume`). Raises
-    `CheckpointError` on all ranks: where another job trains there, and where ranks do not see the same folder.
+    `CheckpointError` on all ranks where another job trains there.
 
     Where what happens inside is refused before training, what was written goes again, and the folder with it if nothing
     else is there: it may be one of the user's.
@@ -55,15 +55,13 @@ def start_run_folder(config: RunConfig) -> Iterator[RunFolder]:
         named(config.resume)  # refused on all ranks alike
     lease: Lease | None = None
 
-    def choose() -> tuple[str, str]:
+    def choose() -> str:
         nonlocal lease
         lease = _choose(config)
-        return str(lease.folder), lease.holder.token
+        return str(lease.folder)
 
-    chosen, token = _told_by_rank_0(choose)
-    folder = Path(chosen)
+    folder = Path(_told_by_rank_0(choose))
     try:
-        _check_shared(folder, token)
         yield RunFolder(folder, lease)
     finally:
         if lease is not None:
@@ -91,20 +89,6 @@ def _told_by_rank_0(look: Callable[[], Any]) -> Any:
     if told[1] is not None:
         raise told[1]
     return told[0]
-
-
-def _check_shared(folder: Path, token: str) -> None:
-    """Ranks write their parts of checkpoints into one folder."""
-    here = None
-    with suppress(CheckpointError, OSError):
-        here = read_lease(folder)
-    blind: list[Any] = [None] * dist.get_world_size()
-    torch.distributed.all_gather_object(blind, here is None or here.token != token)
-    without = [rank for rank, unseen in enumerate(blind) if unseen]
-    if without:
-        raise CheckpointError(
-            f"output: ranks {without} do not see rank 0's {folder}: it must be on a file system that all nodes share"
-        )
 
 
 def _choose(config: RunConfig) -> Lease:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,20 +47,16 @@ class StoppedError(RuntimeError):
     """Training could not go on; no model was written."""
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, interruption: Interruption) -> int:
     """Train as `config` says and leave the run folder behind; returns the exit code. Runs in every rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     tokenizer = load_tokenizer(tokenizer_name(config.model), trust_remote_code=config.model.trust_remote_code)
     data = prepare_run(config, tokenizer)  # before there is a process group that could time out waiting
     build.initialise_process_group(timeout_minutes=config.train.timeout_minutes)
-    interruption = Interruption()
-    with ExitStack() as whole_run:
-        if config.saves:
-            whole_run.enter_context(interruption.listening())
-        whole_run.enter_context(watch_ranks())
+    with watch_ranks():
         check_nodes(Path(config.output))
-        place = whole_run.enter_context(start_run_folder(config))
-        code = _train(config, tokenizer, data, place, interruption)
+        with start_run_folder(config) as place:
+            code = _train(config, tokenizer, data, place, interruption)
     # Only in the end: after a failure it could wait for ranks that will not come.
     torch.distributed.destroy_process_group()
     return code
