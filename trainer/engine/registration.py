@@ -234,6 +234,23 @@ class Registration(ABC):
         dist.all_gather_into_tensor(whole, mine)
         parameter.data.view(-1).copy_(whole[:numel])
 
+    def publish_entries(self, entries: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """As `publish`, for all parameters in one exchange; of each only these flat positions (int64, the same on every
+        rank) can have been written to. Sends 4 bytes for each."""
+        if dist.get_world_size() == 1 or not entries:
+            return
+        flat = torch.cat([self._owned_entries(parameter, positions) for parameter, positions in entries])
+        dist.all_reduce(flat)  # of a value and zeros: exact
+        values = flat.split([positions.numel() for _, positions in entries])
+        for (parameter, positions), value in zip(entries, values, strict=True):
+            parameter.data.view(-1)[positions] = value.to(parameter.dtype)
+
+    @staticmethod
+    def _owned_entries(parameter: nn.Parameter, positions: Tensor) -> Tensor:
+        """The weights at `positions` (fp32), zero where another rank owns them."""
+        chunk = -(-parameter.numel() // dist.get_world_size())
+        return parameter.data.view(-1)[positions].float().where(positions // chunk == dist.get_rank(), 0.0)
+
     def _check_supported(self) -> None:
         """Raise `RegistrationError` for settings of this stage that cannot be switched."""
 
@@ -587,6 +604,10 @@ class _Stage3(Registration):
     def publish(self, parameter: nn.Parameter) -> None:
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
             parameter.partition()  # a gathered copy is out of date now
+
+    def publish_entries(self, entries: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        for parameter, _ in entries:
+            self.publish(parameter)
 
     def _ranges(self, index: int) -> list[tuple[int, int, int]]:
         ranges, offset = [], 0
