@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer import model as models
-from trainer.accounting import banked_bytes, model_state, nf4_bytes, readable
+from trainer.accounting import (
+    ModelState,
+    banked_bytes,
+    growing_bytes,
+    model_state,
+    nf4_bytes,
+    readable,
+    unmasked_state,
+)
 from trainer.adapters import adapt, choose_merge
 from trainer.blocks import full_numel
 from trainer.build import check_hardware, check_length, offload_device, prepare_model, size_buckets
@@ -23,6 +32,7 @@ from trainer.data.tokenizer import load_tokenizer, tokenizer_name
 from trainer.engine.attach import Sparse
 from trainer.engine.registration import stored
 from trainer.engine.rounding import half_unit
+from trainer.updates import Unmask
 
 
 def describe(config: RunConfig, ranks: int) -> str:
@@ -41,23 +51,12 @@ def describe(config: RunConfig, ranks: int) -> str:
         _, remarks = choose_merge(config, adapted)
         remarks += adapted.warnings
         model = adapted.model
-    sparse = prepare_model(config, model)
+    num_steps = total_steps(config, len(data.train))
+    sparse = prepare_model(config, model, num_steps)
     size_buckets(ds, sparse, model)
     stage = ds["zero_optimization"]["stage"]
-    weight_bytes = 4 if config.model.dtype == "fp32" else 2
-    state = model_state(
-        # What is in four bits counts as so many weights of the dtype.
-        [nf4_bytes(p.numel()) // weight_bytes if id(p) in quantised else p.numel() for p in model.parameters()],
-        [[p.numel() for p in group["params"]] for group in sparse.param_groups()],
-        stage=stage,
-        ranks=ranks,
-        weight_bytes=weight_bytes,
-        gradient_bytes=4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2,
-        moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
-        offload=offload_device(ds, "optimizer") != "none",
-    )
+    state = _state(config, ds, model, sparse, ranks, quantised)
     lines = [dump(config).rstrip(), ""]
-    num_steps = total_steps(config, len(data.train))
     lines += [*remarks, *saving_warning(config), *learning_warning(config, sparse, num_steps)]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines.append(f"steps: {num_steps} of {config.train.global_batch_size} sequences")
@@ -69,21 +68,65 @@ def describe(config: RunConfig, ranks: int) -> str:
         count = sum(p.numel() for p in parameters.values())
         lines.append(f"always on: {part}, {count:,} parameters ({', '.join(parameters)})")
     trained = sum(p.numel() for p in sparse.trainable_parameters())
-    lines.append(f"trained at a time: {trained:,} parameters; {one_line(sparse, config, num_steps)}")
+    what = f"{config.update.budget:,} of {trained:,}" if config.update.name == "unmask" else f"{trained:,}"
+    lines.append(f"trained at a time: {what} parameters; {one_line(sparse, config, num_steps)}")
     lines.append(f"each of {ranks} ranks holds, under ZeRO stage {stage} and before activations and buffers:")
     places = {"none": "", "cpu": " in host memory", "nvme": " on NVMe"}
-    for name in ("weights", "gradients", "masters", "moments"):
+    for name in ("weights", "gradients", "masters", "moments", *(["indices"] if state.indices else [])):
         device = offload_device(ds, "param" if name == "weights" else "optimizer")
         # Gradients wait in host memory for the step that swaps their group in.
         where = places["cpu" if name == "gradients" and device == "nvme" else device]
         lines.append(f"  {name:<10}{readable(getattr(state, name)):>12}{where}")
     lines.append(f"  {'total':<10}{readable(state.total):>12}")
-    if sparse.bank.keeps:
+    if isinstance(sparse.update, Unmask):
+        lines += _growth(sparse.update, sparse, ds, ranks)
+    if sparse.bank.keeps and config.update.name == "dense":
         inactive = [b.numel for b in sparse.blocks if b.index not in sparse.active]
         where = " in host memory" if config.bank.name == "cpu" else ""
         banked = readable(banked_bytes(inactive, ranks=ranks))
         lines.append(f"  {'bank':<10}{banked:>12}{where} more, once all blocks were drawn")
     return "\n".join(lines)
+
+
+def _state(
+    config: RunConfig, ds: Mapping[str, Any], model: PreTrainedModel, sparse: Sparse, ranks: int, quantised: set[int]
+) -> ModelState:
+    weight_bytes = 4 if config.model.dtype == "fp32" else 2
+    # What is in four bits counts as so many weights of the dtype.
+    numels = [nf4_bytes(p.numel()) // weight_bytes if id(p) in quantised else p.numel() for p in model.parameters()]
+    sizes: dict[str, Any] = {
+        "stage": ds["zero_optimization"]["stage"],
+        "ranks": ranks,
+        "weight_bytes": weight_bytes,
+    }
+    if config.update.name == "unmask":
+        local = config.update.bias_correction == "local"
+        return unmasked_state(numels, config.update.budget, local_steps=local, **sizes)
+    return model_state(
+        numels,
+        [[p.numel() for p in group["params"]] for group in sparse.param_groups()],
+        gradient_bytes=4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2,
+        moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
+        offload=offload_device(ds, "optimizer") != "none",
+        **sizes,
+    )
+
+
+def _growth(update: Unmask, sparse: Sparse, ds: Mapping[str, Any], ranks: int) -> list[str]:
+    """What comes to it in backward."""
+    trained = [full_numel(p) for p in sparse.trainable_parameters()]
+    lines = [f"  {'gradient':<10}{readable(4 * max(trained)):>12} more in backward, of one parameter at a time"]
+    candidates, accumulated = growing_bytes(
+        trained, update.increment, ranks=ranks, accumulation=ds["gradient_accumulation_steps"]
+    )
+    while_it_grows = f"more in backward of the first {update.steps} steps, in which the mask grows"
+    lines.append(f"  {'candidates':<10}{readable(candidates):>12} {while_it_grows}")
+    if accumulated:
+        lines.append(
+            f"  {'sums':<10}{readable(accumulated):>12} {while_it_grows}: all gradients, over micro-batches; none "
+            "without accumulation"
+        )
+    return lines
 
 
 def _quantised(config: RunConfig, model: PreTrainedModel) -> set[int]:

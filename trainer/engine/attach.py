@@ -166,6 +166,13 @@ class Sparse:
         active = [p for index in self._slots for p in self.blocks[index].parameters.values()]
         return active + [p for part in self.always_on.values() for p in part.values()]
 
+    def ever_in_optimizer(self) -> list[nn.Parameter]:
+        """What DeepSpeed's optimizer may ever hold."""
+        if self._placeholder is not None:
+            return [self._placeholder]
+        blocks = [p for block in self.blocks for p in self._registered_parameters(block.index).values()]
+        return blocks + [p for part in self.always_on.values() for p in part.values()]
+
     def held(self) -> dict[str, list[torch.Tensor]]:
         """The live tensors of the model's state on this rank, by kind: weights, gradients, masters, moments, and of a
         sparse update rule indices."""

@@ -45,7 +45,7 @@ class UpdateRule(ABC):
         return None
 
     def moved(self, name: str) -> Tensor | None:
-        """Flat positions in the parameter (int64, the same on every rank) that `step` may have written to; None: any."""
+        """Flat positions in the parameter (int64, the same on every rank) that `step` may have changed; None: any."""
         return None
 
     def receive(self, name: str, gradient: Tensor, weights: Tensor, *, last: bool) -> None:
