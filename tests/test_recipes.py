@@ -16,6 +16,8 @@ from trainer.describe import describe
 
 # The one that runs as it stands; the others want a model and data of one's own.
 COMPLETE = "quickstart"
+# What fits no model as small as the one here.
+SMALLER = {"id3": ["update.budget=500"]}
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +34,14 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def loaded(recipe: Path, overrides: list[str]) -> RunConfig:
     own = overrides[3:] if recipe.stem == COMPLETE else overrides
-    return load(str(recipe), own)
+    return load(str(recipe), [*own, *SMALLER.get(recipe.stem, [])])
 
 
 def test_every_recipe_is_tested() -> None:
     assert [recipe.stem for recipe in RECIPES] == [
         "badam",
         "full",
+        "id3",
         "ist",
         "ist_dora",
         "ist_zero3",
@@ -52,6 +55,7 @@ def test_every_recipe_is_tested() -> None:
 def test_recipe_is_the_method_it_names(recipe: Path, overrides: list[str]) -> None:
     config = loaded(recipe, overrides)
     assert config.method == ("lisa" if recipe.stem == COMPLETE else recipe.stem.partition("_")[0])
+    assert config.update.name == METHODS[config.method]["update"]["name"]
     assert config.selector.name == METHODS[config.method]["selector"]["name"]
     assert config.always_on.model_dump() == METHODS[config.method]["always_on"]
     assert config.data.eval_fraction > 0, "a run that evaluates nothing cannot say how far the loss fell"
@@ -78,6 +82,6 @@ def test_recipe_fits_a_model(recipe: Path, overrides: list[str]) -> None:
     """All that a dry run does: data, blocks, always-on parts, buckets, bytes."""
     said = describe(loaded(recipe, overrides), ranks=2)
     parts = [part for part in ("embeddings", "head", "norm") if f"\nalways on: {part}, " in said]
-    whole = recipe.stem in ("full", "lisa", COMPLETE)
+    whole = recipe.stem in ("full", "id3", "lisa", COMPLETE)
     assert parts == (["embeddings", "head", "norm"] if whole else [])
     assert "\nblocks: " in said and "\n  total " in said

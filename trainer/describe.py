@@ -115,7 +115,9 @@ def _state(
 def _growth(update: Unmask, sparse: Sparse, ds: Mapping[str, Any], ranks: int) -> list[str]:
     """What comes to it in backward."""
     trained = [full_numel(p) for p in sparse.trainable_parameters()]
-    lines = [f"  {'gradient':<10}{readable(4 * max(trained)):>12} more in backward, of one parameter at a time"]
+    # In the weights' dtype, and in fp32 while ranks exchange it.
+    dense = max((4 + p.element_size()) * full_numel(p) for p in sparse.trainable_parameters())
+    lines = [f"  {'gradient':<10}{readable(dense):>12} more in backward, of one parameter at a time"]
     candidates, accumulated = growing_bytes(
         trained, update.increment, ranks=ranks, accumulation=ds["gradient_accumulation_steps"]
     )

@@ -390,6 +390,28 @@ def test_contradictions_of_two_keys() -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_id3_is_its_published_point_and_says_what_it_cannot_do() -> None:
+    published = config("method=id3")
+    assert published.selector.name == "all" and published.always_on.embeddings and published.bank.name == "device"
+    point = {"name": "unmask", "budget": 100_000, "exp": 0.0, "eps": 1e-3, "steps": None, "bias_correction": "global"}
+    assert published.update.model_dump() == point
+    inside = config("method=badam", "update={name: unmask, budget: 50}")
+    assert (inside.selector.name, inside.update.budget, inside.bank.name) == ("cyclic", 50, "discard")
+    for override, message in (
+        ("update.budget=0", "update.budget (of update unmask): got 0; allowed: integer >= 1"),
+        ("update.exp=-1", "update.exp (of update unmask): got -1; allowed: number >= 0"),
+        ("update.eps=-1e-3", "update.eps (of update unmask): got -0.001; allowed: number >= 0"),
+        ("update.steps=101", "update.steps: 101 is more than train.steps 100"),
+        ("model.dtype=fp16", "model.dtype: fp16, but gradients of fp16 are scaled"),
+        ("bank.name=cpu", "bank.name: cpu, but the state of update.name=unmask is small"),
+        ("optimizer.name=adamw_8bit", "optimizer.name: adamw_8bit, but the state of update.name=unmask is small"),
+        ("optimizer.lr_always_on=1e-3", "optimizer.lr_always_on: 0.001, but with update.name=unmask all weights"),
+    ):
+        found = problems("method=id3", override)
+        assert found and all(problem.startswith(message) for problem in found[:1]), found
+
+
+@pytest.mark.usefixtures("folder")
 def test_missing_keys_are_named_in_full() -> None:
     with pytest.raises(ConfigError) as error:
         load(None, [])
