@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 import trainer
@@ -23,6 +26,7 @@ from tests.engine.parity import (
     make_selector,
     train_step,
 )
+from trainer.checkpoint import CheckpointError, Checkpoints, Store
 from trainer.updates import Unmask
 from trainer.updates.adam import AdamSettings
 from trainer.updates.top_k import best, best_of_all
@@ -388,75 +392,83 @@ def test_half_precision_skipped_steps_and_what_is_refused() -> None:
         assert len(refused) == 1 and "gradient_clipping is 1.0" in refused[0] and "to 0.0" in refused[0]
 
 
-# --- state that leaves and comes back ---------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------
 
 
-def _interrupted(rank: int, case: Case, stop: int, stage: int) -> list[str]:
-    """As if never stopped after `stop` steps, on another stage: weights, mask and moments."""
+def saved(rank: int, case: Case, folder: Path, stop: int) -> None:
     engine, sparse = start(case)
-    for step in range(case.cell.steps):
-        if step == stop:
-            kept = full_weights(engine), gathered_slices(sparse), sparse.update.state_dict()
+    checkpoints = Checkpoints(sparse, folder, keep=1, asynchronous=False)
+    for step in range(stop):
         train_step(case.cell, engine, step, rank)
-    expected = full_weights(engine), masks_of(engine, sparse)
+    checkpoints.save(stop, {})
     engine.destroy()
-    resumed = Case(**{**vars(case), "cell": Cell(**{**vars(case.cell), "stage": stage})})
-    weights, masks = go_on(rank, resumed, stop, *kept)
-    problems = [n for n in masks if not torch.equal(masks[n], expected[1][n])]
-    difference = largest_difference(weights, expected[0])
-    return problems + ([f"weights differ by {difference}"] if difference > 1e-6 else [])
 
 
-def gathered_slices(sparse: trainer.Sparse) -> dict[str, dict[str, Tensor]]:
-    """What all ranks' slices make together, as a checkpoint's files do."""
-    mine = {name: sparse.update.slices(name) for name in sparse._ever_outside_optimizer()}
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    return {n: {k: torch.cat([part[n][k] for part in parts]) for k in mine[n]} for n in mine}
-
-
-def go_on(rank: int, case: Case, stop: int, weights: Any, slices: Any, state: Any) -> tuple[Any, Any]:
-    model = build_model(case.cell)
-    model.load_state_dict(weights)
-    engine, sparse = _attach(case, model)
-    for name, tensors in slices.items():
-        sparse.update.restore(name, tensors)
-    sparse.update.load_state_dict(state)
-    for step in range(stop, case.cell.steps):
-        train_step(case.cell, engine, step, rank)
-    result = full_weights(engine), masks_of(engine, sparse)
+def finished(rank: int, case: Case, folder: Path | None) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+    """Weights, masks and counts at the end, from the start or from the checkpoint in `folder`."""
+    engine, sparse = start(case)
+    step = 0
+    if folder is not None:
+        (step,) = Store(folder).steps()
+        Checkpoints(sparse, folder, keep=1, asynchronous=False).resume(Store(folder), step)
+    for number in range(step, case.cell.steps):
+        train_step(case.cell, engine, number, rank)
+    result = full_weights(engine), masks_of(engine, sparse), sparse.update.state_dict()
     engine.destroy()
     return result
 
 
-def _resumed(rank: int) -> list[str]:
-    local = Case(Cell(selector="all", stage=3, steps=7), bias_correction="local")
-    return _interrupted(rank, local, 3, stage=2) + _interrupted(rank, Case(), 6, stage=3)
+def _resumed(rank: int, place: Path) -> list[str]:
+    problems = []
+    for number, (case, stop, stage) in enumerate(
+        (
+            (Case(Cell(selector="all", stage=3, steps=7, weight_decay=0.1), bias_correction="local"), 3, 3),
+            (Case(Cell(selector="uniform", stage=2, bank="device", steps=7)), 6, 2),
+            (Case(Cell(selector="uniform", stage=2, bank="discard", steps=7)), 3, 3),
+        )
+    ):
+        weights, masks, counts = finished(rank, case, None)
+        saved(rank, case, place / str(number), stop)
+        other = replace(case, cell=replace(case.cell, stage=stage))
+        again, its_masks, its_counts = finished(rank, other, place / str(number))
+        difference = largest_difference(weights, again)
+        same = all(torch.equal(masks[n], its_masks[n]) for n in masks) and counts == its_counts
+        if not same or difference > (0.0 if stage == case.cell.stage else 1e-6):
+            problems.append(f"{case}: resumed after {stop} on stage {stage}: off by {difference}, same masks {same}")
+        for file in (place / str(number)).rglob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                problems += [f"{file}: {key}" for key in opened.keys() if key.startswith(("weight:", "master:"))]  # noqa: SIM118
+    return problems + _another_base(rank, place / "0")
 
 
-def test_state_goes_out_and_comes_back_while_the_mask_grows_and_after() -> None:
-    for problems in distributed.run(_resumed, ranks=2):
+def _another_base(rank: int, folder: Path) -> list[str]:
+    case = Case(Cell(selector="all", stage=3, steps=7, weight_decay=0.1), bias_correction="local")
+    model = build_model(case.cell)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] += 1.0
+    engine, sparse = _attach(case, model)
+    try:
+        Checkpoints(sparse, folder, keep=1, asynchronous=False).resume(Store(folder), 3)
+    except CheckpointError as error:
+        return [] if "another one than when this run began: block-002 differs" in str(error) else [str(error)]
+    finally:
+        engine.destroy()
+    return ["a checkpoint went onto another base"]
+
+
+def test_a_checkpoint_holds_unmasked_weights_and_goes_on_exactly(tmp_path: Path) -> None:
+    for problems in distributed.run(_resumed, tmp_path, ranks=2):
         assert not problems
 
 
-def _keep(rank: int, case: Case, stop: int) -> Any:
-    engine, sparse = start(case)
-    for step in range(stop):
-        train_step(case.cell, engine, step, rank)
-    return full_weights(engine), gathered_slices(sparse), sparse.update.state_dict()
-
-
-def _finish(rank: int, case: Case, stop: int, kept: Any) -> Any:
-    return go_on(rank, case, stop, *kept)
-
-
 @pytest.mark.slow
-def test_state_comes_back_on_other_numbers_of_ranks() -> None:
+def test_a_checkpoint_goes_on_on_other_numbers_of_ranks(tmp_path: Path) -> None:
     case = Case(Cell(selector="all", stage=3, steps=7, ranks=4))
-    weights, masks = distributed.run(_finish, case, 0, distributed.run(_keep, case, 0, ranks=4)[0], ranks=4)[0]
+    weights, masks, _ = distributed.run(finished, case, None, ranks=4)[0]
+    distributed.run(saved, case, tmp_path, 3, ranks=4)
     for ranks in (1, 2):
-        kept = distributed.run(_keep, case, 3, ranks=4)[0]
-        other = Case(Cell(selector="all", stage=3, steps=7, ranks=ranks))
-        resumed, its_masks = distributed.run(_finish, other, 3, kept, ranks=ranks)[0]
-        assert largest_difference(resumed, weights) <= 1e-6
+        shutil.copytree(tmp_path, tmp_path.with_name(f"on-{ranks}"))
+        other = replace(case, cell=replace(case.cell, ranks=ranks))
+        again, its_masks, _ = distributed.run(finished, other, tmp_path.with_name(f"on-{ranks}"), ranks=ranks)[0]
+        assert largest_difference(again, weights) <= 1e-6
         assert all(torch.equal(its_masks[n], masks[n]) for n in masks)

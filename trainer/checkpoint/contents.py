@@ -3,12 +3,15 @@
 Tensors are grouped by *unit*, what changes together: a block, an always-on part. A file holds one rank's share of one
 unit: flat ranges of full-shape parameters (as banks keep them), under the keys `master`, `exp_avg`, ... or, where no
 optimizer state is kept, `weight`. Any number of ranks under any stage finds its own ranges in them again.
+
+Of what a sparse update rule trains there are *entries* instead: `entries.indices`, flat positions in the parameter, and
+as many values under `entries.weight`, `entries.master`, ... The other weights are the base model's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,8 @@ from trainer.engine.attach import Sparse
 from trainer.engine.registration import MOMENTS, Slice
 
 WEIGHT, MASTER = "weight", "master"
+# Before the keys of tensors that hold some of a parameter's weights.
+_ENTRIES = "entries."
 
 
 def unit_of_block(index: int) -> str:
@@ -77,8 +82,11 @@ class Staging:
             get_accelerator().synchronize()
 
 
-def take(sparse: Sparse, units: Iterable[str], staging: Staging) -> dict[str, Share]:
-    """Copies of this rank's part of `units` in host memory: what an asynchronous save works on."""
+def take(sparse: Sparse, units: Iterable[str], staging: Staging, *, on_base: Collection[str]) -> dict[str, Share]:
+    """Copies of this rank's part of `units` in host memory: what an asynchronous save works on.
+
+    Of units in `on_base` it leaves out what a sparse update rule never changed.
+    """
     staging.begin()
     wanted = parameters_by_unit(sparse)
     shares = {unit: Share({}, {}, {}) for unit in units}
@@ -90,7 +98,10 @@ def take(sparse: Sparse, units: Iterable[str], staging: Staging) -> dict[str, Sh
             _put(share, piece.name, piece.start, piece.tensors, staging)
         for unit, share in shares.items():
             for name, parameter in wanted[unit].items():
-                if name not in share.ranges:  # no optimizer state is kept
+                entries = sparse.entries(name, parameter)
+                for key, tensor in entries.items():  # also none, which says that all is the base's
+                    share.tensors[f"{_ENTRIES}{key}:{name}"] = staging.copy(tensor)
+                if name not in share.ranges and not (entries and unit in on_base):  # no optimizer state is kept
                     start, weights = sparse.owned(parameter)
                     _put(share, name, start, {WEIGHT: weights}, staging)
     staging.wait()
@@ -114,6 +125,7 @@ class Contents:
         self._pieces: dict[str, list[tuple[int, int, File]]] = {}
         self.scalars: dict[str, dict[str, float]] = {}
         self._keys: dict[str, set[str]] = {}
+        self._entries: dict[str, list[File]] = {}
 
     def learn(self, units: Iterable[str]) -> None:
         """Read what the files of `units` say of themselves."""
@@ -123,6 +135,8 @@ class Contents:
                 for stored in opened.keys():  # noqa: SIM118 - not a dictionary
                     key, _, name = stored.partition(":")
                     self._keys.setdefault(name, set()).add(key)
+                    if key == f"{_ENTRIES}indices":
+                        self._entries.setdefault(name, []).append(file)
             for name, (start, stop) in json.loads(metadata["ranges"]).items():
                 self._pieces.setdefault(name, []).append((start, stop, file))
             self.scalars.update(json.loads(metadata["scalars"]))
@@ -149,6 +163,19 @@ class Contents:
             raise CheckpointError(f"{name}: elements {reached} to {stop} are in none of the checkpoint's files")
         return torch.cat(parts) if parts else torch.empty(0)
 
+    def entries(self, name: str) -> dict[str, Tensor]:
+        """Of a parameter that a sparse update rule trains, all ranks' `indices` and values; empty for any other."""
+        parts: dict[str, list[Tensor]] = {}
+        for file in self._entries.get(name, []):
+            with self._store.open(file) as opened:
+                for key in (key for key in self.keys(name) if key.startswith(_ENTRIES)):
+                    parts.setdefault(key.removeprefix(_ENTRIES), []).append(opened.get_tensor(f"{key}:{name}"))
+        return {key: torch.cat(tensors) for key, tensors in parts.items()}
+
+    def on_base(self, names: Iterable[str]) -> bool:
+        """Whether of some of `names` there are entries alone."""
+        return any(name in self._entries and WEIGHT not in self.keys(name) for name in names)
+
     # Masters and moments, as `Sparse.load_state_dict` wants them.
 
     def has_state(self, names: Sequence[str]) -> bool:
@@ -173,6 +200,11 @@ def put_weights_back(sparse: Sparse, contents: Contents) -> None:
         if unit in contents.units:
             for name, parameter in units[unit].items():
                 start, weights = sparse.owned(parameter)
-                key = WEIGHT if WEIGHT in contents.keys(name) else MASTER  # weights are masters, rounded
-                weights.copy_(contents.read(key, name, start, start + weights.numel()))
+                if not contents.on_base([name]):
+                    key = WEIGHT if WEIGHT in contents.keys(name) else MASTER  # weights are masters, rounded
+                    weights.copy_(contents.read(key, name, start, start + weights.numel()))
+                elif entries := contents.entries(name):
+                    places = entries["indices"] - start
+                    mine = (places >= 0) & (places < weights.numel())
+                    weights[places[mine].to(weights.device)] = entries[WEIGHT][mine].to(weights)
                 sparse.publish(parameter)

@@ -59,6 +59,9 @@ class StateSource(Protocol):
     def load(self, slices: Sequence[Slice]) -> None:
         """Write what there is of the slices' ranges into their tensors."""
 
+    def entries(self, name: str) -> dict[str, torch.Tensor]:
+        """All ranks' `indices` and values of a parameter that a sparse update rule trains; empty for any other."""
+
 
 def prepare(
     model: nn.Module,
@@ -193,6 +196,15 @@ class Sparse:
         registration = self._registered()
         return registration.owned_start(parameter), registration.owned_range(parameter)
 
+    def entries(self, name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """What a sparse update rule keeps of this rank's share of a parameter: flat `indices` in it, and as many values
+        of `weight` and whatever else; empty where it keeps nothing."""
+        kept = self.update.slices(name)
+        if not kept:
+            return {}
+        start, weights = self.owned(parameter)
+        return {**kept, "weight": weights[(kept["indices"] - start).to(weights.device)]}
+
     def publish(self, parameter: nn.Parameter) -> None:
         """Give every rank that stores `parameter` the shares of the others. Collective."""
         self._registered().publish(parameter)
@@ -215,6 +227,7 @@ class Sparse:
             "interval": self.interval,
             "times_active": list(self.times_active),
             "selector": self.selector.state_dict(),
+            "update": self.update.state_dict(),
             "observed_at": self._observed_at,
             "probes": self._prober.taken if self._prober is not None else 0,
             "learning_rates": [float(group["lr"]) for group in engine.basic_optimizer.param_groups],
@@ -248,6 +261,11 @@ class Sparse:
         self._arrange(state["slots"])
         for number, group in enumerate(self.groups()):
             self._load_group(number, group, source)
+        self.update.load_state_dict(state.get("update", {}))
+        for name in self._ever_outside_optimizer():
+            kept = source.entries(name)
+            if kept:
+                self.update.restore(name, {key: value for key, value in kept.items() if key != "weight"})
         self._local.replace(self._outside_optimizer(), keep=self.bank.keeps)
         self._rounding = self._follow_rounding()
         if self._rounding is not None:
