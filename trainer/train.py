@@ -211,7 +211,8 @@ class _Loop:
             rounded = {} if self.sparse.rounded_away is None else {"rounded_away": self.sparse.rounded_away}
             figures = self.meter.read(self.engine)
             self.history.last_loss = figures["loss"]
-            self.progress.step(step + 1, active=self.sparse.active, lr=lr, **figures, **rounded)
+            figures |= rounded | self.sparse.update.figures()
+            self.progress.step(step + 1, active=self.sparse.active, lr=lr, **figures)
         self.progress.importance(step + 1, self.sparse.selector.importance())
         return result
 

@@ -67,6 +67,10 @@ class UpdateRule(ABC):
     def leave(self, name: str, *, keep: bool) -> None:
         """The parameter `name` is frozen again; its optimizer state is to be kept until it enters again, or dropped."""
 
+    def figures(self) -> dict[str, float]:
+        """What is worth a line beside a step's loss, by name; the same on every rank."""
+        return {}
+
     def held(self) -> dict[str, list[Tensor]]:
         """The live tensors of the rule on this rank by kind: `gradients`, `masters`, `moments`, `indices`."""
         return {}

@@ -284,6 +284,9 @@ class Unmask(UpdateRule):
 
     # --- what is held, and checkpoints -------------------------------------------------------------------------
 
+    def figures(self) -> dict[str, float]:
+        return {"unmasked": self.unmasked}
+
     def held(self) -> dict[str, list[Tensor]]:
         kinds: dict[str, list[Tensor]] = {"gradients": [], "masters": [], "moments": [], "indices": []}
         for parameter in self._parameters.values():
