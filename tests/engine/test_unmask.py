@@ -6,7 +6,9 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import deepspeed.comm
 import pytest
 import torch
 from safetensors import safe_open
@@ -27,7 +29,7 @@ from tests.engine.parity import (
     train_step,
 )
 from trainer.checkpoint import CheckpointError, Checkpoints, Store
-from trainer.updates import Unmask
+from trainer.updates import Unmask, top_k
 from trainer.updates.adam import AdamSettings
 from trainer.updates.top_k import best, best_of_all
 from trainer.updates.unmask import d3_scores, scalar_updates, target
@@ -103,6 +105,20 @@ def test_settings_that_make_no_sense() -> None:
         trainer.prepare(model, selector=make_selector(Cell(selector="all")), update=Unmask(budget=weights + 1))
 
 
+class Counting:
+    """deepspeed.comm, counting the bytes that a rank sends."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(deepspeed.comm, name)
+
+    def all_gather_into_tensor(self, whole: Tensor, mine: Tensor) -> None:
+        self.sent += mine.numel() * mine.element_size()
+        deepspeed.comm.all_gather_into_tensor(whole, mine)
+
+
 def _top_k(rank: int, ranks: int) -> list[str]:
     """Scores of unequal numbers on each rank, some fewer than k: as torch.topk on all of them."""
     problems = []
@@ -114,7 +130,11 @@ def _top_k(rank: int, ranks: int) -> list[str]:
         for k in (1, 5, 30, 97, 120):
             positions = (owner == rank).nonzero().view(-1)
             mine = positions[best(whole[positions], k)]
-            scores, chosen = best_of_all(whole[mine], mine, k)
+            counting = Counting()
+            with mock.patch.object(top_k, "dist", counting):
+                scores, chosen = best_of_all(whole[mine], mine, k)
+            if counting.sent != 12 * k:
+                problems.append(f"k {k}: {counting.sent} bytes sent")
             wanted = whole.sort(descending=True, stable=True).indices[:k].sort().values
             if not torch.equal(chosen, wanted) or not torch.equal(scores, whole[wanted]):
                 problems.append(f"{values} values, k {k}: {chosen.tolist()}, wanted {wanted.tolist()}")

@@ -107,7 +107,7 @@ class LocalGradients:
             moved = self._rule.moved(name)
             if moved is None:
                 self._registration.publish(parameter)
-            else:
+            elif moved.numel():
                 sparse[name] = moved
         self._registration.publish_entries([(self._active[name], moved) for name, moved in sparse.items()])
 

@@ -135,7 +135,7 @@ class Unmask(UpdateRule):
     @property
     def increment(self) -> int:
         """Weights to unmask at the next step."""
-        return target(self._taken + 1, budget=self.budget, steps=self.steps) - self.unmasked
+        return max(0, target(self._taken + 1, budget=self.budget, steps=self.steps) - self.unmasked)
 
     def in_optimizer(self, block: Block) -> set[str]:
         return set()
@@ -178,7 +178,7 @@ class Unmask(UpdateRule):
         for name, own in weights.items():
             if self._parameters[name].accumulated is not None:
                 self._look_for_candidates(self._parameters[name], own)
-        if self.growing:
+        if self.increment:
             self._unmask(weights)
         self._taken += 1
         if self.gradient_clipping:
