@@ -411,6 +411,8 @@ class Sparse:
         # Of the module: `engine.eval()` leaves the engine's own flag alone.
         if not (self._attached().module.training and torch.is_grad_enabled()):
             return  # evaluation sees the set that has just trained
+        if self._placeholder is not None:
+            self._registered().expect_no_gradients()
         step = self.steps
         self._measure(step)
         if step // self.selector.interval != self.interval:
