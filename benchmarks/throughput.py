@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     update = None
     if method.unmasked:
         budget = round(method.unmasked * sum(p.numel() for p in model.parameters()))
-        update = Unmask(budget=budget, steps=1, gradient_clipping=1.0)  # as DeepSpeed clips for the others
+        update = Unmask(budget=budget, growth_steps=1, gradient_clipping=1.0)  # as DeepSpeed clips for the others
     sparse = trainer.prepare(
         model,
         selector=method.selector(args.interval),

@@ -69,7 +69,7 @@ def main() -> None:
     sparse = trainer.prepare(
         model,
         selector=All(interval=10**9),
-        update=Unmask(budget=budget, steps=growing, gradient_clipping=1.0),
+        update=Unmask(budget=budget, growth_steps=growing, gradient_clipping=1.0),
         always_on=() if args.frozen_embeddings else ("embeddings", "head", "norm"),
     )
     gradients = LargestGradients(model)

@@ -87,7 +87,7 @@ def build_update(config: RunConfig, num_steps: int) -> UpdateRule:
     settings = config.update.model_dump(exclude={"name"})
     if config.update.name == "unmask":  # which makes the step itself
         chosen = config.optimizer
-        settings["steps"] = config.update.steps or num_steps
+        settings["growth_steps"] = config.update.growth_steps or num_steps
         settings["adam"] = AdamSettings(chosen.betas, chosen.eps, chosen.weight_decay, chosen.name == "adamw")
         settings["gradient_clipping"] = config.train.gradient_clipping
     return updates.build(config.update.name, **settings)

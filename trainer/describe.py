@@ -121,7 +121,7 @@ def _growth(update: Unmask, sparse: Sparse, ds: Mapping[str, Any], ranks: int) -
     candidates, accumulated = growing_bytes(
         trained, update.increment, ranks=ranks, accumulation=ds["gradient_accumulation_steps"]
     )
-    while_it_grows = f"more in backward of the first {update.steps} steps, in which the mask grows"
+    while_it_grows = f"more in backward of the first {update.growth_steps} steps, in which the mask grows"
     lines.append(f"  {'candidates':<10}{readable(candidates):>12} {while_it_grows}")
     if accumulated:
         lines.append(

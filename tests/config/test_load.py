@@ -393,7 +393,14 @@ def test_contradictions_of_two_keys() -> None:
 def test_id3_is_its_published_point_and_says_what_it_cannot_do() -> None:
     published = config("method=id3")
     assert published.selector.name == "all" and published.always_on.embeddings and published.bank.name == "device"
-    point = {"name": "unmask", "budget": 100_000, "exp": 0.0, "eps": 1e-3, "steps": None, "bias_correction": "global"}
+    point = {
+        "name": "unmask",
+        "budget": 100_000,
+        "exp": 0.0,
+        "eps": 1e-3,
+        "growth_steps": None,
+        "bias_correction": "global",
+    }
     assert published.update.model_dump() == point
     inside = config("method=badam", "update={name: unmask, budget: 50}")
     assert (inside.selector.name, inside.update.budget, inside.bank.name) == ("cyclic", 50, "discard")
@@ -401,7 +408,7 @@ def test_id3_is_its_published_point_and_says_what_it_cannot_do() -> None:
         ("update.budget=0", "update.budget (of update unmask): got 0; allowed: integer >= 1"),
         ("update.exp=-1", "update.exp (of update unmask): got -1; allowed: number >= 0"),
         ("update.eps=-1e-3", "update.eps (of update unmask): got -0.001; allowed: number >= 0"),
-        ("update.steps=101", "update.steps: 101 is more than train.steps 100"),
+        ("update.growth_steps=101", "update.growth_steps: 101 is more than train.steps 100"),
         ("model.dtype=fp16", "model.dtype: fp16, but gradients of fp16 are scaled"),
         ("bank.name=cpu", "bank.name: cpu, but the state of update.name=unmask is small"),
         ("optimizer.name=adamw_8bit", "optimizer.name: adamw_8bit, but the state of update.name=unmask is small"),

@@ -142,10 +142,10 @@ def _unmask_rules(values: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"optimizer.lr_always_on: {rate}, but with update.name=unmask all weights are of one set; set it to null"
         )
-    steps, total = _number(expanded, "update.steps"), _number(expanded, "train.steps")
+    steps, total = _number(expanded, "update.growth_steps"), _number(expanded, "train.steps")
     if steps and total and steps > total:
         problems.append(
-            f"update.steps: {steps} is more than train.steps {total}, in which the budget would not be reached; set "
+            f"update.growth_steps: {steps} is more than train.steps {total}, in which the budget would not be reached; set "
             "null, or a smaller one"
         )
     return problems

@@ -168,7 +168,7 @@ class UnmaskUpdate(Section):
         0.0, description="Exponent of the score |gradient| / (eps + |weight|)^exp; higher prefers small weights."
     )
     eps: PositiveOrZero = Field(1e-3, description="Keeps the score finite for small weights.")
-    steps: Count | None = Field(
+    growth_steps: Count | None = Field(
         None, description="Optimizer steps over which the mask grows, as much at each; null: all of the run's."
     )
     bias_correction: Literal["global", "local"] = Field(

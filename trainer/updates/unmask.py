@@ -94,7 +94,7 @@ class _Candidates:
 
 @dataclass(eq=False)
 class Unmask(UpdateRule):
-    """Unmask `budget` weights over `steps` optimizer steps, and train them with Adam.
+    """Unmask `budget` weights over `growth_steps` optimizer steps, and train them with Adam.
 
     With several blocks in turn the mask grows among those that train; if they have too few masked weights left, what is
     missing is made up later. `bias_correction` says from where Adam counts a weight's steps: `global`, from the start
@@ -102,7 +102,7 @@ class Unmask(UpdateRule):
     """
 
     budget: int = 100_000
-    steps: int = 1000
+    growth_steps: int = 1000
     exp: float = 0.0
     eps: float = 1e-3
     bias_correction: Literal["global", "local"] = "global"
@@ -119,7 +119,7 @@ class Unmask(UpdateRule):
     def __post_init__(self) -> None:
         for key, value, allowed, fits in (
             ("budget", self.budget, "1 or more", self.budget >= 1),
-            ("steps", self.steps, "1 or more", self.steps >= 1),
+            ("growth_steps", self.growth_steps, "1 or more", self.growth_steps >= 1),
             ("exp", self.exp, "0 or more", self.exp >= 0),
             ("eps", self.eps, "0 or more", self.eps >= 0),
             ("bias_correction", self.bias_correction, "global, local", self.bias_correction in ("global", "local")),
@@ -135,7 +135,7 @@ class Unmask(UpdateRule):
     @property
     def increment(self) -> int:
         """Weights to unmask at the next step."""
-        return max(0, target(self._taken + 1, budget=self.budget, steps=self.steps) - self.unmasked)
+        return max(0, target(self._taken + 1, budget=self.budget, steps=self.growth_steps) - self.unmasked)
 
     def in_optimizer(self, block: Block) -> set[str]:
         return set()
