@@ -145,8 +145,8 @@ def _unmask_rules(values: Mapping[str, Any]) -> list[str]:
     steps, total = _number(expanded, "update.growth_steps"), _number(expanded, "train.steps")
     if steps and total and steps > total:
         problems.append(
-            f"update.growth_steps: {steps} is more than train.steps {total}, in which the budget would not be reached; set "
-            "null, or a smaller one"
+            f"update.growth_steps: {steps} is more than train.steps {total}, in which the budget would not be "
+            "reached; set null, or a smaller one"
         )
     return problems
 
