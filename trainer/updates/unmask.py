@@ -188,6 +188,9 @@ class Unmask(UpdateRule):
         parameter, state = self._parameters[name], self._parameters[name].state
         assert state is not None
         gradient, parameter.gradient = parameter.gradient, None
+        self.updates += parameter.indices.numel()
+        if not state["master"].numel():
+            return
         if gradient is None:  # the parameter took no part, as an expert without tokens
             gradient = torch.zeros_like(state["master"])
         step: Tensor | int = self._taken
@@ -204,7 +207,6 @@ class Unmask(UpdateRule):
             weight_decay=self.adam.weight_decay if parameter.decays else 0.0,
         )
         weights[parameter.places(weights.device)] = state["master"].to(weights)
-        self.updates += parameter.indices.numel()
 
     def discard(self, name: str) -> None:
         self._parameters[name].gradient = self._parameters[name].accumulated = self._candidates = None
