@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.launching import SCRIPT, deepspeed, launch, metrics, write_inputs
+from tests.launching import deepspeed, launch, metrics, write_inputs
 from tests.test_launch_adapters import write_base
 
 BUDGET = 157
@@ -46,13 +46,3 @@ def test_as_many_weights_as_the_budget_move_and_the_loss_falls(place: Path) -> N
     moved = sum(int((base[name] != trained[name]).sum()) for name in base)
     assert moved == BUDGET
     assert sum(f.stat().st_size for f in (folder / "checkpoints").rglob("block-*.safetensors")) < 60_000
-
-
-def test_the_dry_run_shows_what_the_mask_costs(place: Path) -> None:
-    said = launch(["python", str(SCRIPT), "tiny.yaml", *ID3, "--dry-run"], place)
-    assert said.code == 0, said.everything
-    assert f"trained at a time: {BUDGET} of " in said.stdout
-    for row in ("  indices ", "  gradient ", "  candidates ", "  sums "):
-        assert f"\n{row}" in said.stdout, said.stdout
-    refused = launch(["python", str(SCRIPT), "tiny.yaml", *ID3, "update.budget=1000000"], place)
-    assert refused.code != 0 and "update.budget: got 1000000, but only " in refused.everything

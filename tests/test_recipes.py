@@ -9,7 +9,7 @@ import yaml
 
 from tests.launching import RECIPES
 from tests.models import tiny_llama
-from trainer.config import METHODS, RunConfig, load
+from trainer.config import METHODS, ConfigError, RunConfig, load
 from trainer.config.deepspeed import resolve
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.describe import describe
@@ -85,3 +85,19 @@ def test_recipe_fits_a_model(recipe: Path, overrides: list[str]) -> None:
     whole = recipe.stem in ("full", "id3", "lisa", COMPLETE)
     assert parts == (["embeddings", "head", "norm"] if whole else [])
     assert "\nblocks: " in said and "\n  total " in said
+
+
+def test_the_dry_run_shows_what_a_mask_costs(overrides: list[str]) -> None:
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "id3")
+    said = describe(loaded(recipe, overrides), ranks=2)
+    assert "\ntrained at a time: 500 of " in said
+    # Eight micro-batches to a step on each of two ranks.
+    for row in ("indices", "gradient", "candidates", "sums"):
+        assert f"\n  {row:<10}" in said, said
+    with pytest.raises(ConfigError, match="update.budget: got 1000000, but only "):
+        describe(load(str(recipe), [*overrides, "update.budget=1000000"]), ranks=2)
+    offloading = [*overrides, "update.budget=500", "deepspeed=zero3_offload"]
+    with pytest.raises(
+        ConfigError, match='offload_optimizer.device is "cpu" in zero3_offload.json, but the state of update'
+    ):
+        describe(load(str(recipe), offloading), ranks=2)

@@ -108,13 +108,6 @@ def size_buckets(ds: dict[str, Any], sparse: Sparse, model: torch.nn.Module) -> 
 
 def build_optimizer(config: RunConfig, sparse: Sparse, *, offload: bool) -> torch.optim.Optimizer:
     chosen = config.optimizer
-    if offload and config.update.name == "unmask":
-        raise ConfigError(
-            [
-                "deepspeed: offload_optimizer, but the state of update.name=unmask is small and stays on the device; "
-                f"leave it out (here {config.deepspeed})"
-            ]
-        )
     groups = sparse.param_groups(lr=chosen.lr, weight_decay=chosen.weight_decay, lr_always_on=chosen.lr_always_on)
     settings: dict[str, Any] = {"lr": chosen.lr, "betas": chosen.betas, "eps": chosen.eps}
     decoupled = chosen.name == "adamw"
