@@ -64,7 +64,7 @@ METHODS = (
     Method("lisa", lambda interval: Uniform(blocks=2, interval=interval)),
     Method("lisa without embeddings", lambda interval: Uniform(blocks=2, interval=interval), always_on=()),
     Method("badam", lambda interval: Cyclic(blocks=1, interval=interval), always_on=()),
-    Method("id3 0.1 %", lambda interval: All(interval=interval), unmasked=0.001),
+    Method("id3", lambda interval: All(interval=interval), unmasked=0.001),  # 0.1 %
 )
 
 
@@ -83,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     parser.add_argument("--peak-flops", type=float, help="of the card, per second: adds the share that was reached")
+    parser.add_argument("--methods", nargs="+", choices=[m.name for m in METHODS], help="beside full; all by default")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -203,7 +204,8 @@ def profile(step: Callable[[], float]) -> dict[str, float]:
 def main() -> None:
     args = arguments()
     start_process(args.local_rank)
-    methods = [measure(args, method) for method in METHODS]
+    chosen = [m for m in METHODS if args.methods is None or m.name in ("full", *args.methods)]
+    methods = [measure(args, method) for method in chosen]
     full = methods[0]
     for figures in methods:
         figures["speed_over_full"] = figures["tokens_per_second"] / full["tokens_per_second"]
