@@ -297,8 +297,9 @@ def _cases(ranks: int, *, every: bool) -> tuple[Case, ...]:
     first = (
         Case(cell(stage=0)),
         Case(cell(stage=1, weight_decay=0.1, accumulation=2), exp=1.0, eps=1e-2),
-        Case(cell(stage=2, selector="uniform", bank="discard", clipping=0.05, steps=8), bias_correction="local"),
-        Case(cell(stage=3, weight_decay=0.1, accumulation=2, clipping=0.05, schedule="cosine"), exp=0.5),
+        Case(cell(stage=2, selector="uniform", bank="discard", steps=8), exp=0.5, bias_correction="local"),
+        # Of norms and of matrices, which decay.
+        Case(cell(stage=3, weight_decay=0.1, accumulation=2, clipping=0.05, schedule="cosine"), budget=2003),
     )
     others = (
         Case(cell(stage=2, tied=True, clipping=0.05), bias_correction="local"),
