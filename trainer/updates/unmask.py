@@ -168,6 +168,11 @@ class Unmask(UpdateRule):
         if not self.growing:
             parameter.gradient = gradient[parameter.own]
             return
+        if parameter.gradient is not None:  # candidates were chosen by a part of it
+            raise RuntimeError(
+                f"{name} got gradients twice in the last backward of a step, as weights that several modules share do "
+                "with reentrant checkpoints: use activation checkpointing with use_reentrant=False"
+            )
         if parameter.accumulated is not None:
             gradient = parameter.accumulated.add_(gradient)
         parameter.accumulated = gradient
