@@ -20,7 +20,7 @@ from trainer.adapters import Adapted, AdapterError, _check_saved, adapt, choose_
 from trainer.blocks import BlockError
 from trainer.config.schema import AdapterSubstrate, ModelConfig
 from trainer.data.tokenizer import bytes_tokenizer
-from trainer.export import ExportError, _write_adapter, _write_merged
+from trainer.export import ExportError, write_adapter, write_merged
 from trainer.loss import LossError, choose_fused
 from trainer.model import load
 from trainer.selectors import All, Importance
@@ -191,10 +191,14 @@ def state(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
 def written_merged(model: PreTrainedModel, peft: dict[str, Any], folder: Path) -> tuple[PeftModel, PreTrainedModel]:
     """The model with adapters that do something, and what was written of both together."""
     adapted = trained(model, peft)
-    _write_merged(adapted, state(adapted.model), bytes_tokenizer(), folder)
+    write_merged(adapted, gathered, bytes_tokenizer(), folder)
     return adapted.model, AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
@@ -251,7 +255,7 @@ def test_biases_that_train_are_saved_with_the_adapter(tmp_path: Path, bias: str)
     saved = {name: tensor for name, tensor in state(adapted.model).items() if name in adapted.names}
     assert any(name.endswith("c_attn.base_layer.bias") for name in saved)
     assert any("ln_1.bias" in name for name in saved) == (bias == "all")
-    _write_adapter(adapted.model, saved, tmp_path / "adapter")
+    write_adapter(adapted.model, saved, tmp_path / "adapter")
     opened = PeftModel.from_pretrained(tiny_model("gpt2"), str(tmp_path / "adapter")).eval()
     assert torch.allclose(logits(opened), logits(adapted.model), atol=1e-6)
     again = adapt(tiny_model("gpt2"), substrate(adapter=str(tmp_path / "adapter")))
@@ -330,10 +334,10 @@ def test_tied_models_may_train_one_end_of_the_tie(tmp_path: Path, more: dict[str
     sparse = trainer.prepare(adapted.model, selector=All(), substrate="adapter")
     assert sparse.always_on
     saved = {name: tensor for name, tensor in state(adapted.model).items() if name in adapted.names}
-    _write_adapter(adapted.model, saved, tmp_path / "adapter")
+    write_adapter(adapted.model, saved, tmp_path / "adapter")
     opened = PeftModel.from_pretrained(tiny_llama(tied=True), str(tmp_path / "adapter")).eval()
     assert torch.allclose(logits(opened), logits(adapted.model), atol=1e-5)
-    _write_merged(adapted, state(adapted.model), bytes_tokenizer(), tmp_path / "model")
+    write_merged(adapted, gathered, bytes_tokenizer(), tmp_path / "model")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert torch.allclose(logits(after), logits(adapted.model), atol=1e-5)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from trainer.config.errors import hint
 from trainer.entry import EXIT_REFUSED, prepare
 from trainer.entry import main as train
+from trainer.export_command import apply, export
 
 
 def checkpoints(argv: Sequence[str]) -> int:
@@ -17,7 +18,7 @@ def checkpoints(argv: Sequence[str]) -> int:
     return list_checkpoints(argv)
 
 
-COMMANDS = {"train": train, "prepare": prepare, "checkpoints": checkpoints}
+COMMANDS = {"train": train, "prepare": prepare, "checkpoints": checkpoints, "export": export, "apply": apply}
 USAGE = """Usage: python -m trainer COMMAND [argument ...]
 
   train RECIPE.yaml [key=value ...] [--dry-run] [--help]   what launch/train.py does; start it with a launcher for
@@ -26,6 +27,9 @@ USAGE = """Usage: python -m trainer COMMAND [argument ...]
                                                            and says what became of it; no accelerator is needed.
                                                            --show N prints N samples of every source
   checkpoints RUN                                          lists the checkpoints of a run folder and verifies them
+  export RUN OUT [--step N | --best] [--delta]             writes the model of a checkpoint as a Hugging Face folder,
+                                                           or what it changed of its base
+  apply BASE DELTA OUT                                     puts such a delta on its base
 """
 
 

@@ -114,25 +114,25 @@ def adapt(
     return Adapted(adapted, names, tuple(warnings))
 
 
-def merged(adapted: Adapted, weights: dict[str, Tensor] | None = None) -> PreTrainedModel:
-    """A second model with the adapters merged into their base, of `weights` (whole, by name) or on the meta device.
-
-    Raises whatever PEFT raises where it cannot merge them.
-    """
+def twin(adapted: Adapted) -> PeftModel:
+    """A second model with adapters, on the meta device but for buffers, which are copied."""
     base = adapted.model.get_base_model()
     with torch.device("meta"):
         model = type(base)(copy.deepcopy(base.config))
     config = _made_plainly(adapted.model.active_peft_config)  # PiSSA and its like would change the base again
-    twin = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-    if weights is not None:
-        twin.load_state_dict(weights, assign=True)
-        for name, buffer in adapted.model.named_buffers(remove_duplicate=False):  # also those that are never saved
-            owner, _, leaf = name.rpartition(".")
-            setattr(twin.get_submodule(owner), leaf, buffer.cpu())
-        missing = [name for name, tensor in _tensors(twin) if tensor.is_meta]
-        if missing:
-            raise RuntimeError(f"{len(missing)} tensors are not to be had, for instance {missing[0]}")
-    return twin.merge_and_unload()
+    made = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    for name, buffer in adapted.model.named_buffers(remove_duplicate=False):  # also those that are never saved
+        owner, _, leaf = name.rpartition(".")
+        setattr(made.get_submodule(owner), leaf, buffer.cpu())
+    return made
+
+
+def merged(adapted: Adapted) -> PreTrainedModel:
+    """A second model with the adapters merged into their base, on the meta device.
+
+    Raises whatever PEFT raises where it cannot merge them.
+    """
+    return twin(adapted).to("meta").merge_and_unload()
 
 
 def choose_merge(config: RunConfig, adapted: Adapted | None) -> tuple[bool, list[str]]:

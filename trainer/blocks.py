@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.config.errors import did_you_mean
 
@@ -27,12 +27,12 @@ class BlockError(ValueError):
     """The model's structure does not say which modules are its blocks, or a choice selects nothing."""
 
 
-def full_numel(parameter: nn.Parameter) -> int:
+def full_numel(parameter: Tensor) -> int:
     """Elements of the whole parameter, also where ZeRO-3 holds only a partition of it here."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of the whole parameter, also where ZeRO-3 holds only a partition of it here."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -54,6 +54,14 @@ class Block:
     @property
     def numel(self) -> int:
         return sum(full_numel(p) for p in self.parameters.values())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block, or a module outside the blocks: its path in the model, and its tensors by their names in the model."""
+
+    path: str
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,27 @@ def always_on(structure: Structure, parts: Iterable[str]) -> dict[str, dict[str,
                 f"set always_on.{part} to false"
             )
     return selected
+
+
+def pieces(model: nn.Module) -> list[Piece]:
+    """Everything that a model's `state_dict` holds, in pieces of which one fits into memory, in the model's order.
+
+    Tied tensors come once, under the name that transformers looks for when it loads them. Unlike `find`, this takes
+    every outermost module list apart: which of them holds the blocks does not matter here.
+    """
+    lists = [name for name, _ in _outermost_lists(model)]
+    children = [f"{name}.{child}" for name in lists for child, _ in model.get_submodule(name).named_children()]
+    tied = getattr(model, "all_tied_weights_keys", {})  # names that transformers fills from others
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    chosen: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if chosen.setdefault(id(tensor), name) in tied:
+            chosen[id(tensor)] = name
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in chosen.values():
+        path = next((child for child in children if name.startswith(f"{child}.")), name.rpartition(".")[0])
+        found.setdefault(path, {})[name] = tensors[name]
+    return [Piece(path, parts) for path, parts in found.items()]
 
 
 def _call(model: nn.Module, method: str) -> nn.Module | None:

@@ -138,7 +138,8 @@ def _train(
     loop = _Loop(config, engine, objective, sparse, feed, batches, history, progress, num_steps, interruption, meter)
     try:
         loop.run()
-        written, failure = save(engine, tokenizer, folder, adapters, merge=merge)
+        stop = partial(interruption.check, engine.device) if config.saves else None
+        written, failure = save(engine, tokenizer, folder, adapters, merge=merge, stop=stop)
     except Interrupted:
         progress.close()
         if rank == 0:

@@ -25,6 +25,7 @@ from trainer.engine.registration import MOMENTS, Slice
 WEIGHT, MASTER = "weight", "master"
 # Before the keys of tensors that hold some of a parameter's weights.
 _ENTRIES = "entries."
+_CHUNK = 2**22
 
 
 def unit_of_block(index: int) -> str:
@@ -141,6 +142,11 @@ class Contents:
                 self._pieces.setdefault(name, []).append((start, stop, file))
             self.scalars.update(json.loads(metadata["scalars"]))
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The parameters that there is something of."""
+        return frozenset(self._pieces) | self._entries.keys()
+
     def keys(self, name: str) -> set[str]:
         """Which of `weight`, `master` and the moments there are of a parameter."""
         return self._keys.get(name, set())
@@ -175,6 +181,18 @@ class Contents:
     def on_base(self, names: Iterable[str]) -> bool:
         """Whether of some of `names` there are entries alone."""
         return any(name in self._entries and WEIGHT not in self.keys(name) for name in names)
+
+    def weights(self, name: str, into: Tensor) -> None:
+        """Copy the weights of a parameter, or its master rounded to them, into the whole tensor `into`. Where there are
+        entries alone, the other weights stay as they are there."""
+        if self.on_base([name]):
+            entries = self.entries(name)
+            into.view(-1)[entries["indices"]] = entries[WEIGHT].to(into.dtype)
+            return
+        flat, key = into.view(-1), WEIGHT if WEIGHT in self.keys(name) else MASTER
+        for start in range(0, flat.numel(), _CHUNK):  # a master is twice as large as the weights
+            stop = min(start + _CHUNK, flat.numel())
+            flat[start:stop].copy_(self.read(key, name, start, stop))
 
     # Masters and moments, as `Sparse.load_state_dict` wants them.
 

@@ -1,19 +1,21 @@
 """A checksum of a model's weights that does not depend on ranks or ZeRO stage, and needs no gathering.
 
 Checkpoints leave out what was never trained: it is the base's. The checksum tells whether the base that a run is
-resumed on is the one that it began with.
+resumed on, exported with, or that a delta is applied to, is the one that it began with.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from trainer.engine.attach import Sparse
+if TYPE_CHECKING:
+    from trainer.engine.attach import Sparse
 
 # A sum over elements of (bits x a number that depends on name and position), modulo two primes below 2**31, so that
 # partial sums of ranks add up to the sum over the whole.
@@ -22,21 +24,33 @@ _CHUNK = 2**20
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class Fingerprint:
+    """The checksum of a set of named tensors, added in any order, whole or in parts."""
+
+    def __init__(self, sums: Iterable[int] = (0, 0)) -> None:
+        self.sums = tuple(value % prime for value, prime in zip(sums, _PRIMES, strict=True))
+
+    def add(self, name: str, weights: Tensor, start: int = 0) -> None:
+        """Elements [start, start + numel) of the flat tensor `name`."""
+        sums = zip(self.sums, _PRIMES, strict=True)
+        self.sums = tuple((value + _checksum(weights, name, start, prime)) % prime for value, prime in sums)
+
+    def __str__(self) -> str:
+        """16 hexadecimal digits."""
+        return "".join(f"{value:08x}" for value in self.sums)
+
+
 @torch.no_grad()
 def fingerprints(sparse: Sparse, units: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, str]:
-    """For each unit 16 hexadecimal digits, the same on every rank. Collective."""
-    sums = [[0, 0] for _ in units]
-    for position, parameters in enumerate(units.values()):
+    """For each unit of a live engine its `Fingerprint`, the same on every rank. Collective."""
+    found = [Fingerprint() for _ in units]
+    for fingerprint, parameters in zip(found, units.values(), strict=True):
         for name, parameter in parameters.items():
             start, weights = sparse.owned(parameter)
-            for which, prime in enumerate(_PRIMES):
-                sums[position][which] = (sums[position][which] + _checksum(weights, name, start, prime)) % prime
-    total = torch.tensor(sums, dtype=torch.int64, device=sparse.device)
+            fingerprint.add(name, weights, start)
+    total = torch.tensor([fingerprint.sums for fingerprint in found], dtype=torch.int64, device=sparse.device)
     dist.all_reduce(total)
-    return {
-        unit: "".join(f"{value % prime:08x}" for value, prime in zip(values, _PRIMES, strict=True))
-        for unit, values in zip(units, total.tolist(), strict=True)
-    }
+    return {unit: str(Fingerprint(sums)) for unit, sums in zip(units, total.tolist(), strict=True)}
 
 
 def _checksum(weights: Tensor, name: str, start: int, prime: int) -> int:
