@@ -29,8 +29,7 @@ ID3 = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which ID3 ran on two ranks; with four samples to a step in two micro-batches, over which gradients are
-    summed."""
+    """A folder in which ID3 ran on two ranks; with four samples to a step two micro-batches, over which it sums."""
     place = tmp_path_factory.mktemp("id3")
     write_inputs(place)
     write_base(place)
