@@ -110,6 +110,7 @@ def start_engine(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # as train.py has it: else every forward waits for the device
     }
     ds = size_buckets(
         ds,

@@ -91,6 +91,7 @@ def test_open_values_come_from_the_run(tmp_path: Path, spelling: str) -> None:
     resolved = resolve_json(tmp_path, values, ranks=2, micro_batch_size=2, gradient_clipping=0.0)
     assert [resolved[name] for name in names] == [8, 2, 2, 0.0]
     assert (resolved["steps_per_print"], resolved["wall_clock_breakdown"]) == (10**9, False)
+    assert resolved["timers"] == {"throughput": {"enabled": False}}
     assert resolved["zero_allow_untested_optimizer"] is True
 
 

@@ -240,6 +240,7 @@ def deepspeed_config(cell: Cell, *, micro_batch: int) -> dict[str, Any]:
         "bf16": {"enabled": cell.dtype == "bf16"},
         "fp16": {"enabled": cell.dtype == "fp16", "hysteresis": 1},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # as trainer.config.deepspeed resolves it, and why
     } | cell.extra.get("config", {})
 
 

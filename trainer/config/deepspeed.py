@@ -195,6 +195,8 @@ def _defaults(config: RunConfig, values: Mapping[str, Any]) -> list[tuple[str, A
     defaults: list[tuple[str, Any]] = [
         ("steps_per_print", _NEVER),
         ("wall_clock_breakdown", False),
+        # It waits for the device before every forward, and so for blocks that the bank copies back beside it.
+        ("timers.throughput.enabled", False),
         ("zero_allow_untested_optimizer", True),
         ("bf16.check_grad_overflow", True),
         # Also what DeepSpeed takes by itself; for fp32 accumulation of bf16 see _type_problems.

@@ -132,7 +132,8 @@ class Cpu(_Keeping):
     At most 12 bytes for each inactive parameter that was ever active (torch's page-locked allocator rounds each
     tensor up to a power of two beyond that). On an accelerator the way in runs on a stream of its own, beside the next
     forward and backward, and `wait` orders the optimizer step after it; the way out must be over before the buffers
-    that it reads are filled again.
+    that it reads are filled again. DeepSpeed's throughput timer waits for the device before every forward, and with it
+    for the copies: Strata's own runs switch it off ("timers": {"throughput": {"enabled": false}} in DeepSpeed's JSON).
     """
 
     def __init__(self) -> None:
