@@ -249,7 +249,7 @@ class Unmask(UpdateRule):
             )
 
     def _unmask(self, weights: Mapping[str, Tensor]) -> None:
-        mine = self._candidates or _no_candidates(next(iter(weights.values())))
+        mine = self._candidates or _no_candidates()
         self._candidates = None
         scores, positions = best_of_all(mine.scores, mine.positions, self.increment)
         if not torch.isfinite(scores).all():
@@ -282,8 +282,9 @@ class Unmask(UpdateRule):
 
     def _clip(self, weights: Mapping[str, Tensor]) -> None:
         gradients = [g for g in (self._parameters[name].gradient for name in weights) if g is not None]
-        squares = [g.square().sum() for g in gradients]
-        total = torch.stack(squares).sum() if squares else next(iter(weights.values())).new_zeros((), dtype=torch.float)
+        total = torch.zeros((), device=get_accelerator().current_device_name())
+        for gradient in gradients:
+            total += gradient.square().sum()
         dist.all_reduce(total)
         scale = (self.gradient_clipping / (total.sqrt() + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
@@ -331,7 +332,7 @@ def _between(positions: Tensor, start: int, stop: int) -> slice:
     return slice(first, last)
 
 
-def _no_candidates(like: Tensor) -> _Candidates:
+def _no_candidates() -> _Candidates:
     """For a rank none of whose weights took part."""
-    empty = like.new_empty(0, dtype=torch.float32)
+    empty = torch.empty(0, device=get_accelerator().current_device_name())
     return _Candidates(empty, empty.to(torch.int64), empty)
