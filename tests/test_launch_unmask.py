@@ -42,6 +42,7 @@ def test_as_many_weights_as_the_budget_move_and_the_loss_falls(place: Path) -> N
     folder = place / "runs" / "tiny"
     lines = [line for line in metrics(folder) if "unmasked" in line]
     assert [line["unmasked"] for line in lines] == [32, 64, 95, 126, 157, 157, 157, 157]
+    assert all(line["grad_norm"] > 0 for line in lines)
     losses = [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line]
     assert losses[-1] < losses[0] and math.isfinite(losses[-1])
     base, trained = (load_file(next(f.glob("*.safetensors"))) for f in (place / "base", folder / "model"))

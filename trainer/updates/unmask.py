@@ -113,6 +113,7 @@ class Unmask(UpdateRule):
     _taken: int = field(default=0, init=False)  # optimizer steps
     _parameters: dict[str, _Parameter] = field(default_factory=dict, init=False)
     _candidates: _Candidates | None = field(default=None, init=False)
+    _norm: Tensor | None = field(default=None, init=False)  # of the last step's gradients
 
     whole_model = True
 
@@ -186,8 +187,7 @@ class Unmask(UpdateRule):
         if self.increment:
             self._unmask(weights)
         self._taken += 1
-        if self.gradient_clipping:
-            self._clip(weights)
+        self._norm = self._clip(weights)
 
     def step(self, name: str, weights: Tensor, *, lr: float) -> None:
         parameter, state = self._parameters[name], self._parameters[name].state
@@ -280,20 +280,25 @@ class Unmask(UpdateRule):
             parameter.gradient = torch.cat([parameter.gradient, gradients])[order]
         parameter.choose(torch.cat([parameter.indices, new]).sort().values)
 
-    def _clip(self, weights: Mapping[str, Tensor]) -> None:
+    def _clip(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The norm of the gradients of all unmasked weights, before it is clipped; a scalar, the same on all ranks."""
         gradients = [g for g in (self._parameters[name].gradient for name in weights) if g is not None]
         total = torch.zeros((), device=get_accelerator().current_device_name())
         for gradient in gradients:
             total += gradient.square().sum()
         dist.all_reduce(total)
-        scale = (self.gradient_clipping / (total.sqrt() + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale)
+        norm = total.sqrt()
+        if self.gradient_clipping:
+            scale = (self.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return norm
 
     # --- what is held, and checkpoints -------------------------------------------------------------------------
 
     def figures(self) -> dict[str, float]:
-        return {"unmasked": self.unmasked}
+        norm = {} if self._norm is None else {"grad_norm": float(self._norm)}
+        return {"unmasked": self.unmasked, **norm}
 
     def held(self) -> dict[str, list[Tensor]]:
         kinds: dict[str, list[Tensor]] = {"gradients": [], "masters": [], "moments": [], "indices": []}
