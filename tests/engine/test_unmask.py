@@ -295,11 +295,11 @@ def _cases(ranks: int, *, every: bool) -> tuple[Case, ...]:
         return Cell(**{"selector": "all", "steps": 7, "ranks": ranks, **changed})
 
     first = (
-        Case(cell(stage=0)),
+        # All weights at once, norms too, which do not decay: Adam.
+        Case(cell(stage=0, weight_decay=0.1), budget=sum(p.numel() for p in build_model(Cell()).parameters()), steps=1),
         Case(cell(stage=1, weight_decay=0.1, accumulation=2), exp=1.0, eps=1e-2),
         Case(cell(stage=2, selector="uniform", bank="discard", steps=8), exp=0.5, bias_correction="local"),
-        # Of norms and of matrices, which decay.
-        Case(cell(stage=3, weight_decay=0.1, accumulation=2, clipping=0.05, schedule="cosine"), budget=2003),
+        Case(cell(stage=3, weight_decay=0.1, accumulation=2, clipping=0.05, schedule="cosine")),
     )
     others = (
         Case(cell(stage=2, tied=True, clipping=0.05), bias_correction="local"),
