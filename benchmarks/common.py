@@ -161,11 +161,14 @@ def summed_loss(module: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tenso
     return module(input_ids=ids, labels=ids).loss * count, count
 
 
-def train_step(engine: Any, ids: torch.Tensor) -> float:
-    """Seconds of one optimizer step."""
+def train_step(engine: Any, ids: torch.Tensor, passes: list[float] | None = None) -> float:
+    """Seconds of one optimizer step; those of its forward and backward are added to `passes`."""
     get_accelerator().synchronize()
     started = time.perf_counter()
     engine.backward(engine(input_ids=ids, labels=ids).loss)
+    if passes is not None:
+        get_accelerator().synchronize()
+        passes.append(time.perf_counter() - started)
     engine.step()
     get_accelerator().synchronize()
     return time.perf_counter() - started

@@ -130,7 +130,7 @@ def measured(config: RunConfig) -> int:
             model = adapt(base, config.substrate, stage=ds["zero_optimization"]["stage"]).model
     fused = choose_fused(config.train.fused_loss, base)
     objective = Objective(base, fused=fused, deepspeed=ds)
-    sparse = build.prepare_model(config, model)
+    sparse = build.prepare_model(config, model, config.train.steps)
     ds = build.size_buckets(ds, sparse, model)
     optimizer = build.build_optimizer(config, sparse, offload=build.offload_device(ds, "optimizer") != "none")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)

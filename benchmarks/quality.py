@@ -1,12 +1,14 @@
-"""What adapters learn: LoRA on all blocks, on random blocks, and IST, from one base.
+"""What adapters learn: LoRA on all blocks, on random blocks, and IST, and what ID3 learns beside them, from one base.
 
     python benchmarks/quality.py --data ../shared/data/gsm8k --json quality.json
+    python benchmarks/quality.py --data ../shared/data/gsm8k --only id3 --rates 3e-4 1e-3 3e-3 1e-2 --json id3.json
 
 A small Llama is first trained whole on the questions, as plain text, to have a base worth adapting; then adapters learn
 to answer: every method runs with every seed at every learning rate, through `launch/train.py` on one process,
 `--parallel` of them at a time. A method's figure is the evaluation loss at the end, with the best of its learning
 rates, by mean over the seeds. Steps and samples are the same for all; a row of its own gives random draws the compute
-of IST's probes as further steps.
+of IST's probes as further steps. ID3 trains 0.1 % and 1 % of the base's weights, and beside each stands LoRA with as
+many trained scalars, or the nearest to it: of rank 1 on as few kinds of layers as come closest.
 """
 
 from __future__ import annotations
@@ -24,13 +26,61 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainer.data.tokenizer import bytes_tokenizer  # noqa: E402
+
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 LORA = ["method=lora", "substrate.peft.r=8", "substrate.peft.lora_alpha=16", "substrate.peft.lora_dropout=0"]
 PROBES = {"probes": 3, "update_every": 10, "batch_size": 16}  # the defaults of selector importance
 
 
+# Per block, of what LoRA of rank 1 trains in each kind of layer: its input and its output, in widths of the model.
+WIDTHS = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 4, "up_proj": 4, "down_proj": 4}
+
+
+def weights_of_base(args: argparse.Namespace) -> int:
+    """Four square matrices, three of the MLP and two norms in each block; embeddings and head of bytes; a norm."""
+    vocabulary = len(bytes_tokenizer())
+    block = 4 * args.hidden**2 + 3 * 3 * args.hidden**2 + 2 * args.hidden
+    return args.blocks * block + 2 * vocabulary * args.hidden + args.hidden
+
+
+def lora_of_size(scalars: int, args: argparse.Namespace) -> tuple[list[str], int]:
+    """Values for LoRA with as near as can be to so many trained scalars, and how many those are."""
+    kinds = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    sizes = []
+    for number in range(1, len(kinds) + 1):
+        of_rank_1 = args.blocks * args.hidden * sum(WIDTHS[kind] for kind in kinds[:number])
+        rank = max(1, round(scalars / of_rank_1))
+        sizes.append((abs(rank * of_rank_1 - scalars), -number, rank, rank * of_rank_1))
+    _, number, rank, trained = min(sizes)
+    targets = f"substrate.peft.target_modules=[{', '.join(kinds[:-number])}]"
+    values = ["method=lora", f"substrate.peft.r={rank}", f"substrate.peft.lora_alpha={2 * rank}", targets]
+    return [*values, "substrate.peft.lora_dropout=0"], trained
+
+
+def id3_methods(args: argparse.Namespace) -> dict[str, list[str]]:
+    compared = {}
+    for share in (0.001, 0.01):
+        budget = round(share * weights_of_base(args))
+        lora, trained = lora_of_size(budget, args)
+        compared[f"ID3, {share:.1%} of the weights ({budget})"] = ["method=id3", f"update.budget={budget}"]
+        compared[f"LoRA beside it ({trained} scalars)"] = lora
+    return compared
+
+
 def methods(args: argparse.Namespace) -> dict[str, list[str]]:
     """Values for `launch/train.py`, by name."""
+    chosen: dict[str, list[str]] = {}
+    if args.only != "id3":
+        chosen |= adapter_methods(args)
+    if args.only != "adapters":
+        chosen |= id3_methods(args)
+    return chosen
+
+
+def adapter_methods(args: argparse.Namespace) -> dict[str, list[str]]:
     quarter = max(1, args.blocks // 4)
     random = [*LORA, f"selector={{name: uniform, blocks: {quarter}, interval: 1}}"]
     # A probe is a forward, which is half of a step where the base is frozen: backward then has no weight gradients.
@@ -57,6 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base-steps", type=int, default=300, help="of full fine-tuning, for the base")
     parser.add_argument("--steps", type=int, default=300, help="of each method")
     parser.add_argument("--reward-rate", type=float, default=100.0, help="of the second row of IST; the paper has 10")
+    parser.add_argument("--only", choices=("adapters", "id3"), help="a part of the table")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="learning rates")
     parser.add_argument("--blocks", type=int, default=8)

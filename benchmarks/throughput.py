@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory of full fine-tuning, LoRA, LISA and BAdam on one engine and model, in one run.
+"""Tokens per second and peak memory of full fine-tuning, LoRA, LISA, BAdam and ID3 on one engine and model, in one run.
 
     deepspeed --num_accelerators 2 benchmarks/throughput.py --json throughput.json
 
@@ -6,6 +6,8 @@ Every method starts from the same random Llama. Its speed is that of whole inter
 `allowed` is the speed-up over full fine-tuning that its FLOPs allow (`trainer/accounting.py`), and `share` how much of
 that was reached. `overhead` is the time of draws, guard, switches and metrics over that of the steps. `profile` shows
 where the time of a step of full fine-tuning goes, by operator: FLOPs decide only where matrix products dominate.
+ID3's mask is whole from the second step on; `over_full_passes` is a step's time over that of forward and backward of
+full fine-tuning.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ import trainer
 from trainer.accounting import block_shape, step_flops
 from trainer.progress import Progress
 from trainer.selectors import All, Cyclic, Selector, Uniform
+from trainer.updates import Unmask
 
 PARTS = ("embeddings", "head", "norm")
 
@@ -51,6 +54,7 @@ class Method:
     selector: Callable[[int], Selector]  # by interval
     always_on: tuple[str, ...] = PARTS
     rank: int = 0  # of LoRA
+    unmasked: float = 0.0  # share of the weights that ID3 trains
 
 
 METHODS = (
@@ -60,6 +64,7 @@ METHODS = (
     Method("lisa", lambda interval: Uniform(blocks=2, interval=interval)),
     Method("lisa without embeddings", lambda interval: Uniform(blocks=2, interval=interval), always_on=()),
     Method("badam", lambda interval: Cyclic(blocks=1, interval=interval), always_on=()),
+    Method("id3", lambda interval: All(interval=interval), unmasked=0.001),  # 0.1 %
 )
 
 
@@ -78,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     parser.add_argument("--peak-flops", type=float, help="of the card, per second: adds the share that was reached")
+    parser.add_argument("--methods", nargs="+", choices=[m.name for m in METHODS], help="beside full; all by default")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -118,9 +124,14 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     )
     if method.rank:
         model = with_lora(model, rank=method.rank, targets="all-linear")
+    update = None
+    if method.unmasked:
+        budget = round(method.unmasked * sum(p.numel() for p in model.parameters()))
+        update = Unmask(budget=budget, growth_steps=1, gradient_clipping=1.0)  # as DeepSpeed clips for the others
     sparse = trainer.prepare(
         model,
         selector=method.selector(args.interval),
+        update=update,
         always_on=method.always_on,
         substrate="adapter" if method.rank else "full",
     )
@@ -131,15 +142,18 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     total = args.interval * (args.intervals + 1) + 2
     progress = Progress(Path(folder.name), engine=engine, total_steps=total, rank=dist.get_rank())
 
+    passes: list[float] = []  # forward and backward alone
+
     def step(number: int) -> float:
         ids = random_batch(engine, number, batch=args.batch, length=args.length, vocabulary=args.vocabulary)
-        seconds = train_step(engine, ids)
+        seconds = train_step(engine, ids, passes)
         with clock.counting():
             progress.step(number + 1, active=sparse.active, loss=0.0, lr=engine.get_lr()[0], tokens_per_second=1.0)
         return seconds
 
     for number in range(args.interval):  # the first steps of a process compile and allocate
         step(number)
+    passes.clear()
     clock.seconds, seconds, flops = 0.0, [], []
     with quiet_collector():
         for number in range(args.interval, args.interval * (args.intervals + 1)):
@@ -162,6 +176,7 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
     figures = {
         "name": method.name,
         "step_seconds_median": statistics.median(seconds),
+        "forward_backward_seconds_median": statistics.median(passes[: len(seconds)]),
         "tokens_per_second": args.batch * args.length * len(seconds) * dist.get_world_size() / sum(seconds),
         "overhead": clock.seconds / sum(seconds),
         "peak_bytes": tracker.peak,
@@ -189,13 +204,15 @@ def profile(step: Callable[[], float]) -> dict[str, float]:
 def main() -> None:
     args = arguments()
     start_process(args.local_rank)
-    methods = [measure(args, method) for method in METHODS]
+    chosen = [m for m in METHODS if args.methods is None or m.name in ("full", *args.methods)]
+    methods = [measure(args, method) for method in chosen]
     full = methods[0]
     for figures in methods:
         figures["speed_over_full"] = figures["tokens_per_second"] / full["tokens_per_second"]
         figures["memory_over_full"] = figures["peak_bytes"] / full["peak_bytes"]
         figures["allowed"] = full["flops"] / figures["flops"]
         figures["share"] = figures["speed_over_full"] / figures["allowed"]
+        figures["over_full_passes"] = figures["step_seconds_median"] / full["forward_backward_seconds_median"]
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "local_rank")}
     finish({"methods": methods, "settings": settings}, args.json)
 

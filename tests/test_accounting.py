@@ -10,7 +10,17 @@ import trainer
 from tests import distributed
 from tests.engine.parity import Cell, build_model, make_engine, make_selector, train_step
 from tests.models import tiny_model
-from trainer.accounting import BlockShape, ModelState, block_shape, measured_state, model_state, readable, step_flops
+from trainer.accounting import (
+    BlockShape,
+    ModelState,
+    block_shape,
+    growing_bytes,
+    measured_state,
+    model_state,
+    readable,
+    step_flops,
+    unmasked_state,
+)
 from trainer.blocks import find, full_numel
 from trainer.selectors import Fixed
 
@@ -23,6 +33,16 @@ def test_the_table_of_the_design_by_hand() -> None:
     assert model_state(parameters, groups, stage=0, ranks=2, weight_bytes=4) == ModelState(5400, 0, 0, 2800)
     offloaded = model_state(parameters, groups, stage=2, ranks=2, weight_bytes=2, offload=True)
     assert (offloaded.device, offloaded.host) == (2700, 700 + 700 + 1400)
+
+
+def test_the_state_of_id3_by_hand() -> None:
+    parameters = [1001, 300]
+    expected = ModelState(2 * 1301, 4 * 50, 4 * 25, 8 * 25, indices=8 * 50)
+    assert unmasked_state(parameters, 50, stage=2, ranks=2, weight_bytes=2) == expected
+    partitioned = unmasked_state(parameters, 50, stage=3, ranks=2, weight_bytes=2, local_steps=True)
+    assert partitioned == ModelState(2 * 651, 4 * 50, 4 * 25, 12 * 25, indices=8 * 50)
+    assert growing_bytes(parameters, 7, ranks=2, accumulation=1) == (16 * 7, 0)
+    assert growing_bytes(parameters, 7, ranks=2, accumulation=2) == (16 * 7, 4 * 651)
 
 
 @pytest.mark.parametrize(("size", "text"), [(5, "5 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**41, "2.0 TiB")])

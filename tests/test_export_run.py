@@ -66,7 +66,7 @@ def train(rank: int, place: Path) -> Trained:
     cell = Cell(stage=3, ranks=2, dtype="bf16", steps=6)
     config = trainer.config.load(None, [setting.replace("=base", f"={place}/base") for setting in SETTINGS])
     model = models.load(config.model, bytes_tokenizer(), seed=0, deepspeed=deepspeed_config(cell, micro_batch=2))
-    sparse = build.prepare_model(config, model.train())
+    sparse = build.prepare_model(config, model.train(), 6)
     engine = make_engine(cell, model, sparse)
     sparse.attach(engine)
     checkpoints = Checkpoints(sparse, place / "run", keep=9, asynchronous=False)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from tests.launching import RECIPES
 from tests.models import tiny_llama
-from trainer.config import METHODS, RunConfig, load
+from trainer.config import METHODS, ConfigError, RunConfig, load
 from trainer.config.deepspeed import resolve
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.describe import describe
@@ -20,6 +20,8 @@ from trainer.planner.command import main as plan
 COMPLETE = "quickstart"
 # Beside 70B weights there is no room for the gradients of a large vocabulary.
 FROZEN_EMBEDDINGS = "llama-70b-lisa-141gb"
+# What fits no model as small as the one here.
+SMALLER = {"id3": ["update.budget=500"]}
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +44,14 @@ def method_named(recipe: Path) -> str:
 
 def loaded(recipe: Path, overrides: list[str]) -> RunConfig:
     own = overrides[3:] if recipe.stem == COMPLETE else overrides
-    return load(str(recipe), own)
+    return load(str(recipe), [*own, *SMALLER.get(recipe.stem, [])])
 
 
 def test_every_recipe_is_tested() -> None:
     assert [recipe.stem for recipe in RECIPES if recipe not in PLANNED] == [
         "badam",
         "full",
+        "id3",
         "ist",
         "ist_dora",
         "ist_zero3",
@@ -62,6 +65,7 @@ def test_every_recipe_is_tested() -> None:
 def test_recipe_is_the_method_it_names(recipe: Path, overrides: list[str]) -> None:
     config = loaded(recipe, overrides)
     assert config.method == method_named(recipe)
+    assert config.update.name == METHODS[config.method]["update"]["name"]
     assert config.selector.name == METHODS[config.method]["selector"]["name"]
     if recipe.stem != FROZEN_EMBEDDINGS:
         assert config.always_on.model_dump() == METHODS[config.method]["always_on"]
@@ -89,7 +93,7 @@ def test_recipe_fits_a_model(recipe: Path, overrides: list[str]) -> None:
     """All that a dry run does: data, blocks, always-on parts, buckets, bytes."""
     said = describe(loaded(recipe, overrides), ranks=2)
     parts = [part for part in ("embeddings", "head", "norm") if f"\nalways on: {part}, " in said]
-    whole = ["embeddings", "head", "norm"] if method_named(recipe) in ("full", "lisa") else []
+    whole = ["embeddings", "head", "norm"] if method_named(recipe) in ("full", "id3", "lisa") else []
     assert parts == (["norm"] if recipe.stem == FROZEN_EMBEDDINGS else whole)
     assert "\nblocks: " in said and "\n  total " in said
 
@@ -138,3 +142,17 @@ def test_sizes_of_machines_have_recipes() -> None:
             ("70b", ""),
         )
     }
+
+
+def test_the_dry_run_shows_what_a_mask_costs(overrides: list[str]) -> None:
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "id3")
+    said = describe(loaded(recipe, overrides), ranks=2)
+    assert "\ntrained at a time: 500 of " in said
+    # Eight micro-batches to a step on each of two ranks.
+    for row in ("indices", "gradient", "candidates", "sums"):
+        assert f"\n  {row:<10}" in said, said
+    with pytest.raises(ConfigError, match="update.budget: got 1000000, but only "):
+        describe(load(str(recipe), [*overrides, "update.budget=1000000"]), ranks=2)
+    offloading = [*overrides, "update.budget=500", "deepspeed=zero3_offload"]
+    with pytest.raises(ConfigError, match="in zero3_offload.json, but the state of update.name=unmask is small"):
+        describe(load(str(recipe), offloading), ranks=2)

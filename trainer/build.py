@@ -18,6 +18,8 @@ from trainer.config import ConfigError, RunConfig
 from trainer.config import deepspeed as ds_config
 from trainer.engine.attach import Sparse
 from trainer.engine.attach import prepare as prepare_sparse
+from trainer.updates import UpdateRule
+from trainer.updates.adam import AdamSettings
 
 
 def check_hardware(config: RunConfig) -> None:
@@ -64,7 +66,8 @@ def initialise_process_group(*, timeout_minutes: float) -> None:
     )
 
 
-def prepare_model(config: RunConfig, model: torch.nn.Module) -> Sparse:
+def prepare_model(config: RunConfig, model: torch.nn.Module, num_steps: int) -> Sparse:
+    """`model` with the blocks and parts of it that `config` trains, in a run of `num_steps` optimizer steps."""
     adapters = config.substrate.name == "adapter"
     # Outside the blocks PEFT decides what trains: `modules_to_save`.
     parts = None if adapters else [part for part in PARTS if getattr(config.always_on, part)]
@@ -74,19 +77,29 @@ def prepare_model(config: RunConfig, model: torch.nn.Module) -> Sparse:
         return prepare_sparse(
             model,
             selector=selector,
-            update=updates.build(config.update.name),
+            update=build_update(config, num_steps),
             bank=config.bank.name,
             always_on=parts,
             substrate=config.substrate.name,
             blocks=config.model.blocks,
         )
-    except ValueError as error:  # from the selector: more blocks than there are
+    except ValueError as error:  # more blocks than there are, a larger budget than there are weights
         raise ConfigError([str(error)]) from error
 
 
+def build_update(config: RunConfig, num_steps: int) -> UpdateRule:
+    settings = config.update.model_dump(exclude={"name"})
+    if config.update.name == "unmask":  # which makes the step itself
+        chosen = config.optimizer
+        settings["growth_steps"] = config.update.growth_steps or num_steps
+        settings["adam"] = AdamSettings(chosen.betas, chosen.eps, chosen.weight_decay, chosen.name == "adamw")
+        settings["gradient_clipping"] = config.train.gradient_clipping
+    return updates.build(config.update.name, **settings)
+
+
 def size_buckets(ds: dict[str, Any], sparse: Sparse, model: torch.nn.Module) -> dict[str, Any]:
-    candidates = [p for block in sparse.blocks for p in block.parameters.values()]
-    candidates += [p for part in sparse.always_on.values() for p in part.values()]
+    # Where an update rule reduces gradients itself, DeepSpeed has none.
+    candidates = sparse.ever_in_optimizer()
     outside = [sum(full_numel(p) for p in part.values()) for part in sparse.always_on.values()]
     return ds_config.size_buckets(
         ds,

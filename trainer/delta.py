@@ -1,7 +1,8 @@
 """What a run changed of its base model, as a folder of its own, and putting it on again.
 
     delta.json            the format, the base's name and fingerprints (by unit), what changed, SHA-256 of its tensors
-    delta.safetensors     the changed blocks whole, by the names that transformers gives parameters; or several shards
+    delta.safetensors     the changed blocks whole, by the names that transformers gives parameters; or several shards.
+                          Of what a sparse update rule trained the unmasked weights alone (`sparse_delta.py`)
     tokenizer ...         as the tokenizer saves itself
 
 A base is the right one when its fingerprints in the dtype of training are those recorded.
@@ -22,6 +23,7 @@ from trainer.config.schema import ModelConfig
 from trainer.data.tokenizer import load_tokenizer
 from trainer.export_run import BaseCheck, TrainedRun, Units, take_generation_config
 from trainer.shards import Alone, ExportError, Shards, complete_or_not_at_all, digest, meta_of, write_model
+from trainer.sparse_delta import keys_of, pack, put
 from trainer.weights import ModelFolder
 
 FORMAT = 1
@@ -39,13 +41,18 @@ def write_delta(run: TrainedRun, folder: Path, *, shard_size: int | str) -> None
         Piece(piece.path, {name: t for name, t in piece.tensors.items() if run.trained(t)})
         for piece in pieces(run.model)
     ]
-    planned = {name: meta_of(tensor) for piece in parts for name, tensor in piece.tensors.items()}
+    planned: dict[str, Tensor] = {}
+    for piece in parts:
+        for name, tensor in piece.tensors.items():
+            planned |= _planned(run, name, tensor)
     with complete_or_not_at_all(folder, Alone()) as unfinished:
         shards = Shards(unfinished, planned, shard_size, stem="delta")
         for piece in parts:
             for name, weights in run.base.read(piece.tensors, run.dtype).items():
                 check.add(*units.of[id(piece.tensors[name])], weights)
-            shards.add({name: run.from_checkpoint(tensor) for name, tensor in piece.tensors.items()})
+            for name, tensor in piece.tensors.items():
+                entries = run.entries(tensor) if run.partly(tensor) else None
+                shards.add({name: run.from_checkpoint(tensor)} if entries is None else pack(name, **entries))
         shards.finish()
         for file in shards.files:
             shards.verify(file)
@@ -60,6 +67,13 @@ def write_delta(run: TrainedRun, folder: Path, *, shard_size: int | str) -> None
         }
         (unfinished / _INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
         run.tokenizer.save_pretrained(unfinished)
+
+
+def _planned(run: TrainedRun, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Of a tensor that was trained, without storage."""
+    if not run.partly(tensor):
+        return {name: meta_of(tensor)}
+    return {key: meta_of(found) for key, found in pack(name, **run.entries(tensor)).items()}
 
 
 def apply_delta(base: Path, delta: Path, folder: Path, *, shard_size: int | str) -> None:
@@ -82,7 +96,12 @@ def apply_delta(base: Path, delta: Path, folder: Path, *, shard_size: int | str)
         for name, weights in found.items():
             if (known := units.of.get(id(piece.tensors[name]))) is not None:
                 check.add(*known, weights)
-        return found | {name: _changed(delta, files[name], name, info) for name in found if name in files}
+        for name in found:
+            if name in files:
+                found[name] = _changed(delta, files[name], name, info)
+            elif sparse := [key for key in keys_of(name) if key in files]:
+                found[name] = put(name, found[name], {key: _changed(delta, files[key], key, info) for key in sparse})
+        return found
 
     write_model(model, tokenizer, folder, read, shard_size=shard_size)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from trainer import model as models
-from trainer.accounting import banked_bytes, readable
+from trainer.accounting import banked_bytes, growing_bytes, readable
 from trainer.adapters import adapt, choose_merge
 from trainer.blocks import full_numel
 from trainer.build import check_hardware, check_length, offload_device, prepare_model, size_buckets
@@ -24,6 +25,7 @@ from trainer.engine.registration import stored
 from trainer.engine.rounding import half_unit
 from trainer.planner import Planner
 from trainer.planner.report import one_line as planned
+from trainer.updates import Unmask
 
 
 def describe(config: RunConfig, ranks: int) -> str:
@@ -41,13 +43,13 @@ def describe(config: RunConfig, ranks: int) -> str:
         _, remarks = choose_merge(config, adapted)
         remarks += adapted.warnings
         model = adapted.model
-    sparse = prepare_model(config, model)
+    num_steps = total_steps(config, len(data.train))
+    sparse = prepare_model(config, model, num_steps)
     size_buckets(ds, sparse, model)  # refuses what does not fit into it
     stage = ds["zero_optimization"]["stage"]
     plan = Planner(on_cpu=get_accelerator().device_name() == "cpu").plan(config, ranks)
     state = plan.state
     lines = [dump(config).rstrip(), ""]
-    num_steps = total_steps(config, len(data.train))
     lines += [*remarks, *saving_warning(config), *learning_warning(config, sparse, num_steps)]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines.append(f"steps: {num_steps} of {config.train.global_batch_size} sequences")
@@ -59,22 +61,44 @@ def describe(config: RunConfig, ranks: int) -> str:
         count = sum(p.numel() for p in parameters.values())
         lines.append(f"always on: {part}, {count:,} parameters ({', '.join(parameters)})")
     trained = sum(p.numel() for p in sparse.trainable_parameters())
-    lines.append(f"trained at a time: {trained:,} parameters; {one_line(sparse, config, num_steps)}")
+    what = f"{config.update.budget:,} of {trained:,}" if config.update.name == "unmask" else f"{trained:,}"
+    lines.append(f"trained at a time: {what} parameters; {one_line(sparse, config, num_steps)}")
     lines.append(f"each of {ranks} ranks holds, under ZeRO stage {stage} and before activations and buffers:")
     places = {"none": "", "cpu": " in host memory", "nvme": " on NVMe"}
-    for name in ("weights", "gradients", "masters", "moments"):
+    for name in ("weights", "gradients", "masters", "moments", *(["indices"] if state.indices else [])):
         device = offload_device(ds, "param" if name == "weights" else "optimizer")
         # Gradients wait in host memory for the step that swaps their group in.
         where = places["cpu" if name == "gradients" and device == "nvme" else device]
         lines.append(f"  {name:<10}{readable(getattr(state, name)):>12}{where}")
     lines.append(f"  {'total':<10}{readable(state.total):>12}")
-    if sparse.bank.keeps:
+    if isinstance(sparse.update, Unmask):
+        lines += _growth(sparse.update, sparse, ds, ranks)
+    if sparse.bank.keeps and config.update.name == "dense":
         inactive = [b.numel for b in sparse.blocks if b.index not in sparse.active]
         where = " in host memory" if config.bank.name == "cpu" else ""
         banked = readable(banked_bytes(inactive, ranks=ranks))
         lines.append(f"  {'bank':<10}{banked:>12}{where} more, once all blocks were drawn")
     lines.append(planned(plan))
     return "\n".join(lines)
+
+
+def _growth(update: Unmask, sparse: Sparse, ds: Mapping[str, Any], ranks: int) -> list[str]:
+    """What comes to it in backward."""
+    trained = [full_numel(p) for p in sparse.trainable_parameters()]
+    # In the weights' dtype, and in fp32 while ranks exchange it.
+    dense = max((4 + p.element_size()) * full_numel(p) for p in sparse.trainable_parameters())
+    lines = [f"  {'gradient':<10}{readable(dense):>12} more in backward, of one parameter at a time"]
+    candidates, accumulated = growing_bytes(
+        trained, update.increment, ranks=ranks, accumulation=ds["gradient_accumulation_steps"]
+    )
+    while_it_grows = f"more in backward of the first {update.growth_steps} steps, in which the mask grows"
+    lines.append(f"  {'candidates':<10}{readable(candidates):>12} {while_it_grows}")
+    if accumulated:
+        lines.append(
+            f"  {'sums':<10}{readable(accumulated):>12} {while_it_grows}: all gradients, over micro-batches; none "
+            "without accumulation"
+        )
+    return lines
 
 
 def saving_warning(config: RunConfig) -> list[str]:

@@ -135,9 +135,18 @@ class TrainedRun:
         """Whether the checkpoint has this tensor of the model."""
         return self.units.of.get(id(tensor), (REST,))[0] in self.changed
 
-    def from_checkpoint(self, tensor: Tensor) -> Tensor:
-        """The weights of a tensor that was trained."""
-        weights = torch.empty(tensor.shape, dtype=self.dtype)
+    def partly(self, tensor: Tensor) -> bool:
+        """Whether the checkpoint has some of a tensor's weights alone, those that a sparse update rule trained."""
+        return self.trained(tensor) and self.contents.on_base([self.units.of[id(tensor)][1]])
+
+    def entries(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Those: flat `indices` in the tensor, and `weight` there."""
+        entries = self.contents.entries(self.units.of[id(tensor)][1])
+        return {key: entries[key] for key in ("indices", "weight")}
+
+    def from_checkpoint(self, tensor: Tensor, base: Tensor | None = None) -> Tensor:
+        """The weights of a tensor that was trained; of one that was partly, with the others of `base`."""
+        weights = torch.empty(tensor.shape, dtype=self.dtype) if base is None else base.clone()
         self.contents.weights(self.units.of[id(tensor)][1], weights)
         return weights
 
@@ -151,12 +160,14 @@ def export_run(run: TrainedRun, folder: Path, *, shard_size: int | str) -> None:
     check = BaseCheck(run.base_name, run.recorded, run.units)
 
     def read(piece: Piece) -> dict[str, Tensor]:
-        found = {name: run.from_checkpoint(t) for name, t in piece.tensors.items() if run.trained(t)}
+        whole = {name: t for name, t in piece.tensors.items() if run.trained(t) and not run.partly(t)}
+        found = {name: run.from_checkpoint(t) for name, t in whole.items()}
         rest = [name for name in piece.tensors if name not in found]
         for name, weights in run.base.read(rest, run.dtype).items():
             if (known := run.units.of.get(id(piece.tensors[name]))) is not None:  # buffers have no fingerprint
                 check.add(*known, weights)
-            found[name] = weights
+            tensor = piece.tensors[name]
+            found[name] = run.from_checkpoint(tensor, weights) if run.partly(tensor) else weights
         return found
 
     write_model(run.model, run.tokenizer, folder, read, shard_size=shard_size)
@@ -228,7 +239,7 @@ def _loaded(run: TrainedRun) -> PreTrainedModel:
 def _adapted(run: TrainedRun) -> Adapted:
     """On the meta device; with weights, where adapters have some that never trained and are not in the checkpoint."""
     adapted = adapt(run.model, run.config.substrate, empty=True)
-    if adapted.names <= run.contents.names:
+    if _whole(run, adapted):
         return adapted
     if run.config.model.quantization is not None:
         raise ExportError(
@@ -240,20 +251,26 @@ def _adapted(run: TrainedRun) -> Adapted:
     return adapt(base, run.config.substrate)
 
 
+def _whole(run: TrainedRun, adapted: Adapted) -> bool:
+    """Whether the checkpoint has all weights of the adapters."""
+    return adapted.names <= run.contents.names and not run.contents.on_base(adapted.names)
+
+
 @torch.no_grad()
 def _adapter_weights(run: TrainedRun, adapted: Adapted) -> dict[str, Tensor]:
     model: PeftModel = adapted.model
-    if not adapted.names <= run.contents.names:
+    if not _whole(run, adapted):
         units = Units(model, {*run.changed, *run.recorded}, path=run.config.model.blocks, adapters=True)
         check = BaseCheck(run.base_name, run.recorded, units)
         for name, parameter in model.named_parameters():
             unit, _ = units.of[id(parameter)]
-            if unit not in run.changed:
+            if unit not in run.changed or run.contents.on_base([name]):
                 check.add(unit, name, parameter)
     weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in run.contents.names and name in adapted.names:
-            weights[name] = torch.empty(tensor.shape, dtype=run.dtype)
+            known = not run.contents.on_base([name])
+            weights[name] = torch.empty(tensor.shape, dtype=run.dtype) if known else tensor.detach().clone()
             run.contents.weights(name, weights[name])
         elif name in adapted.names:
             weights[name] = tensor.detach()

@@ -90,7 +90,7 @@ def _train(
     fused = choose_fused(config.train.fused_loss, base)
     objective = Objective(base, fused=fused, router_loss=config.train.router_loss, deepspeed=ds)
     torch.manual_seed(config.seed + rank)  # ranks drop out other units
-    sparse = build.prepare_model(config, model)
+    sparse = build.prepare_model(config, model, num_steps)
     ds = build.size_buckets(ds, sparse, model)
     optimizer = build.build_optimizer(config, sparse, offload=build.offload_device(ds, "optimizer") != "none")
     scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
@@ -225,7 +225,8 @@ class _Loop:
             rounded = {} if self.sparse.rounded_away is None else {"rounded_away": self.sparse.rounded_away}
             figures = self.meter.read(self.engine)
             self.history.last_loss = figures["loss"]
-            self.progress.step(step + 1, active=self.sparse.active, lr=lr, **figures, **rounded)
+            figures |= rounded | self.sparse.update.figures()
+            self.progress.step(step + 1, active=self.sparse.active, lr=lr, **figures)
         self.progress.importance(step + 1, self.sparse.selector.importance())
         return result
 

@@ -320,8 +320,8 @@ def test_an_override_that_is_no_yaml() -> None:
             "selector.name: got 'unform'; allowed: uniform | cyclic | fixed | all | importance; nearest: 'uniform'",
         ),
         ("bank.name=gpu", "bank.name: got 'gpu'; allowed: discard | device | cpu"),
-        ("method=lsia", "method: got 'lsia'; allowed: lisa | badam | ist | lora | full | null; nearest: 'lisa'"),
-        ("update.name=unmask", "update.name: got 'unmask'; allowed: dense"),
+        ("method=lsia", "method: got 'lsia'; allowed: lisa | badam | ist | id3 | lora | full | null; nearest: 'lisa'"),
+        ("update.name=unmusk", "update.name: got 'unmusk'; allowed: dense | unmask; nearest: 'unmask'"),
         ("schedule.name=cosin", "schedule.name: got 'cosin'; allowed: linear | cosine"),
         ("deepspeed=zero33", "deepspeed: got 'zero33'; allowed: zero0 | zero1"),
         ("selector.interval=0", "selector.interval (of selector uniform): got 0; allowed: integer >= 1"),
@@ -387,6 +387,35 @@ def test_contradictions_of_two_keys() -> None:
         "data.eval, data.eval_fraction: got"
     )
     assert config("eval.every=10", "data.eval_fraction=0.1").eval.every == 10
+
+
+@pytest.mark.usefixtures("folder")
+def test_id3_is_its_published_point_and_says_what_it_cannot_do() -> None:
+    published = config("method=id3")
+    assert published.selector.name == "all" and published.always_on.embeddings and published.bank.name == "device"
+    point = {
+        "name": "unmask",
+        "budget": 100_000,
+        "exp": 0.0,
+        "eps": 1e-3,
+        "growth_steps": None,
+        "bias_correction": "global",
+    }
+    assert published.update.model_dump() == point
+    inside = config("method=badam", "update={name: unmask, budget: 50}")
+    assert (inside.selector.name, inside.update.budget, inside.bank.name) == ("cyclic", 50, "discard")
+    for override, message in (
+        ("update.budget=0", "update.budget (of update unmask): got 0; allowed: integer >= 1"),
+        ("update.exp=-1", "update.exp (of update unmask): got -1; allowed: number >= 0"),
+        ("update.eps=-1e-3", "update.eps (of update unmask): got -0.001; allowed: number >= 0"),
+        ("update.growth_steps=101", "update.growth_steps: 101 is more than train.steps 100"),
+        ("model.dtype=fp16", "model.dtype: fp16, but gradients of fp16 are scaled"),
+        ("bank.name=cpu", "bank.name: cpu, but the state of update.name=unmask is small"),
+        ("optimizer.name=adamw_8bit", "optimizer.name: adamw_8bit, but the state of update.name=unmask is small"),
+        ("optimizer.lr_always_on=1e-3", "optimizer.lr_always_on: 0.001, but with update.name=unmask all weights"),
+    ):
+        found = problems("method=id3", override)
+        assert found and all(problem.startswith(message) for problem in found[:1]), found
 
 
 @pytest.mark.usefixtures("folder")

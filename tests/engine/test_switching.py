@@ -315,10 +315,10 @@ class TopGradientEntries(UpdateRule):
     def in_optimizer(self, block: Block) -> set[str]:
         return {name for name, p in block.parameters.items() if len(getattr(p, "ds_shape", p.shape)) == 1}
 
-    def leave(self, name: str) -> None:
+    def leave(self, name: str, *, keep: bool) -> None:
         self.chosen.pop(name, None)
 
-    def receive(self, name: str, gradient: Tensor) -> None:
+    def receive(self, name: str, gradient: Tensor, weights: Tensor, *, last: bool) -> None:
         self.received[name] = self.received[name] + gradient if name in self.received else gradient.clone()
 
     def discard(self, name: str) -> None:

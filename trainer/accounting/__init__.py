@@ -7,7 +7,16 @@ One set of formulas behind the dry run, the planner and the benchmarks: `state` 
 from trainer.accounting.communication import Volume, step_volume
 from trainer.accounting.flops import BlockShape, block_shape, step_flops
 from trainer.accounting.peak import Activations, Memory, StepShape, Zero, fused_loss, memory
-from trainer.accounting.state import ModelState, banked_bytes, measured_state, model_state, nf4_bytes, readable
+from trainer.accounting.state import (
+    ModelState,
+    banked_bytes,
+    growing_bytes,
+    measured_state,
+    model_state,
+    nf4_bytes,
+    readable,
+    unmasked_state,
+)
 
 __all__ = [
     "Activations",
@@ -20,6 +29,7 @@ __all__ = [
     "banked_bytes",
     "block_shape",
     "fused_loss",
+    "growing_bytes",
     "measured_state",
     "memory",
     "model_state",
@@ -27,4 +37,5 @@ __all__ = [
     "readable",
     "step_flops",
     "step_volume",
+    "unmasked_state",
 ]

@@ -47,6 +47,8 @@ class StepShape:
     embeddings: int
     total: int
     groups: tuple[int, ...]
+    # Of a sparse update rule: what it holds in backward beside its state, by part.
+    sparse: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str
     """Of one optimizer step of `shape` under `zero`, with the model state `state`. `host` is held there besides."""
     resident = {"weights": state.weights}
     on_host = {k: v for k, v in host.items() if v}
-    for kind in ("gradients", "masters", "moments"):
+    for kind in ("gradients", "masters", "moments", "indices"):
         (on_host if state.offload else resident)[kind] = getattr(state, kind)
     bucket = zero.weight_bytes * zero.reduce_bucket
     if zero.stage == 3:
@@ -138,6 +140,7 @@ def _moments(shape: StepShape, zero: Zero, bucket: int) -> dict[str, dict[str, i
             "gathered": gathered,
             "buckets": reduction,
             "whole gradients": gradients,
+            **shape.sparse,
         },
         "embeddings": {
             "activations": shape.embedded,
@@ -145,6 +148,7 @@ def _moments(shape: StepShape, zero: Zero, bucket: int) -> dict[str, dict[str, i
             "gathered": gathered,
             "buckets": reduction,
             "whole gradients": gradients,
+            **shape.sparse,
         },
         "optimizer step": _optimizer_step(shape, zero),
         "evaluation": {"evaluation": shape.evaluation, "gathered": gathered},
@@ -193,7 +197,7 @@ def _optimizer_step(shape: StepShape, zero: Zero) -> dict[str, int]:
     """Gradients in fp32, group by group, and what the optimizer computes with."""
     if zero.offload:
         return {"step": 0}
-    part = -(-max(shape.groups) // zero.ranks)
+    part = -(-max(shape.groups, default=0) // zero.ranks)
     temporaries = 8 * part if zero.temporaries else 0
     if zero.stage == 0:
         return {"whole gradients": _whole_gradients(shape, zero), "step": 8 * shape.largest * zero.temporaries}

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelState:
-    """Bytes on one rank, measured after a step: weights, resident gradients, fp32 masters, Adam's two moments.
+    """Bytes on one rank, measured after a step: weights, resident gradients, fp32 masters, Adam's two moments, and of a
+    sparse update rule the indices of what it trains.
 
     With `offload` masters, moments and gradients lie in host memory.
     """
@@ -22,6 +23,7 @@ class ModelState:
     masters: int
     moments: int
     offload: bool = False
+    indices: int = 0
 
     @property
     def device(self) -> int:
@@ -33,7 +35,7 @@ class ModelState:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.masters + self.moments
+        return self.weights + self.gradients + self.masters + self.moments + self.indices
 
 
 def model_state(
@@ -75,6 +77,36 @@ def model_state(
     )
 
 
+def unmasked_state(
+    parameters: Sequence[int],
+    budget: int,
+    *,
+    stage: int,
+    ranks: int,
+    weight_bytes: int,
+    local_steps: bool = False,
+) -> ModelState:
+    """What a rank holds while `budget` unmasked weights train (update rule `unmask`), before activations.
+
+    Master and moments (12 bytes, and 4 more for `local_steps`) of those that the rank owns, if they are spread evenly;
+    gradient and index (4 and 8 bytes) of all of them. `parameters` are elements of every parameter of the model.
+    """
+    weights = sum(-(-n // ranks) for n in parameters) if stage == 3 else sum(parameters)
+    own = -(-budget // ranks)
+    moments = (12 if local_steps else 8) * own
+    return ModelState(weight_bytes * weights, 4 * budget, 4 * own, moments, indices=8 * budget)
+
+
+def growing_bytes(trained: Sequence[int], increment: int, *, ranks: int, accumulation: int) -> tuple[int, int]:
+    """What a rank holds beside `unmasked_state` in backward while the mask grows: (candidates, accumulated gradients).
+
+    Score, position and gradient of as many candidates as a step unmasks, and with several micro-batches to a step the
+    fp32 sum of its share of all gradients. `trained` are elements of every parameter that may train now.
+    """
+    accumulated = 4 * sum(-(-n // ranks) for n in trained) if accumulation > 1 else 0
+    return 16 * increment, accumulated
+
+
 def nf4_bytes(numel: int) -> int:
     """A matrix in NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3): four bits for a weight, a byte for
     the scale of 64 of them, and four for the scale of 256 such scales."""
@@ -91,7 +123,7 @@ def measured_state(held: Mapping[str, Iterable[Tensor]], *, offload: bool = Fals
     """The same figures from live tensors by kind (`Sparse.held()`), each storage counted once, under its first kind."""
     seen: set[int] = set()
     totals = {}
-    for kind in ("weights", "gradients", "masters", "moments"):
+    for kind in ("weights", "gradients", "masters", "moments", "indices"):
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held[kind]}
         totals[kind] = sum(size for pointer, size in storages.items() if pointer not in seen)
         seen |= storages.keys()

@@ -105,7 +105,7 @@ class Checkpoints:
         if step == self._last:
             return
         self.finish()
-        shares = take(self._sparse, self._changed(complete), self._staging)
+        shares = take(self._sparse, self._changed(complete), self._staging, on_base=() if complete else self.base)
         shares[_RANDOM] = Share(random_state(), {}, {})
         own = sum(t.numel() * t.element_size() for share in shares.values() for t in share.tensors.values())
         self.require_space(own, f"the checkpoint after step {step} was not written: it")
@@ -248,9 +248,9 @@ class Checkpoints:
         manifest = source.read(step)
         self._verify(source, manifest, step)
         self._last = step
-        self._compare_base(manifest)
         contents = Contents(source, manifest.units)
         contents.learn(unit for unit in manifest.units if unit != _RANDOM)
+        self._compare_base(manifest, contents)
         put_weights_back(self._sparse, contents)
         self._sparse.load_state_dict(manifest.state["sparse"], contents)
         self.base = manifest.state["base"]
@@ -281,15 +281,24 @@ class Checkpoints:
                 + (f"; there is an older one: resume={source.folder}/step-{older[0]:08d}.json" if older else "")
             )
 
-    def _compare_base(self, manifest: Manifest) -> None:
+    def _compare_base(self, manifest: Manifest, contents: Contents) -> None:
         """What the checkpoint leaves to the base must be what it was."""
         before = manifest.state["base"]
-        changed = [unit for unit in self.base if unit not in manifest.units and before.get(unit) != self.base[unit]]
+        units = parameters_by_unit(self._sparse)
+        partly = {unit for unit in manifest.units if unit in units and contents.on_base(units[unit])}
+        trained = sorted(partly - self.base.keys())
+        if trained:
+            raise CheckpointError(
+                f"the checkpoint after step {manifest.step} holds the unmasked weights of {', '.join(trained)} alone, "
+                "and this engine has trained others there: load it into an engine of the base model"
+            )
+        left = [unit for unit in self.base if unit not in manifest.units or unit in partly]
+        changed = [unit for unit in left if before.get(unit) != self.base[unit]]
         if changed:
             raise CheckpointError(
                 f"the base model is another one than when this run began: {', '.join(changed)} "
-                f"{'differs' if len(changed) == 1 else 'differ'}, which were never trained and are not in the "
-                "checkpoint. Give the same model.path (or model.random and seed)"
+                f"{'differs' if len(changed) == 1 else 'differ'}, which the checkpoint leaves to it, because they were "
+                "never trained. Give the same model.path (or model.random and seed)"
             )
 
 

@@ -3,12 +3,15 @@
 Tensors are grouped by *unit*, what changes together: a block, an always-on part. A file holds one rank's share of one
 unit: flat ranges of full-shape parameters (as banks keep them), under the keys `master`, `exp_avg`, ... or, where no
 optimizer state is kept, `weight`. Any number of ranks under any stage finds its own ranges in them again.
+
+Of what a sparse update rule trains there are *entries* instead: `entries.indices`, flat positions in the parameter, and
+as many values under `entries.weight`, `entries.master`, ... The other weights are the base model's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,8 @@ from trainer.engine.attach import Sparse
 from trainer.engine.registration import MOMENTS, Slice
 
 WEIGHT, MASTER = "weight", "master"
+# Before the keys of tensors that hold some of a parameter's weights.
+_ENTRIES = "entries."
 _CHUNK = 2**22
 
 
@@ -78,8 +83,11 @@ class Staging:
             get_accelerator().synchronize()
 
 
-def take(sparse: Sparse, units: Iterable[str], staging: Staging) -> dict[str, Share]:
-    """Copies of this rank's part of `units` in host memory: what an asynchronous save works on."""
+def take(sparse: Sparse, units: Iterable[str], staging: Staging, *, on_base: Collection[str]) -> dict[str, Share]:
+    """Copies of this rank's part of `units` in host memory: what an asynchronous save works on.
+
+    Of units in `on_base` it leaves out what a sparse update rule never changed.
+    """
     staging.begin()
     wanted = parameters_by_unit(sparse)
     shares = {unit: Share({}, {}, {}) for unit in units}
@@ -91,7 +99,10 @@ def take(sparse: Sparse, units: Iterable[str], staging: Staging) -> dict[str, Sh
             _put(share, piece.name, piece.start, piece.tensors, staging)
         for unit, share in shares.items():
             for name, parameter in wanted[unit].items():
-                if name not in share.ranges:  # no optimizer state is kept
+                entries = sparse.entries(name, parameter)
+                for key, tensor in entries.items():  # also none, which says that all is the base's
+                    share.tensors[f"{_ENTRIES}{key}:{name}"] = staging.copy(tensor)
+                if name not in share.ranges and not (entries and unit in on_base):  # no optimizer state is kept
                     start, weights = sparse.owned(parameter)
                     _put(share, name, start, {WEIGHT: weights}, staging)
     staging.wait()
@@ -115,6 +126,7 @@ class Contents:
         self._pieces: dict[str, list[tuple[int, int, File]]] = {}
         self.scalars: dict[str, dict[str, float]] = {}
         self._keys: dict[str, set[str]] = {}
+        self._entries: dict[str, list[File]] = {}
 
     def learn(self, units: Iterable[str]) -> None:
         """Read what the files of `units` say of themselves."""
@@ -124,6 +136,8 @@ class Contents:
                 for stored in opened.keys():  # noqa: SIM118 - not a dictionary
                     key, _, name = stored.partition(":")
                     self._keys.setdefault(name, set()).add(key)
+                    if key == f"{_ENTRIES}indices":
+                        self._entries.setdefault(name, []).append(file)
             for name, (start, stop) in json.loads(metadata["ranges"]).items():
                 self._pieces.setdefault(name, []).append((start, stop, file))
             self.scalars.update(json.loads(metadata["scalars"]))
@@ -131,7 +145,7 @@ class Contents:
     @property
     def names(self) -> frozenset[str]:
         """The parameters that there is something of."""
-        return frozenset(self._pieces)
+        return frozenset(self._pieces) | self._entries.keys()
 
     def keys(self, name: str) -> set[str]:
         """Which of `weight`, `master` and the moments there are of a parameter."""
@@ -155,8 +169,26 @@ class Contents:
             raise CheckpointError(f"{name}: elements {reached} to {stop} are in none of the checkpoint's files")
         return torch.cat(parts) if parts else torch.empty(0)
 
+    def entries(self, name: str) -> dict[str, Tensor]:
+        """Of a parameter that a sparse update rule trains, all ranks' `indices` and values; empty for any other."""
+        parts: dict[str, list[Tensor]] = {}
+        for file in self._entries.get(name, []):
+            with self._store.open(file) as opened:
+                for key in (key for key in self.keys(name) if key.startswith(_ENTRIES)):
+                    parts.setdefault(key.removeprefix(_ENTRIES), []).append(opened.get_tensor(f"{key}:{name}"))
+        return {key: torch.cat(tensors) for key, tensors in parts.items()}
+
+    def on_base(self, names: Iterable[str]) -> bool:
+        """Whether of some of `names` there are entries alone."""
+        return any(name in self._entries and WEIGHT not in self.keys(name) for name in names)
+
     def weights(self, name: str, into: Tensor) -> None:
-        """Copy the weights of a parameter, or its master rounded to them, into the whole tensor `into`."""
+        """Copy the weights of a parameter, or its master rounded to them, into the whole tensor `into`. Where there are
+        entries alone, the other weights stay as they are there."""
+        if self.on_base([name]):
+            entries = self.entries(name)
+            into.view(-1)[entries["indices"]] = entries[WEIGHT].to(into.dtype)
+            return
         flat, key = into.view(-1), WEIGHT if WEIGHT in self.keys(name) else MASTER
         for start in range(0, flat.numel(), _CHUNK):  # a master is twice as large as the weights
             stop = min(start + _CHUNK, flat.numel())
@@ -186,6 +218,11 @@ def put_weights_back(sparse: Sparse, contents: Contents) -> None:
         if unit in contents.units:
             for name, parameter in units[unit].items():
                 start, weights = sparse.owned(parameter)
-                key = WEIGHT if WEIGHT in contents.keys(name) else MASTER  # weights are masters, rounded
-                weights.copy_(contents.read(key, name, start, start + weights.numel()))
+                if not contents.on_base([name]):
+                    key = WEIGHT if WEIGHT in contents.keys(name) else MASTER  # weights are masters, rounded
+                    weights.copy_(contents.read(key, name, start, start + weights.numel()))
+                elif entries := contents.entries(name):
+                    places = entries["indices"] - start
+                    mine = (places >= 0) & (places < weights.numel())
+                    weights[places[mine].to(weights.device)] = entries[WEIGHT][mine].to(weights)
                 sparse.publish(parameter)

@@ -280,6 +280,11 @@ def _zero_problems(values: Mapping[str, Any], config: RunConfig, source: str) ->
             f"deepspeed: zero_optimization.offload_optimizer.device is {json.dumps(offload)} in {source}, but "
             "optimizer.name=adamw_8bit steps on the device: set optimizer.name=adamw, or the device to none"
         )
+    if config.update.name == "unmask" and offload != "none":
+        problems.append(
+            f"deepspeed: zero_optimization.offload_optimizer.device is {json.dumps(offload)} in {source}, but the "
+            "state of update.name=unmask is small and stays on the device: set the device to none, or deepspeed=zero3"
+        )
     zero = values["zero_optimization"]
     for name in (*ZERO_COUNTS, *(ZERO_ALIASES[name] for name in ZERO_COUNTS if name in ZERO_ALIASES)):
         value = zero.get(name, AUTO)

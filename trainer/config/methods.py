@@ -36,6 +36,15 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # IST, arXiv 2410.11772: constants of the authors' ist.py, adapters of their llama_7B_LoRA_IST.sh. The state of
     # inactive adapters is kept.
     "ist": {**_ADAPTERS, "selector": {"name": "importance"}},
+    # ID3, arXiv 2408.14470: every weight of the model is scored; constants of the authors' README. What is unmasked
+    # keeps its state where it is.
+    "id3": {
+        **_COMMON,
+        "selector": {"name": "all", "interval": 20},
+        "update": {"name": "unmask", "budget": 100_000, "exp": 0.0, "eps": 1e-3, "bias_correction": "global"},
+        "bank": _KEPT,
+        "always_on": ALL_ON,
+    },
     # LoRA, arXiv 2106.09685, with the same adapters, all of them always.
     "lora": {**_ADAPTERS, "selector": {"name": "all", "interval": 20}},
 }

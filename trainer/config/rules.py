@@ -18,6 +18,7 @@ def rule_problems(values: Mapping[str, Any]) -> list[str]:
         *_weight_rules(values),
         *_optimizer_rules(values),
         *_substrate_rules(values),
+        *_unmask_rules(values),
         *_probe_rules(values),
     ]
 
@@ -115,6 +116,38 @@ def _substrate_rules(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"model.quantization: {quantization} is for weights that are loaded; set model.path, or null")
     if quantization is not None and get(expanded, "substrate.merge") is True:
         problems.append("substrate.merge: true, but weights of four bits would round the adapters away; set false")
+    return problems
+
+
+def _unmask_rules(values: Mapping[str, Any]) -> list[str]:
+    expanded = expand_method(values)
+    if get(expanded, "update.name") != "unmask":
+        return []
+    problems = []
+    # Where the mask chooses among gradients, they must be what they say.
+    if get(expanded, "model.dtype") == "fp16":
+        problems.append(
+            "model.dtype: fp16, but gradients of fp16 are scaled, which the scores of update.name=unmask would not "
+            "see; allowed: bf16, fp32"
+        )
+    for path, allowed in (("optimizer.name", ("adamw", "adam")), ("bank.name", ("device", "discard"))):
+        value = get(expanded, path)
+        if value is not None and value not in allowed:
+            problems.append(
+                f"{path}: {value}, but the state of update.name=unmask is small and stays where it is; "
+                f"allowed: {', '.join(allowed)}"
+            )
+    rate = get(expanded, "optimizer.lr_always_on")
+    if rate is not None:
+        problems.append(
+            f"optimizer.lr_always_on: {rate}, but with update.name=unmask all weights are of one set; set it to null"
+        )
+    steps, total = _number(expanded, "update.growth_steps"), _number(expanded, "train.steps")
+    if steps and total and steps > total:
+        problems.append(
+            f"update.growth_steps: {steps} is more than train.steps {total}, in which the budget would not be "
+            "reached; set null, or a smaller one"
+        )
     return problems
 
 

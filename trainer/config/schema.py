@@ -157,6 +157,27 @@ class DenseUpdate(Section):
     name: Literal["dense"] = Field("dense", description="How a block trains: the optimizer on all of its weights.")
 
 
+class UnmaskUpdate(Section):
+    name: Literal["unmask"] = Field(
+        "unmask",
+        description="How the model trains: single weights, unmasked step by step up to a budget (ID3); of what is "
+        "always on as well, so that nothing else moves.",
+    )
+    budget: Count = Field(100_000, description="Weights to unmask in all, over all tensors.")
+    exp: PositiveOrZero = Field(
+        0.0, description="Exponent of the score |gradient| / (eps + |weight|)^exp; higher prefers small weights."
+    )
+    eps: PositiveOrZero = Field(1e-3, description="Keeps the score finite for small weights.")
+    growth_steps: Count | None = Field(
+        None, description="Optimizer steps over which the mask grows, as much at each; null: all of the run's."
+    )
+    bias_correction: Literal["global", "local"] = Field(
+        "global",
+        description="Where Adam begins to count a weight's steps: global, with the run (the paper); local, when it is "
+        "unmasked.",
+    )
+
+
 class DiscardBank(Section):
     name: Literal["discard"] = Field("discard", description="Forget optimizer state and fp32 masters at a switch.")
 
@@ -175,6 +196,7 @@ Substrate = Annotated[FullSubstrate | AdapterSubstrate, Field(discriminator="nam
 Selector = Annotated[
     UniformSelector | CyclicSelector | FixedSelector | AllSelector | ImportanceSelector, Field(discriminator="name")
 ]
+Update = Annotated[DenseUpdate | UnmaskUpdate, Field(discriminator="name")]
 Bank = Annotated[DiscardBank | DeviceBank | CpuBank, Field(discriminator="name")]
 
 
@@ -319,7 +341,7 @@ CheckpointConfig = create_model(
 class RunConfig(Section):
     """One run. Built from a mapping, in which `method` fills what the parts leave open."""
 
-    method: Literal["lisa", "badam", "ist", "lora", "full"] | None = Field(
+    method: Literal["lisa", "badam", "ist", "id3", "lora", "full"] | None = Field(
         None, description="Fills substrate, selector, update, bank and always_on with the published point."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
@@ -329,7 +351,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     substrate: Substrate = FullSubstrate()
     selector: Selector = UniformSelector()
-    update: DenseUpdate = DenseUpdate()
+    update: Update = DenseUpdate()
     bank: Bank = DiscardBank()
     always_on: AlwaysOn = AlwaysOn()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -41,6 +41,8 @@ from trainer.updates import Dense, UpdateRule
 
 logger = logging.getLogger(__name__)
 
+# A parameter of the model while DeepSpeed builds its optimizer, where an update rule leaves that nothing else.
+_PLACEHOLDER = "strata_placeholder"
 # By which DeepSpeed's engine counts.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -56,6 +58,9 @@ class StateSource(Protocol):
 
     def load(self, slices: Sequence[Slice]) -> None:
         """Write what there is of the slices' ranges into their tensors."""
+
+    def entries(self, name: str) -> dict[str, torch.Tensor]:
+        """All ranks' `indices` and values of a parameter that a sparse update rule trains; empty for any other."""
 
 
 def prepare(
@@ -120,6 +125,7 @@ class Sparse:
             refuse_unsuppressed(self.blocks)
         self.selector = selector
         self.update = update
+        self.update.prepare(self._ever_outside_optimizer())
         self.bank = bank
         self.interval = 0
         self.times_active = [0] * len(self.blocks)
@@ -128,9 +134,11 @@ class Sparse:
         self._classes = self._decay_classes()
         self._engine: DeepSpeedEngine | None = None
         self._registration: Registration | None = None
+        self._placeholder = self._choose_placeholder()
         self._prober: Prober | None = None
         self._rounding: RoundingLoss | None = None
         self._observed_at = -1
+        self._applied = True  # the last optimizer step, by the update rule
         # Of the first group's learning rate; other than 1 where no block has a group and always-on parts differ.
         self._rate_of_blocks = 1.0
         _let_backward_end(model)
@@ -161,9 +169,19 @@ class Sparse:
         active = [p for index in self._slots for p in self.blocks[index].parameters.values()]
         return active + [p for part in self.always_on.values() for p in part.values()]
 
+    def ever_in_optimizer(self) -> list[nn.Parameter]:
+        """What DeepSpeed's optimizer may ever hold."""
+        if self._placeholder is not None:
+            return [self._placeholder]
+        blocks = [p for block in self.blocks for p in self._registered_parameters(block.index).values()]
+        return blocks + [p for part in self.always_on.values() for p in part.values()]
+
     def held(self) -> dict[str, list[torch.Tensor]]:
-        """The live tensors of the model's state on this rank, by kind: weights, gradients, masters, moments."""
-        return self._registered().held()
+        """The live tensors of the model's state on this rank, by kind: weights, gradients, masters, moments, and of a
+        sparse update rule indices."""
+        held = {"indices": []} | self._registered().held()
+        held["gradients"] = [*held["gradients"], *self._local.held()]
+        return {kind: [*tensors, *self.update.held().get(kind, [])] for kind, tensors in held.items()}
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +195,15 @@ class Sparse:
         Shares of all ranks make the whole; who writes into them calls `publish` afterwards."""
         registration = self._registered()
         return registration.owned_start(parameter), registration.owned_range(parameter)
+
+    def entries(self, name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """What a sparse update rule keeps of this rank's share of a parameter: flat `indices` in it, and as many values
+        of `weight` and whatever else; empty where it keeps nothing."""
+        kept = self.update.slices(name)
+        if not kept:
+            return {}
+        start, weights = self.owned(parameter)
+        return {**kept, "weight": weights[(kept["indices"] - start).to(weights.device)]}
 
     def publish(self, parameter: nn.Parameter) -> None:
         """Give every rank that stores `parameter` the shares of the others. Collective."""
@@ -200,6 +227,7 @@ class Sparse:
             "interval": self.interval,
             "times_active": list(self.times_active),
             "selector": self.selector.state_dict(),
+            "update": self.update.state_dict(),
             "observed_at": self._observed_at,
             "probes": self._prober.taken if self._prober is not None else 0,
             "learning_rates": [float(group["lr"]) for group in engine.basic_optimizer.param_groups],
@@ -233,7 +261,12 @@ class Sparse:
         self._arrange(state["slots"])
         for number, group in enumerate(self.groups()):
             self._load_group(number, group, source)
-        self._local.replace(self._outside_optimizer())
+        self.update.load_state_dict(state.get("update", {}))
+        for name in self._ever_outside_optimizer():
+            kept = source.entries(name)
+            if kept:
+                self.update.restore(name, {key: value for key, value in kept.items() if key != "weight"})
+        self._local.replace(self._outside_optimizer(), keep=self.bank.keeps)
         self._rounding = self._follow_rounding()
         if self._rounding is not None:
             self._rounding.share = state["rounded_away"]
@@ -305,6 +338,8 @@ class Sparse:
             raise ValueError(
                 "nothing is left for the optimizer: choose an always-on part, or an update rule that registers tensors"
             )
+        if self._placeholder is not None and self._engine is None:
+            self.model.register_parameter(_PLACEHOLDER, self._placeholder)
         return groups
 
     def attach(
@@ -331,14 +366,15 @@ class Sparse:
             raise ValueError("attach() got one of probe_batches and loss_function: it takes both or neither")
         if self.selector.measures and probe_batches is None:
             raise self._cannot_measure()
-        if self._sparse_rule and engine.gradient_clipping() > 0:
+        if self._sparse_rule and engine.gradient_clipping() != self.update.gradient_clipping:
             raise ValueError(
                 f"gradient_clipping is {engine.gradient_clipping()}, but {type(self.update).__name__} keeps gradients "
-                "that DeepSpeed's norm does not see: set gradient_clipping to 0"
+                f"that DeepSpeed's norm does not see: set gradient_clipping to {self.update.gradient_clipping}, which "
+                "is the rule's"
             )
         if self._sparse_rule and engine.fp16_enabled():
             raise ValueError(f"fp16 gradients are scaled, which {type(self.update).__name__} does not see: use bf16")
-        refuse_waiting_experts(engine)
+        refuse_waiting_experts(engine, sparse_rule=self._sparse_rule)
         registration = register(engine, self.groups())
         if registration.rebuilt:
             logger.warning(
@@ -351,8 +387,10 @@ class Sparse:
         self._engine, self._registration = engine, registration
         self._fetch_order = FetchOrder(self.blocks)
         self._rounding = self._follow_rounding()
-        self._local = LocalGradients(self.update, registration)
-        self._local.replace(self._outside_optimizer())
+        if self._placeholder is not None:
+            delattr(self.model, _PLACEHOLDER)  # nothing else is to see it
+        self._local = LocalGradients(self.update, registration, is_last=self._is_last_micro_batch)
+        self._local.replace(self._outside_optimizer(), keep=self.bank.keeps)
         self._guard = Guard(registration, self.blocks, every=guard_every, expect_motion=not self._sparse_rule)
         if probe_batches is not None and loss_function is not None:
             self._prober = Prober(
@@ -373,6 +411,8 @@ class Sparse:
         # Of the module: `engine.eval()` leaves the engine's own flag alone.
         if not (self._attached().module.training and torch.is_grad_enabled()):
             return  # evaluation sees the set that has just trained
+        if self._placeholder is not None:
+            self._registered().expect_no_gradients()
         step = self.steps
         self._measure(step)
         if step // self.selector.interval != self.interval:
@@ -404,7 +444,7 @@ class Sparse:
                 self._refill(registration, slot, entering.pop(0))
         if self._rounding is not None:
             self._rounding.finish()
-        self._local.replace(self._outside_optimizer())
+        self._local.replace(self._outside_optimizer(), keep=self.bank.keeps)
         order = self._fetch_order.after_switch(registration.fetch_order(), lowest=self.active[0])
         if order is not None:
             registration.expect_fetch_order(order)
@@ -444,7 +484,7 @@ class Sparse:
         engine.forward = forward  # type: ignore[method-assign]
 
     def _wrap_step(self, engine: DeepSpeedEngine) -> None:
-        inner = engine.step
+        inner, was_applied = engine.step, engine.was_step_applied
 
         @wraps(inner)
         def step(*args: Any, **kwargs: Any) -> None:
@@ -461,13 +501,22 @@ class Sparse:
             inner(*args, **kwargs)
             self._registered().after_step()
             if boundary:
-                self._local.finish(applied=engine.was_step_applied(), learning_rate=learning_rate)
+                by_deepspeed = was_applied()
+                self._applied = self._local.finish(applied=by_deepspeed, learning_rate=learning_rate)
+                engine.skipped_steps += by_deepspeed and not self._applied
             if engine.was_step_applied():
                 self._guard.note_learning_rate(learning_rate)
                 for index in self._slots:
                     self.times_active[index] += 1
 
         engine.step = step  # type: ignore[method-assign]
+        # DeepSpeed does not see the gradients of a sparse update rule, for which a step may be skipped as well.
+        engine.was_step_applied = lambda: was_applied() and self._applied  # type: ignore[method-assign]
+
+    def _is_last_micro_batch(self) -> bool:
+        engine = self._attached()
+        # A loop that manages accumulation itself says so only when it steps.
+        return engine.managed_gradient_accumulation() and engine.is_gradient_accumulation_boundary()
 
     def _replace_checkpoint_calls(self, engine: DeepSpeedEngine) -> None:
         from trainer.checkpoint.engine_calls import EngineCalls  # which knows this module
@@ -504,6 +553,8 @@ class Sparse:
         return [{n: p for n, p in parameters.items() if structure_of.decays(p) == c} for c in self._classes]
 
     def _always_on_groups(self) -> list[tuple[str, bool, dict[str, nn.Parameter]]]:
+        if self._placeholder is not None:
+            return [(_PLACEHOLDER, False, {_PLACEHOLDER: self._placeholder})]
         groups = []
         for part, parameters in self.always_on.items():
             for decayed in (True, False):
@@ -525,12 +576,24 @@ class Sparse:
         return [list(group.values()) for group in self.groups()]
 
     def _outside_optimizer(self) -> dict[str, nn.Parameter]:
-        return {
-            name: p
-            for index in self._slots
-            for name, p in self.blocks[index].parameters.items()
-            if name not in self.update.in_optimizer(self.blocks[index])
-        }
+        """What the update rule trains now."""
+        return self._ever_outside_optimizer(self._slots)
+
+    def _ever_outside_optimizer(self, indices: Iterable[int] | None = None) -> dict[str, nn.Parameter]:
+        """The same with every block active, or with the blocks `indices`."""
+        blocks = self.blocks if indices is None else [self.blocks[index] for index in indices]
+        found = {n: p for b in blocks for n, p in b.parameters.items() if n not in self.update.in_optimizer(b)}
+        if self.update.whole_model:
+            found |= {name: p for part in self.always_on.values() for name, p in part.items()}
+        return found
+
+    def _choose_placeholder(self) -> nn.Parameter | None:
+        """For DeepSpeed's optimizer, which must hold something, where the update rule trains everything itself. It
+        takes no part in the model, so that it has no gradient and stays zero."""
+        if not self.update.whole_model:
+            return None
+        like = next(iter(self.blocks[0].parameters.values()))
+        return nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
 
     def _follow_rounding(self) -> RoundingLoss | None:
         """Where switches drop masters that hold more than the weights do."""

@@ -20,10 +20,18 @@ def gather_experts_together(model: nn.Module) -> None:
         set_z3_leaf_modules(model, holders)
 
 
-def refuse_waiting_experts(engine: DeepSpeedEngine) -> None:
-    """Raise `RegistrationError` on stages 1 and 2, which have no such setting: a rank would wait for ever."""
+def refuse_waiting_experts(engine: DeepSpeedEngine, *, sparse_rule: bool = False) -> None:
+    """Raise `RegistrationError` on stages 1 and 2, which have no such setting: a rank would wait for ever. With an
+    update rule that reduces gradients itself, one by one, on every stage."""
     stage = engine.zero_optimization_stage()
-    if stage in (1, 2) and engine.world_size > 1 and _holders(engine.module):
+    if engine.world_size == 1 or not _holders(engine.module):
+        return
+    if sparse_rule:
+        raise RegistrationError(
+            "update.name: a sparse update rule waits for experts that a rank sends no token, and this model's experts "
+            "are modules of their own: set update.name=dense, or train on one rank"
+        )
+    if stage in (1, 2):
         raise RegistrationError(
             f"deepspeed: ZeRO stage {stage} waits for experts that a rank sends no token, and this model's experts are "
             "modules of their own: set deepspeed=zero3"

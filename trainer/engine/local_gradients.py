@@ -1,12 +1,13 @@
 """Drive an update rule whose parameters are not in DeepSpeed's optimizer.
 
-The parameters keep requiring gradients, so autograd computes them; a hook reduces each one to the ranks' flat ranges,
-hands this rank's to the rule and frees the dense gradient at once, block by block during backward.
+The parameters keep requiring gradients, so autograd computes them; a hook takes each dense gradient and frees it at
+once, block by block during backward. It reduces it to the ranks' flat ranges and hands this rank's to the rule; or,
+where the rule names the few entries that it wants, it sets those aside, and ranks exchange them once for each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from deepspeed import comm as dist
@@ -18,20 +19,27 @@ from trainer.updates import UpdateRule
 
 
 class LocalGradients:
-    """The parameters that `rule` trains now, and the way of their gradients to it."""
+    """The parameters that `rule` trains now, and the way of their gradients to it.
 
-    def __init__(self, rule: UpdateRule, registration: Registration) -> None:
+    `is_last` says in a backward whether its micro-batch is known to be the last one of its step.
+    """
+
+    def __init__(self, rule: UpdateRule, registration: Registration, *, is_last: Callable[[], bool]) -> None:
         self._rule = rule
         self._registration = registration
+        self._is_last = is_last
         self._active: dict[str, nn.Parameter] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._infinite: Tensor | None = None
+        # This rank's sums over micro-batches, of the entries that the rule wants (fp32).
+        self._entries: dict[str, Tensor] = {}
 
-    def replace(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Freeze what is not in `parameters` and train what is; what is in both is left alone."""
+    def replace(self, parameters: Mapping[str, nn.Parameter], *, keep: bool) -> None:
+        """Freeze what is not in `parameters` and train what is; what is in both is left alone. `keep`: the state of
+        what is frozen is wanted again."""
         for name in self._active.keys() - parameters.keys():
             self._active[name].requires_grad_(False)
-            self._rule.leave(name)
+            self._rule.leave(name, keep=keep)
         entering = [name for name in parameters if name not in self._active]
         for handle in self._handles:
             handle.remove()
@@ -45,35 +53,76 @@ class LocalGradients:
         for name in entering:
             self._rule.enter(name, self._registration.owned_range(parameters[name]))
 
-    def finish(self, *, applied: bool, learning_rate: float) -> None:
-        """At the end of an optimizer step: update, or forget if DeepSpeed or any rank's gradients forbid it."""
+    def held(self) -> list[Tensor]:
+        """Gradients that are on their way."""
+        return list(self._entries.values())
+
+    @torch.no_grad()
+    def finish(self, *, applied: bool, learning_rate: float) -> bool:
+        """At the end of an optimizer step: update, or forget if DeepSpeed or any rank's gradients forbid it. Whether
+        there was an update."""
         if not self._active:
-            return
-        if applied and self._finite_everywhere():
+            return applied
+        applied = applied and self._hand_over_entries() and self._finite_everywhere()
+        if applied:
             self._step(learning_rate)
         else:
             for name in self._active:
                 self._rule.discard(name)
         self._infinite = None
+        self._entries.clear()
+        return applied
+
+    def _hand_over_entries(self) -> bool:
+        """Of all ranks, in one exchange; False where any is infinite, as every rank sees."""
+        names = [name for name in self._active if self._rule.wanted(name) is not None]
+        if not names:
+            return True
+        wanted = [self._rule.wanted(name).numel() for name in names]  # type: ignore[union-attr]
+        mean = torch.zeros(sum(wanted), dtype=torch.float32, device=get_accelerator().current_device_name())
+        for name, part in zip(names, mean.split(wanted), strict=True):
+            if name in self._entries:  # else it took no part, as an expert without tokens
+                part.copy_(self._entries.pop(name))
+        dist.all_reduce(mean)
+        mean.div_(dist.get_world_size())
+        if not torch.isfinite(mean).all():
+            return False
+        for name, part in zip(names, mean.split(wanted), strict=True):
+            self._rule.receive(name, part, self._registration.owned_range(self._active[name]), last=True)
+        return True
 
     def _finite_everywhere(self) -> bool:
-        device = get_accelerator().current_device_name()
-        votes = torch.zeros((), device=device) if self._infinite is None else self._infinite.float()
+        if self._infinite is None:  # nothing was reduced parameter by parameter, on any rank
+            return True
+        votes = self._infinite.float()
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return not bool(votes)
 
     def _step(self, learning_rate: float) -> None:
-        with torch.no_grad():
-            for name, parameter in self._active.items():
-                self._rule.step(name, self._registration.owned_range(parameter), lr=learning_rate)
+        weights = {name: self._registration.owned_range(p) for name, p in self._active.items()}
+        self._rule.begin_step(weights)
+        sparse: dict[str, Tensor] = {}
+        for name, parameter in self._active.items():
+            self._rule.step(name, weights[name], lr=learning_rate)
+            moved = self._rule.moved(name)
+            if moved is None:
                 self._registration.publish(parameter)
+            elif moved.numel():
+                sparse[name] = moved
+        self._registration.publish_entries([(self._active[name], moved) for name, moved in sparse.items()])
 
     def _receive(self, name: str, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
-        mine = _reduce_to_owner(gradient, self._registration.owned_range(parameter).numel())
+        wanted = self._rule.wanted(name)
+        if wanted is not None:
+            chosen = gradient.reshape(-1)[wanted].float()
+            self._entries[name] = self._entries[name].add_(chosen) if name in self._entries else chosen
+            return
+        weights = self._registration.owned_range(parameter)
+        mine = _reduce_to_owner(gradient, weights.numel())
         infinite = ~torch.isfinite(mine).all()
         self._infinite = infinite if self._infinite is None else self._infinite | infinite
-        self._rule.receive(name, mine)
+        self._rule.receive(name, mine, weights, last=self._is_last())
 
 
 def _reduce_to_owner(gradient: Tensor, length: int) -> Tensor:

@@ -67,7 +67,7 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
         params_in_partition params_not_in_partition partition_size process_gradients real_dp_process_group
         reenter_backward_if_needed reset_partition_gradient_structures round_robin_bit16_groups
         round_robin_bit16_indices round_robin_bit16_meta round_robin_bit16_offsets round_robin_bit16_padding
-        round_robin_gradients should_refresh_expected_hook_count single_partition_of_fp32_groups
+        round_robin_gradients setup_buckets should_refresh_expected_hook_count single_partition_of_fp32_groups
         update_hook_state_and_maybe_run_epilogue
         """.split()
     ),
@@ -233,6 +233,26 @@ class Registration(ABC):
         whole = parameter.data.new_empty(chunk * ranks)
         dist.all_gather_into_tensor(whole, mine)
         parameter.data.view(-1).copy_(whole[:numel])
+
+    def publish_entries(self, entries: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """As `publish`, for all parameters in one exchange; of each only these flat positions (int64, the same on every
+        rank) can have been written to. Sends 4 bytes for each."""
+        if dist.get_world_size() == 1 or not entries:
+            return
+        flat = torch.cat([self._owned_entries(parameter, positions) for parameter, positions in entries])
+        dist.all_reduce(flat)  # of a value and zeros: exact
+        values = flat.split([positions.numel() for _, positions in entries])
+        for (parameter, positions), value in zip(entries, values, strict=True):
+            parameter.data.view(-1)[positions] = value.to(parameter.dtype)
+
+    @staticmethod
+    def _owned_entries(parameter: nn.Parameter, positions: Tensor) -> Tensor:
+        """The weights at `positions` (fp32), zero where another rank owns them."""
+        chunk = -(-parameter.numel() // dist.get_world_size())
+        return parameter.data.view(-1)[positions].float().where(positions // chunk == dist.get_rank(), 0.0)
+
+    def expect_no_gradients(self) -> None:
+        """Before a forward after which nothing that is registered gets a gradient."""
 
     def _check_supported(self) -> None:
         """Raise `RegistrationError` for settings of this stage that cannot be switched."""
@@ -588,6 +608,10 @@ class _Stage3(Registration):
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
             parameter.partition()  # and so is a gathered one
 
+    def publish_entries(self, entries: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        for parameter, _ in entries:
+            self.publish(parameter)
+
     def _ranges(self, index: int) -> list[tuple[int, int, int]]:
         ranges, offset = [], 0
         for parameter in self.groups[index].values():
@@ -846,6 +870,10 @@ class _Stage1And2(Registration):
             raise RegistrationError(
                 "DeepSpeed's own MoE layers cannot be switched: use a transformers mixture-of-experts model"
             )
+
+    def expect_no_gradients(self) -> None:
+        # The end of backward takes for granted that the first gradient allocated the bucket (0.19.8).
+        self.optimizer.setup_buckets()
 
     def _live_groups(self) -> list[list[nn.Parameter]]:
         return self.optimizer.bit16_groups

@@ -22,11 +22,13 @@ from trainer.accounting import (
     banked_bytes,
     block_shape,
     fused_loss,
+    growing_bytes,
     memory,
     model_state,
     nf4_bytes,
     step_flops,
     step_volume,
+    unmasked_state,
 )
 from trainer.accounting.peak import Activations
 from trainer.activations import Tracer
@@ -38,6 +40,7 @@ from trainer.config.deepspeed import resolve, zero_size
 from trainer.data.tokenizer import load_tokenizer, tokenizer_name
 from trainer.engine.attach import Sparse
 from trainer.loss import choose_fused
+from trainer.updates import Unmask
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Planner:
             stage = ds["zero_optimization"]["stage"]
             base = copy.deepcopy(base)
             model = adapt(base, config.substrate, stage=stage, quantization=config.model.quantization, empty=True).model
-        sparse = prepare_model(config, model)
+        # As many steps as the run has by itself: how many samples there are is not known here.
+        sparse = prepare_model(config, model, config.train.steps or 1)
         ds = size_buckets(ds, sparse, model)
         traced = self._activations(config, model, sparse, ds["zero_optimization"]["stage"])
         return _planned(config, ranks, ds, base, sparse, traced, on_cpu=self._on_cpu)
@@ -154,21 +158,35 @@ def _planned(
     weight_bytes = 4 if config.model.dtype == "fp32" else 2
     gradient_bytes = 4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2
     groups = [[full_numel(p) for p in group.values()] for group in sparse.groups()]
+    dense = [full_numel(p) for p in sparse.trainable_parameters()]  # whose gradients backward makes
     offload = offload_device(ds, "optimizer") != "none"
     quantised = quantised_weights(config, base)
-    parameters = list(sparse.model.parameters())
-    state = model_state(
-        # What is in four bits counts as so many weights of the dtype.
-        [nf4_bytes(p.numel()) // weight_bytes if id(p) in quantised else p.numel() for p in parameters],
-        groups,
-        stage=stage,
-        ranks=ranks,
-        weight_bytes=weight_bytes,
-        gradient_bytes=gradient_bytes,
-        moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
-        offload=offload,
-    )
-    trained = sum(map(sum, groups))
+    # What is in four bits counts as so many weights of the dtype.
+    numels = [
+        nf4_bytes(p.numel()) // weight_bytes if id(p) in quantised else p.numel() for p in sparse.model.parameters()
+    ]
+    accumulation = resolve_batch(config, ranks).accumulation_steps
+    outside: dict[str, int] = {}
+    if isinstance(sparse.update, Unmask):
+        local = config.update.bias_correction == "local"
+        budget = config.update.budget
+        state = unmasked_state(numels, budget, stage=stage, ranks=ranks, weight_bytes=weight_bytes, local_steps=local)
+        candidates, sums = growing_bytes(dense, sparse.update.increment, ranks=ranks, accumulation=accumulation)
+        # In the weights' dtype, and in fp32 while ranks exchange it.
+        outside = {"dense gradient": (4 + weight_bytes) * max(dense), "candidates": candidates, "sums": sums}
+        trained = budget
+    else:
+        state = model_state(
+            numels,
+            groups,
+            stage=stage,
+            ranks=ranks,
+            weight_bytes=weight_bytes,
+            gradient_bytes=gradient_bytes,
+            moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
+            offload=offload,
+        )
+        trained = sum(dense)
     lowest = _lowest(config, sparse)
     vocabulary, hidden = base.get_output_embeddings().weight.shape
     tokens = config.train.micro_batch_size * config.data.max_length
@@ -192,10 +210,11 @@ def _planned(
         depth=len(sparse.blocks) - lowest,
         num_active=len(sparse.active),
         checkpointing=config.model.activation_checkpointing,
-        largest=max(max(group) for group in groups),
+        largest=max(dense),
         embeddings=embeddings.numel() if embeddings.requires_grad else 0,
-        total=sum(p.numel() for p in parameters),
+        total=sum(p.numel() for p in sparse.model.parameters()),
         groups=tuple(map(sum, groups)),
+        sparse=outside,
     )
     zero = Zero(
         stage=stage,
@@ -209,7 +228,6 @@ def _planned(
         machine_ranks=zero_size(ds, "zero_hpz_partition_size"),
         temporaries=on_cpu and not offload,
     )
-    batch = resolve_batch(config, ranks)
     below = sum(sum(full_numel(p) for p in b.module.parameters()) for b in sparse.blocks[:lowest])
     in_blocks = sum(sum(full_numel(p) for p in b.module.parameters()) for b in sparse.blocks)
     head = base.get_output_embeddings().weight.numel()
@@ -223,7 +241,7 @@ def _planned(
         active=shape.num_active,
         state=state,
         memory=memory(state, shape, zero, host=_on_host(config, sparse, shape, zero, trained)),
-        flops=batch.accumulation_steps
+        flops=accumulation
         * step_flops(
             [block_shape(block, base.config) for block in sparse.blocks],
             head=hidden * vocabulary,
@@ -239,11 +257,12 @@ def _planned(
             stage=stage,
             ranks=ranks,
             weight_bytes=weight_bytes,
-            gradient_bytes=gradient_bytes,
-            trained=trained,
+            # While a mask grows all gradients are reduced, in fp32; afterwards only those of the unmasked weights.
+            gradient_bytes=4 if outside else gradient_bytes,
+            trained=sum(dense),
             forward=shape.total,
             backward=in_blocks - below + head,
-            micro_batches=batch.accumulation_steps,
+            micro_batches=accumulation,
             machine_copies=zero.machine_ranks > 1,
         ),
         offloaded=(gradient_bytes + weight_bytes) * -(-trained // ranks) if offload else 0,
@@ -265,7 +284,9 @@ def _on_host(config: RunConfig, sparse: Sparse, shape: StepShape, zero: Zero, tr
     banked = banked_bytes(inactive, ranks=zero.ranks) if sparse.bank.keeps else 0
     if config.bank.name == "cpu":
         held["bank, once all blocks were drawn"] = banked
-    if config.saves:
+    if config.saves and shape.sparse:
+        held["checkpoint, while it is written"] = 20 * part  # masters, moments and indices of unmasked weights
+    elif config.saves:
         draws = -(-config.checkpoint.every // config.selector.interval)
         changed = sum(sorted((b.numel for b in sparse.blocks), reverse=True)[: draws * shape.num_active])
         outside = trained - sum(sparse.blocks[i].numel for i in sparse.active)

@@ -1,0 +1,502 @@
+"""ID3 through the engine against ID3 written down densely for one process from the paper's formulas."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed.comm
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import trainer
+from tests import distributed
+from tests.engine.parity import (
+    ADAM,
+    Cell,
+    batch,
+    build_model,
+    full_weights,
+    largest_difference,
+    learning_rate,
+    make_engine,
+    make_selector,
+    train_step,
+)
+from trainer.checkpoint import CheckpointError, Checkpoints, Store
+from trainer.updates import Unmask, top_k
+from trainer.updates.adam import AdamSettings
+from trainer.updates.top_k import best, best_of_all
+from trainer.updates.unmask import d3_scores, scalar_updates, target
+
+
+@dataclass(frozen=True)
+class Case:
+    """ID3 at the settings of `cell`. The mask grows in 5 of its steps."""
+
+    cell: Cell = Cell(selector="all", steps=7)
+    budget: int = 203
+    exp: float = 0.0
+    eps: float = 1e-3
+    bias_correction: str = "global"
+    steps: int = 5
+
+    def rule(self) -> Unmask:
+        return Unmask(
+            budget=self.budget,
+            growth_steps=self.steps,
+            exp=self.exp,
+            eps=self.eps,
+            bias_correction=self.bias_correction,  # type: ignore[arg-type]
+            adam=AdamSettings(ADAM["betas"], ADAM["eps"], self.cell.weight_decay),
+            gradient_clipping=self.cell.clipping,
+        )
+
+
+# --- the parts -------------------------------------------------------------------------------------------------
+
+
+def test_equal_increments_reach_the_budget_to_the_unit() -> None:
+    for budget, steps in ((10, 3), (3, 10), (7, 7), (1, 1), (100, 1)):
+        totals = [target(step, budget=budget, steps=steps) for step in range(steps + 3)]
+        increments = [after - before for before, after in zip(totals, totals[1:], strict=False)]
+        assert totals[0] == 0 and totals[steps:] == [budget] * 3
+        assert max(increments[:steps]) - min(increments[:steps]) <= 1 and increments == sorted(increments, reverse=True)
+    assert scalar_updates(budget=100, steps=10, total_steps=10) == 100 * 11 // 2
+    assert scalar_updates(budget=100, steps=10, total_steps=15) == 100 * 11 // 2 + 5 * 100
+    assert scalar_updates(budget=3, steps=10, total_steps=10) == 1 + 2 + 8 * 3
+
+
+def test_scores_by_hand() -> None:
+    gradient, weights = torch.tensor([-2.0, 0.0, 3.0, 0.0]), torch.tensor([0.5, 1.0, -1.0, 0.0])
+    assert torch.equal(d3_scores(gradient, weights, exp=0, eps=0.5), torch.tensor([2.0, 0.0, 3.0, 0.0]))
+    assert torch.equal(d3_scores(gradient, weights, exp=2, eps=0.5), torch.tensor([2.0, 0.0, 3 / 2.25, 0.0]))
+    assert d3_scores(gradient, weights, exp=1, eps=0)[3] == torch.inf
+
+
+def test_best_is_topk_and_ties_go_to_the_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size, values in ((50, 4), (1000, 7), (1000, 10**6)):
+        scores = torch.randint(values, (size,), generator=generator).float()  # many ties, and zeros
+        ranked = scores.sort(descending=True, stable=True).indices
+        for k in (0, 1, 2, 17, size - 1, size, size + 5):
+            assert torch.equal(best(scores, k), ranked[:k].sort().values)
+            assert torch.equal(scores[best(scores, k)].sort().values, scores.topk(min(k, size)).values.sort().values)
+
+
+def test_settings_that_make_no_sense() -> None:
+    for changed, message in (
+        ({"budget": 0}, "update.budget: got 0; allowed: 1 or more"),
+        ({"exp": -1.0}, "update.exp: got -1.0; allowed: 0 or more"),
+        ({"eps": -1e-3}, "update.eps: got -0.001; allowed: 0 or more"),
+        ({"growth_steps": 0}, "update.growth_steps: got 0"),
+        ({"bias_correction": "none"}, "update.bias_correction: got none; allowed: global, local"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Unmask(**changed)
+    model = build_model(Cell())
+    weights = sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match=f"update.budget: got {weights + 1}, but only {weights} weights may train"):
+        trainer.prepare(model, selector=make_selector(Cell(selector="all")), update=Unmask(budget=weights + 1))
+
+
+class Counting:
+    """deepspeed.comm, counting the bytes that a rank sends."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(deepspeed.comm, name)
+
+    def all_gather_into_tensor(self, whole: Tensor, mine: Tensor) -> None:
+        self.sent += mine.numel() * mine.element_size()
+        deepspeed.comm.all_gather_into_tensor(whole, mine)
+
+
+def _top_k(rank: int, ranks: int) -> list[str]:
+    """Scores of unequal numbers on each rank, some fewer than k: as torch.topk on all of them."""
+    problems = []
+    generator = torch.Generator().manual_seed(3)
+    for values in (3, 5, 10**6):
+        whole = torch.randint(values, (97,), generator=generator).float()
+        owner = torch.randint(ranks, (97,), generator=generator)
+        owner[:40] = 0
+        for k in (1, 5, 30, 97, 120):
+            positions = (owner == rank).nonzero().view(-1)
+            mine = positions[best(whole[positions], k)]
+            counting = Counting()
+            with mock.patch.object(top_k, "dist", counting):
+                scores, chosen = best_of_all(whole[mine], mine, k)
+            if counting.sent != 12 * k:
+                problems.append(f"k {k}: {counting.sent} bytes sent")
+            wanted = whole.sort(descending=True, stable=True).indices[:k].sort().values
+            if not torch.equal(chosen, wanted) or not torch.equal(scores, whole[wanted]):
+                problems.append(f"{values} values, k {k}: {chosen.tolist()}, wanted {wanted.tolist()}")
+            if not torch.equal(scores.sort().values, whole.topk(min(k, 97)).values.sort().values):
+                problems.append(f"{values} values, k {k}: not torch.topk")
+    return problems
+
+
+# --- parity ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """Dense gradients, dense moments and a mask for every weight, in one process."""
+
+    model: torch.nn.Module
+    case: Case
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    updates: int = 0
+
+    def run(self) -> None:
+        cell = self.case.cell
+        names = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.masks = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in names.items()}
+        path = "base_model.model.model.layers" if cell.lora else "model.layers"
+        blocks = [[n for n in names if n.startswith(f"{path}.{i}.")] for i in range(6)]
+        outside = [n for n in names if ".layers." not in n]
+        if not cell.lora:
+            outside = [n for n in outside if self._part(n) in cell.always_on]
+        selector, previous = make_selector(cell), set()
+        for step in range(cell.steps):
+            drawn = selector.select(step // cell.interval, 6)
+            active = {n: names[n] for n in names if n in outside or any(n in blocks[i] for i in drawn)}
+            if cell.bank == "discard":
+                for name in previous - active.keys():
+                    self.state.pop(name, None)
+            previous = set(active)
+            self._step(step, active)
+
+    @staticmethod
+    def _part(name: str) -> str:
+        return {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}.get(name, "norm")
+
+    def _step(self, step: int, active: dict[str, Tensor]) -> None:
+        cell = self.case.cell
+        self.model.zero_grad()
+        for micro in range(cell.accumulation):
+            for rank in range(cell.ranks):
+                ids = batch(step, micro, ranks=cell.ranks, rank=rank)
+                (self.model(input_ids=ids, labels=ids).loss / (cell.accumulation * cell.ranks)).backward()
+        gradients = {n: p.grad for n, p in active.items()}
+        with torch.no_grad():
+            self._grow(step, active, gradients)
+            for name in active:
+                gradients[name] = gradients[name] * self.masks[name]
+            if cell.clipping:
+                norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+                for gradient in gradients.values():
+                    gradient.mul_(min(1.0, cell.clipping / (norm.item() + 1e-6)))
+            for name, p in active.items():
+                self._adam(step, name, p, gradients[name])
+        self.updates += sum(int(self.masks[n].sum()) for n in active)
+
+    def _grow(self, step: int, active: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        case = self.case
+        t = min(step + 1, case.steps)
+        wanted = t * (case.budget // case.steps) + min(t, case.budget % case.steps)
+        k = wanted - sum(int(mask.sum()) for mask in self.masks.values())
+        scores = torch.cat(
+            [
+                (gradients[n].abs() / (case.eps + p.abs()) ** case.exp).masked_fill(self.masks[n], -1).view(-1)
+                for n, p in active.items()
+            ]
+        )
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        ranked = scores.sort(descending=True, stable=True).indices[:k]
+        chosen[ranked[scores[ranked] >= 0]] = True
+        for (name, p), part in zip(active.items(), chosen.split([p.numel() for p in active.values()]), strict=True):
+            self.masks[name] |= part.view_as(p)
+
+    def _adam(self, step: int, name: str, p: Tensor, gradient: Tensor) -> None:
+        cell, mask, (b1, b2) = self.case.cell, self.masks[name], ADAM["betas"]
+        s = self.state.setdefault(
+            name, {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "t": torch.zeros_like(p, dtype=torch.int64)}
+        )
+        s["t"] += mask
+        s["m"].mul_(b1).add_(gradient, alpha=1 - b1)
+        s["v"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+        t = s["t"].clamp(min=1).double() if self.case.bias_correction == "local" else torch.full_like(p, step + 1.0)
+        lr = ADAM["lr"] * learning_rate(cell, step)
+        update = (s["m"] / (1 - b1**t)) / ((s["v"] / (1 - b2**t)).sqrt() + ADAM["eps"])
+        decay = cell.weight_decay if p.dim() >= 2 else 0.0
+        p.copy_(torch.where(mask, p * (1 - lr * decay) - lr * update.to(p.dtype), p))
+
+
+def start(case: Case) -> tuple[Any, trainer.Sparse]:
+    cell = case.cell
+    return _attach(case, build_model(cell))
+
+
+def _attach(case: Case, model: torch.nn.Module) -> tuple[Any, trainer.Sparse]:
+    cell = case.cell
+    sparse = trainer.prepare(
+        model,
+        selector=make_selector(cell),
+        update=case.rule(),
+        bank=cell.bank,
+        always_on=None if cell.lora else cell.always_on,
+        substrate="adapter" if cell.lora else "full",
+    )
+    engine = make_engine(cell, model, sparse)
+    sparse.attach(engine, guard_every=1)
+    return engine, sparse
+
+
+def masks_of(engine: Any, sparse: trainer.Sparse) -> dict[str, Tensor]:
+    shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in engine.module.named_parameters()}
+    masks = {n: torch.zeros(shape, dtype=torch.bool) for n, shape in shapes.items()}
+    for name in sparse._ever_outside_optimizer():
+        masks[name].view(-1)[sparse.update.moved(name)] = True
+    return masks
+
+
+def compared(rank: int, case: Case) -> list[str]:
+    """What differs from the reference, and what moved that should not have."""
+    engine, sparse = start(case)
+    first = full_weights(engine)
+    before, problems = dict.fromkeys(first, False), []
+    for step in range(case.cell.steps):
+        train_step(case.cell, engine, step, rank)
+        after = masks_of(engine, sparse)
+        if not all(bool(after[n][before[n]].all()) for n in after if torch.is_tensor(before[n])):
+            problems.append(f"step {step}: the mask shrank")
+        before = after
+    weights, masks = full_weights(engine), masks_of(engine, sparse)
+    expected = Reference(build_model(case.cell), case)
+    expected.run()
+    problems += [n for n in expected.masks if not torch.equal(masks[n], expected.masks[n])]
+    difference = largest_difference(weights, {n: p.detach() for n, p in expected.model.named_parameters()})
+    if difference > 1e-6:
+        problems.append(f"weights differ by {difference}")
+    problems += [f"{n} moved" for n in weights if not torch.equal(weights[n][~masks[n]], first[n][~masks[n]])]
+    rule = sparse.update
+    assert isinstance(rule, Unmask)
+    total = sum(int(mask.sum()) for mask in masks.values())
+    if not total == rule.unmasked == case.budget or rule.updates != expected.updates:
+        problems.append(f"{total} unmasked, {rule.updates} updates, expected {expected.updates}")
+    wanted = scalar_updates(budget=case.budget, steps=case.steps, total_steps=case.cell.steps)
+    if case.cell.selector == "all" and rule.updates != wanted:
+        problems.append(f"{rule.updates} updates, by the formula {wanted}")
+    engine.destroy()
+    return [f"{case}: {problem}" for problem in problems]
+
+
+def _cases(ranks: int, *, every: bool) -> tuple[Case, ...]:
+    def cell(**changed: Any) -> Cell:
+        return Cell(**{"selector": "all", "steps": 7, "ranks": ranks, **changed})
+
+    first = (
+        # All weights at once, norms too, which do not decay: Adam.
+        Case(cell(stage=0, weight_decay=0.1), budget=sum(p.numel() for p in build_model(Cell()).parameters()), steps=1),
+        Case(cell(stage=1, weight_decay=0.1, accumulation=2), exp=1.0, eps=1e-2),
+        Case(cell(stage=2, selector="uniform", bank="discard", steps=8), exp=0.5, bias_correction="local"),
+        Case(cell(stage=3, weight_decay=0.1, accumulation=2, clipping=0.05, schedule="cosine")),
+    )
+    others = (
+        Case(cell(stage=2, tied=True, clipping=0.05), bias_correction="local"),
+        Case(cell(stage=3, always_on=()), budget=3),  # fewer than there are steps
+        Case(cell(stage=3, selector="uniform", bank="device", steps=10), bias_correction="local"),
+        Case(cell(stage=2, selector="uniform", bank="discard", steps=10)),
+        Case(cell(stage=3, lora=4), budget=77),
+        Case(cell(stage=2, checkpointing=True), budget=4001),
+    )
+    return first + others if every else first
+
+
+def _some_cases(rank: int) -> list[str]:
+    return _top_k(rank, 2) + [problem for case in _cases(2, every=False) for problem in compared(rank, case)]
+
+
+def _all_cases(rank: int, ranks: int) -> list[str]:
+    return _top_k(rank, ranks) + [problem for case in _cases(ranks, every=True) for problem in compared(rank, case)]
+
+
+def test_masks_and_weights_are_those_of_dense_id3() -> None:
+    for problems in distributed.run(_some_cases, ranks=2):
+        assert not problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_masks_and_weights_on_other_numbers_of_ranks(ranks: int) -> None:
+    for problems in distributed.run(_all_cases, ranks, ranks=ranks):
+        assert not problems
+
+
+# --- half precision, skipped steps, infinite scores ------------------------------------------------------------
+
+
+def _half_precision(rank: int) -> list[str]:
+    problems = []
+    for stage in (2, 3):
+        case = Case(Cell(selector="all", stage=stage, steps=7, dtype="bf16", weight_decay=0.1))
+        engine, sparse = start(case)
+        first = full_weights(engine)
+        for step in range(case.cell.steps):
+            train_step(case.cell, engine, step, rank)
+        weights, masks = full_weights(engine), masks_of(engine, sparse)
+        moved = sum(int((weights[n] != first[n]).sum()) for n in weights)
+        if not all(torch.equal(weights[n][~masks[n]], first[n][~masks[n]]) for n in weights):
+            problems.append(f"stage {stage}: masked weights moved")
+        if not 0.8 * case.budget <= moved <= case.budget:  # small steps of large weights round to nothing
+            problems.append(f"stage {stage}: {moved} weights moved")
+        gathered: list[Any] = [None, None]
+        torch.distributed.all_gather_object(gathered, {n: w.sum().item() for n, w in weights.items()})
+        if gathered[0] != gathered[1]:
+            problems.append(f"stage {stage}: ranks hold different weights")
+        engine.destroy()
+    return problems
+
+
+def _skipped(rank: int) -> list[str]:
+    """A step of infinite gradients, on one rank and while the mask grows (1) and when it is whole (4)."""
+    problems = []
+    for stage in (0, 3):
+        case = Case(Cell(selector="all", stage=stage), steps=3)
+        engine, sparse = start(case)
+        for step in range(6):
+            before, unmasked = full_weights(engine), sparse.update.unmasked  # type: ignore[attr-defined]
+            ids = batch(step, 0, ranks=2, rank=rank)
+            broken = step in (1, 4)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss * (float("inf") if broken and rank == 1 else 1.0))
+            engine.step()
+            moved = largest_difference(before, full_weights(engine)) > 0
+            grew = sparse.update.unmasked > unmasked  # type: ignore[attr-defined]
+            if moved == broken or engine.was_step_applied() == broken or grew != (step in (0, 2, 3)):
+                problems.append(
+                    f"stage {stage} step {step}: moved {moved}, applied {engine.was_step_applied()}, {grew}"
+                )
+        if sparse.steps != 4:
+            problems.append(f"stage {stage}: {sparse.steps} steps")
+        engine.destroy()
+    return problems
+
+
+def _infinite_scores(rank: int) -> str:
+    case = Case(Cell(selector="all", stage=3, steps=1), exp=1.0, eps=0.0)
+    model = build_model(case.cell)
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[0, 0] = 0.0  # on the first rank
+    engine, _ = _attach(case, model)
+    try:
+        train_step(case.cell, engine, 0, rank)
+    except ValueError as error:
+        engine.destroy()
+        return str(error)
+    return "nothing"
+
+
+def _refused(rank: int) -> list[str]:
+    messages = []
+    case = Case(Cell(selector="all", stage=2, clipping=1.0))
+    model = build_model(case.cell)
+    sparse = trainer.prepare(model, selector=make_selector(case.cell), update=Unmask(budget=5))
+    engine = make_engine(case.cell, model, sparse)
+    try:
+        sparse.attach(engine)
+    except ValueError as error:
+        messages.append(str(error))
+    engine.destroy()
+    return messages
+
+
+def _edges(rank: int) -> tuple[list[str], str, list[str]]:
+    return _half_precision(rank) + _skipped(rank), _infinite_scores(rank), _refused(rank)
+
+
+def test_half_precision_skipped_steps_and_what_is_refused() -> None:
+    for problems, infinite, refused in distributed.run(_edges, ranks=2):
+        assert not problems
+        assert infinite.startswith("update.eps: got 0.0 with update.exp 1.0, for which")
+        assert len(refused) == 1 and "gradient_clipping is 1.0" in refused[0] and "to 0.0" in refused[0]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def saved(rank: int, case: Case, folder: Path, stop: int) -> None:
+    engine, sparse = start(case)
+    checkpoints = Checkpoints(sparse, folder, keep=1, asynchronous=False)
+    for step in range(stop):
+        train_step(case.cell, engine, step, rank)
+    checkpoints.save(stop, {})
+    engine.destroy()
+
+
+def finished(rank: int, case: Case, folder: Path | None) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+    """Weights, masks and counts at the end, from the start or from the checkpoint in `folder`."""
+    engine, sparse = start(case)
+    step = 0
+    if folder is not None:
+        (step,) = Store(folder).steps()
+        Checkpoints(sparse, folder, keep=1, asynchronous=False).resume(Store(folder), step)
+    for number in range(step, case.cell.steps):
+        train_step(case.cell, engine, number, rank)
+    result = full_weights(engine), masks_of(engine, sparse), sparse.update.state_dict()
+    engine.destroy()
+    return result
+
+
+def _resumed(rank: int, place: Path) -> list[str]:
+    problems = []
+    for number, (case, stop, stage) in enumerate(
+        (
+            (Case(Cell(selector="all", stage=3, steps=7, weight_decay=0.1), bias_correction="local"), 3, 3),
+            (Case(Cell(selector="uniform", stage=2, bank="discard", steps=7)), 3, 3),
+        )
+    ):
+        weights, masks, counts = finished(rank, case, None)
+        saved(rank, case, place / str(number), stop)
+        other = replace(case, cell=replace(case.cell, stage=stage))
+        again, its_masks, its_counts = finished(rank, other, place / str(number))
+        difference = largest_difference(weights, again)
+        same = all(torch.equal(masks[n], its_masks[n]) for n in masks) and counts == its_counts
+        if not same or difference > (0.0 if stage == case.cell.stage else 1e-6):
+            problems.append(f"{case}: resumed after {stop} on stage {stage}: off by {difference}, same masks {same}")
+        for file in (place / str(number)).rglob("*.safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                problems += [f"{file}: {key}" for key in opened.keys() if key.startswith(("weight:", "master:"))]  # noqa: SIM118
+    return problems + _another_base(rank, place / "0")
+
+
+def _another_base(rank: int, folder: Path) -> list[str]:
+    case = Case(Cell(selector="all", stage=3, steps=7, weight_decay=0.1), bias_correction="local")
+    model = build_model(case.cell)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] += 1.0
+    engine, sparse = _attach(case, model)
+    try:
+        Checkpoints(sparse, folder, keep=1, asynchronous=False).resume(Store(folder), 3)
+    except CheckpointError as error:
+        return [] if "another one than when this run began: block-002 differs" in str(error) else [str(error)]
+    finally:
+        engine.destroy()
+    return ["a checkpoint went onto another base"]
+
+
+def test_a_checkpoint_holds_unmasked_weights_and_goes_on_exactly(tmp_path: Path) -> None:
+    for problems in distributed.run(_resumed, tmp_path, ranks=2):
+        assert not problems
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    case = Case(Cell(selector="all", stage=3, steps=7, ranks=4))
+    weights, masks, _ = distributed.run(finished, case, None, ranks=4)[0]
+    distributed.run(saved, case, tmp_path, 3, ranks=4)
+    for ranks in (1, 2):
+        shutil.copytree(tmp_path, tmp_path.with_name(f"on-{ranks}"))
+        other = replace(case, cell=replace(case.cell, ranks=ranks))
+        again, its_masks, _ = distributed.run(finished, other, tmp_path.with_name(f"on-{ranks}"), ranks=ranks)[0]
+        assert largest_difference(again, weights) <= 1e-6
+        assert all(torch.equal(its_masks[n], masks[n]) for n in masks)

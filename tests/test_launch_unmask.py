@@ -1,0 +1,75 @@
+"""ID3 through the real launcher: as many weights of the base as the budget move, and no others."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.launching import deepspeed, launch, metrics, write_inputs
+from tests.test_launch_adapters import write_base
+from trainer.__main__ import main
+
+BUDGET = 157
+ID3 = [
+    "method=id3",
+    f"update.budget={BUDGET}",
+    "update.growth_steps=5",
+    "model.random=null",
+    "model.path=base",
+    "train.steps=8",
+    "optimizer.lr=2.0e-2",
+    "selector={name: all}",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which ID3 ran on two ranks; with four samples to a step two micro-batches, over which it sums."""
+    place = tmp_path_factory.mktemp("id3")
+    write_inputs(place)
+    write_base(place)
+    finished = launch(deepspeed("tiny.yaml", *ID3), place)
+    assert finished.code == 0, finished.everything
+    return place
+
+
+def test_as_many_weights_as_the_budget_move_and_the_loss_falls(place: Path) -> None:
+    folder = place / "runs" / "tiny"
+    lines = [line for line in metrics(folder) if "unmasked" in line]
+    assert [line["unmasked"] for line in lines] == [32, 64, 95, 126, 157, 157, 157, 157]
+    assert all(line["grad_norm"] > 0 for line in lines)
+    losses = [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line]
+    assert losses[-1] < losses[0] and math.isfinite(losses[-1])
+    base, trained = (load_file(next(f.glob("*.safetensors"))) for f in (place / "base", folder / "model"))
+    assert base.keys() == trained.keys()
+    moved = sum(int((base[name] != trained[name]).sum()) for name in base)
+    assert moved == BUDGET
+    assert sum(f.stat().st_size for f in (folder / "checkpoints").rglob("block-*.safetensors")) < 60_000
+
+
+def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(place: Path, tmp_path: Path) -> None:
+    run, base = str(place / "runs" / "tiny"), str(place / "base")
+    trained = load_file(place / "runs" / "tiny" / "model" / "model.safetensors")
+    assert main(["export", run, str(tmp_path / "whole"), "--base", base]) == 0
+    assert main(["export", run, str(tmp_path / "delta"), "--delta", "--base", base]) == 0
+    assert main(["apply", base, str(tmp_path / "delta"), str(tmp_path / "applied")]) == 0
+    for name in ("whole", "applied"):
+        written = load_file(tmp_path / name / "model.safetensors")
+        assert written.keys() == trained.keys()
+        assert all(torch.equal(written[key], trained[key]) for key in trained)
+    delta = load_file(tmp_path / "delta" / "delta.safetensors")
+    assert all(key.startswith(("indices:", "values:")) for key in delta)
+    assert sum(tensor.numel() for tensor in delta.values()) == 2 * BUDGET
+
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    changed = load_file(other / "model.safetensors")
+    changed["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    assert main(["apply", str(other), str(tmp_path / "delta"), str(tmp_path / "wrong")]) == 2
+    assert not (tmp_path / "wrong").exists()
