@@ -113,7 +113,7 @@ def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str
     """Of one optimizer step of `shape` under `zero`, with the model state `state`. `host` is held there besides."""
     resident = {"weights": state.weights}
     on_host = {k: v for k, v in host.items() if v}
-    for kind in ("gradients", "masters", "moments", "indices"):
+    for kind in ("gradients", "masters", "moments", *(["indices"] if state.indices else [])):
         (on_host if state.offload else resident)[kind] = getattr(state, kind)
     bucket = zero.weight_bytes * zero.reduce_bucket
     if zero.stage == 3:
