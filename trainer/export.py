@@ -6,6 +6,7 @@ Weights are gathered a block at a time and written by rank 0, which holds a shar
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.adapters import Adapted
 from trainer.blocks import Piece, pieces
+from trainer.checkpoint import LeaseError
 from trainer.merging import Merger, plain_twin
 from trainer.shards import Alone, ExportError, complete_or_not_at_all, digest, write_model
 
@@ -29,25 +31,32 @@ __all__ = ["ExportError", "export", "export_adapter", "export_merged", "save", "
 class Together(Alone):
     """Rank 0 takes the steps; after each, all ranks know whether it failed, and ask `stop` whether to go on.
 
-    `stop` is called on all ranks at the same points, may communicate, and ends the export by raising.
+    `stop` is called on all ranks at the same points, may communicate, and ends the export by raising. What was written
+    takes its place inside `publishing`.
     """
 
-    def __init__(self, stop: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        stop: Callable[[], None] | None = None,
+        publishing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.writes = dist.get_rank() == 0
         self._stop = stop
+        self._publishing = publishing
 
     def __call__(self, work: Callable[[], None], *, last: bool = False) -> None:
         failure = None
         if self.writes:
             try:
-                work()
+                with self._publishing() if last else nullcontext():
+                    work()
             except Exception as error:  # told to the other ranks first, which would wait for this one
                 failure = error
         told = self.share(None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
+        if isinstance(failure, ExportError | LeaseError):
             raise failure
-        if told is not None:
-            raise ExportError(f"rank 0 could not write: {told}")
+        if told is not None:  # the same on all ranks, which then take the same way on
+            raise ExportError(f"rank 0 could not write: {told}") from failure
         if self._stop is not None and not last:
             self._stop()
 
@@ -64,25 +73,25 @@ def save(
     adapters: Adapted | None,
     *,
     merge: bool,
-    stop: Callable[[], None] | None = None,
+    step: Together | None = None,
 ) -> tuple[list[tuple[str, Path]], ExportError | None]:
     """Write what was trained into a run folder; returns what there is now, as (label, path).
 
     `model/` for whole models; for adapters `adapter/` in PEFT's format, those of all blocks, and before it, with
     `merge`, the model that they make of their base: a run is finished when what it writes last is there. Where merging
-    fails, the error is returned with what there is. `stop` is asked between blocks, as `Together` says.
+    fails, the error is returned with what there is. `step` is how, and whether, ranks go on together.
     """
     if adapters is None:
-        export(engine, tokenizer, folder / "model", stop=stop)
+        export(engine, tokenizer, folder / "model", step=step)
         return [("Model", folder / "model")], None
     written, failure = [("Adapter", folder / "adapter")], None
     if merge:
         try:
-            export_merged(engine, adapters, tokenizer, folder / "model", stop=stop)
+            export_merged(engine, adapters, tokenizer, folder / "model", step=step)
             written.append(("Model", folder / "model"))
         except ExportError as error:
             failure = error
-    export_adapter(engine, adapters, folder / "adapter", stop=stop)
+    export_adapter(engine, adapters, folder / "adapter", step=step)
     return written, failure
 
 
@@ -91,7 +100,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    stop: Callable[[], None] | None = None,
+    step: Together | None = None,
     **options: Any,
 ) -> None:
     """Gather the weights block by block and write `folder`, which `from_pretrained` opens.
@@ -101,12 +110,12 @@ def export(
     fails.
     """
     engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
-    write_model(engine.module, tokenizer, folder, lambda piece: _gather(piece.tensors), step=Together(stop), **options)
+    write_model(
+        engine.module, tokenizer, folder, lambda piece: _gather(piece.tensors), step=step or Together(), **options
+    )
 
 
-def export_adapter(
-    engine: DeepSpeedEngine, adapters: Adapted, folder: Path, *, stop: Callable[[], None] | None = None
-) -> None:
+def export_adapter(engine: DeepSpeedEngine, adapters: Adapted, folder: Path, *, step: Together | None = None) -> None:
     """Write the adapters of all blocks in PEFT's format, which `PeftModel.from_pretrained` opens on the base.
 
     Only they are gathered, and rank 0 holds them. As `export`: all ranks take part, and the folder is compared before
@@ -115,7 +124,7 @@ def export_adapter(
     engine.empty_partition_cache()
     everything = adapters.model.state_dict(keep_vars=True)
     weights = _gather({name: everything[name] for name in everything if name in adapters.names})
-    write_adapter(adapters.model, weights, folder, step=Together(stop))
+    write_adapter(adapters.model, weights, folder, step=step or Together())
 
 
 def export_merged(
@@ -124,11 +133,11 @@ def export_merged(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    stop: Callable[[], None] | None = None,
+    step: Together | None = None,
 ) -> None:
     """Write the base with the adapters merged into it, as `export` writes a model."""
     engine.empty_partition_cache()
-    write_merged(adapters, _gather, tokenizer, folder, step=Together(stop))
+    write_merged(adapters, _gather, tokenizer, folder, step=step or Together())
 
 
 def write_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path, *, step: Alone | None = None) -> None:

@@ -107,6 +107,8 @@ def _do(work: Callable[[], str], out: Path) -> int:
     if out.expanduser().exists() and (not out.expanduser().is_dir() or any(out.expanduser().iterdir())):
         return refuse(f"{out}: is there already, and not an empty folder; name another OUT", rank=0)
     prepare_process()
+    from safetensors import SafetensorError
+
     from trainer.adapters import AdapterError
     from trainer.blocks import BlockError
     from trainer.checkpoint.store import CheckpointError
@@ -121,6 +123,6 @@ def _do(work: Callable[[], str], out: Path) -> int:
         return refuse(str(error), rank=0)
     except (CheckpointError, ExportError, WeightsError) as error:
         return refuse(str(error), rank=0)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         return refuse(f"{type(error).__name__}: {error}", rank=0)
     return 0

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 
-from trainer.checkpoint import CheckpointError, Checkpoints, Store
+from trainer.checkpoint import CheckpointError, Checkpoints, Store, readable
+from trainer.checkpoint.agreement import told_by_rank_0
 from trainer.config import RunConfig
 from trainer.data.batches import Batches
 from trainer.progress import Meter
@@ -56,18 +56,11 @@ class History:
         wanted = self._config.resume
         if wanted == "never":
             return ""
-        own = Store(folder)
-        # A run that began with a path, and was started once more, goes on where it is by now.
-        source, step = (own, None) if wanted == "auto" or came_from(own, wanted) else named(wanted)
         # Rank 0 looks for all: folders on several machines are not always of one mind.
-        steps: list[Any] = [source.steps()]
-        torch.distributed.broadcast_object_list(steps)
-        if step is None and not steps[0]:
-            if wanted == "auto":
-                return ""
-            raise CheckpointError(f"resume: no checkpoint in {source.folder}; name a run folder that has some")
-        step = steps[0][0] if step is None else step
-        state = source.read(step).state["run"]
+        found = told_by_rank_0(lambda: _find(wanted, Store(folder)))
+        if found is None:
+            return ""
+        source, step, state = found
         check_settings(state["config"], self._config)
         self.step = self._batches.resume(state["data"])
         self.checkpoints.resume(source, step)
@@ -75,7 +68,6 @@ class History:
         self.evaluations = {step: _number(loss) for step, loss in state["evaluations"]}
         self.skipped, self.last_loss = state["skipped"], _number(state["last_loss"])
         meter.go_on_from(*map(_number, state["meter"]))
-        dist.barrier()
         return f"{source.folder}/step-{step:08d}.json"
 
     def _take_up_schedule(self, state: Mapping[str, Any]) -> None:
@@ -87,6 +79,20 @@ class History:
             scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
         ):
             group["lr"] = base * factor(scheduler.last_epoch)
+
+
+def _find(wanted: str, own: Store) -> tuple[Store, int, dict[str, Any]] | None:
+    """Where `resume: wanted` goes on, after which step, and what was saved of the run; None: it begins."""
+    # A run that began with a path, and was started once more, goes on where it is by now.
+    source, step = (own, None) if wanted == "auto" or came_from(own, wanted) else named(wanted)
+    if step is None:
+        steps = source.steps()
+        if not steps and wanted == "auto":
+            return None
+        if not steps:
+            raise CheckpointError(f"resume: no checkpoint in {source.folder}; name a run folder that has some")
+        step = steps[0]
+    return source, step, readable(source, step).state["run"]
 
 
 def _finite(value: float) -> float | None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-from deepspeed import comm as dist
-
+from trainer.checkpoint import disk
+from trainer.checkpoint.agreement import told_by_rank_0
 from trainer.checkpoint.lease import FILE as LEASE
-from trainer.checkpoint.lease import Holder, Lease, lives, this_process
+from trainer.checkpoint.lease import LOCK, Holder, Lease, lives, this_process
 from trainer.checkpoint.lease import read as read_lease
-from trainer.checkpoint.store import CheckpointError, Store
+from trainer.checkpoint.store import Store
 from trainer.config import RunConfig, dump
 from trainer.resuming import came_from, can_go_on, finished, named
 
@@ -36,9 +35,13 @@ class RunFolder:
     path: Path
     lease: Lease | None
 
+    def publishing(self) -> AbstractContextManager[None]:
+        """On rank 0: inside it the folder is this run's alone; raises `LeaseError` where it is not any more."""
+        return nullcontext() if self.lease is None else self.lease.held()
+
     def check_lease(self) -> None:
         """Raise `LeaseError` on all ranks where another job has taken the folder over. Collective."""
-        _told_by_rank_0(lambda: self.lease.check() if self.lease is not None else None)
+        told_by_rank_0(lambda: self.lease.check() if self.lease is not None else None)
 
 
 @contextmanager
@@ -60,35 +63,22 @@ def start_run_folder(config: RunConfig) -> Iterator[RunFolder]:
         lease = _choose(config)
         return str(lease.folder)
 
-    folder = Path(_told_by_rank_0(choose))
+    folder = Path(told_by_rank_0(choose))
     try:
         yield RunFolder(folder, lease)
     finally:
-        if lease is not None:
-            lease.release()
+        # What another job has taken over is no more this one's to tidy up.
+        if lease is not None and lease.release():
             if not any((folder / name).exists() for name in _OF_TRAINING):
                 _take_back(folder)
 
 
 def _take_back(folder: Path) -> None:
-    (folder / "config.yaml").unlink(missing_ok=True)
+    for name in ("config.yaml", LOCK):
+        (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def _told_by_rank_0(look: Callable[[], Any]) -> Any:
-    """What `look` returns on rank 0, on all ranks; its `CheckpointError` or `OSError` is raised on all."""
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            told = [look(), None]
-        except (CheckpointError, OSError) as error:
-            told = [None, error]
-    torch.distributed.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
 
 
 def _choose(config: RunConfig) -> Lease:
@@ -97,7 +87,9 @@ def _choose(config: RunConfig) -> Lease:
     while True:
         folder = _to_go_on_in(config, holder)
         if folder is not None:
-            return Lease.take(folder, holder)
+            lease = Lease.take(folder, holder)
+            disk.publish(folder / "config.yaml", dump(config).encode())  # as it goes on
+            return lease
         folder = _reserve(config)
         if folder is not None:
             return Lease.take(folder, holder)
@@ -111,7 +103,7 @@ def _to_go_on_in(config: RunConfig, holder: Holder) -> Path | None:
     for folder in takewhile(_holds_a_run, _numbered(config)):
         store = Store(folder)
         ours = source is None or store.folder.resolve() == source or came_from(store, config.resume)
-        if ours and (can_go_on(folder) or store.folder.resolve() == source):
+        if ours and can_go_on(folder):
             return folder
         # Of this job before it was requeued, without a checkpoint yet; or of one that trains there now, which is named
         # when its lease is wanted.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -147,10 +148,12 @@ def write_model(
 @contextmanager
 def complete_or_not_at_all(folder: Path, step: Alone) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` when all went well."""
-    unfinished = folder.with_name(folder.name + ".partial")
+    # A name that no other attempt has, living or lost.
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
 
     def begin() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in folder.parent.glob(f".{folder.name}.????????.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
     def publish() -> None:

@@ -35,11 +35,10 @@ def train_step(
     DeepSpeed averages over ranks, so each rank's sum is scaled by ranks / global count; ranks, accumulation and
     padding then make no difference to the result. A router's loss is a mean over micro-batches instead.
     """
-    own = [(count_targets(batch["labels"]), count_tokens(batch), 0) for batch in micro_batches]
-    own.append((0, 0, int(interruption is not None and interruption.received)))
+    own = [(count_targets(batch["labels"]), count_tokens(batch)) for batch in micro_batches]
     counts = torch.tensor(own, dtype=torch.float64, device=engine.device).sum(dim=0)
     dist.all_reduce(counts)
-    targets, tokens, told_to_stop = counts.float()
+    targets, tokens = counts.float()
     scale = engine.world_size / targets.clamp(min=1)
     loss_sum = torch.zeros((), device=engine.device)
     for batch in micro_batches:
@@ -49,7 +48,11 @@ def train_step(
         engine.backward(loss * scale + extra, scale_wrt_gas=False)
         engine.step()
         loss_sum += loss.detach()
-    dist.all_reduce(loss_sum)
+    # Asked at the end, so that the step in which the signal came is the last one.
+    told = loss_sum.new_tensor(float(interruption is not None and interruption.received))
+    sums = torch.stack([loss_sum, told])
+    dist.all_reduce(sums)
+    loss_sum, told_to_stop = sums
     return StepResult(loss_sum, targets, tokens, _applied(engine, loss_sum), told_to_stop)
 
 

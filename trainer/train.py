@@ -30,7 +30,7 @@ from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
 from trainer.describe import learning_warning, one_line, report, rounding_warning, saving_warning
 from trainer.engine.attach import Sparse
-from trainer.export import save
+from trainer.export import Together, save
 from trainer.feed import Feed
 from trainer.history import History
 from trainer.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
@@ -149,7 +149,9 @@ def _train(
         loop.run()
         peak, figures = watch.result()
         progress.summary(history.step, **figures)
-        written, failure = save(engine, tokenizer, folder, adapters, merge=merge, stop=may_go_on)
+        written, failure = save(
+            engine, tokenizer, folder, adapters, merge=merge, step=Together(may_go_on, place.publishing)
+        )
     except Interrupted:
         progress.close()
         if rank == 0:

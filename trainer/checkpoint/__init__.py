@@ -6,6 +6,7 @@ base again. This module decides what a save holds, and when it is done.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import secrets
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
+from trainer.blocks import full_numel
+from trainer.checkpoint.agreement import told_by_rank_0
 from trainer.checkpoint.contents import (
     Contents,
     Share,
@@ -42,7 +45,8 @@ __all__ = ["CheckpointError", "Checkpoints", "LeaseError", "Store"]
 
 # The unit of each rank's random number generators.
 _RANDOM = "random"
-_POLL_SECONDS = 0.02
+# Between looks into the folder: at first, and at most.
+_POLL_SECONDS = 0.02, 0.5
 
 
 class Checkpoints:
@@ -65,7 +69,7 @@ class Checkpoints:
         asynchronous: bool,
         lease: Lease | None = None,
         base: Mapping[str, str] | None = None,
-        patience_seconds: float = 1800.0,
+        patience_seconds: float = 600.0,
     ) -> None:
         self._sparse = sparse
         self._store = Store(folder)
@@ -82,6 +86,7 @@ class Checkpoints:
         self._pending: Manifest | None = None
         self._staging = Staging()
         self._best: tuple[float, int] | None = None  # evaluation loss, step
+        self._candidate: tuple[float, int] | None = None  # until its save has succeeded
         self.base = dict(base) if base is not None else base_checksums(sparse)
         # In the names of files: an earlier attempt may have left some of the same step, or whole checkpoints of it.
         attempt = [secrets.token_hex(4)]
@@ -111,11 +116,13 @@ class Checkpoints:
         self.require_space(own, f"the checkpoint after step {step} was not written: it")
         self._last = step
         full = {"base": self.base, "ranks": self._ranks, "sparse": self._sparse.state_dict(), "run": dict(state)}
-        full["best"] = self._best
+        full["best"] = self._candidate if self._candidate and self._candidate[1] == step else self._best
+        full = json.loads(json.dumps(full, allow_nan=False))  # what the caller goes on changing is not written later
         kept = {} if self._baseline is None else self._baseline.units
         units = {unit: list(files) for unit, files in kept.items() if unit not in shares}
         self._pending = Manifest(step, units, full)
-        self._thread = threading.Thread(target=self._write, args=(self._pending, shares), name="checkpoint")
+        work = {"target": self._write, "args": (self._pending, shares)}
+        self._thread = threading.Thread(**work, name="checkpoint", daemon=True)
         self._thread.start()
         if not self._asynchronous:
             self.finish()
@@ -130,13 +137,14 @@ class Checkpoints:
         votes = torch.tensor(int(failure is not None), device=self._sparse.device)
         dist.all_reduce(votes)
         if not votes:
-            self._baseline = self._store.read(manifest.step)
+            self._baseline = told_by_rank_0(lambda: self._store.read(manifest.step))
+            self._take_best(self._baseline)
             return
         mine = None if failure is None else (f"rank {self._rank}: {failure}", isinstance(failure, LeaseError))
         everyone: list[tuple[str, bool] | None] = [None] * self._ranks
         torch.distributed.all_gather_object(everyone, mine)
         failures = [told for told in everyone if told is not None]
-        self._last = self.last_step
+        self._last, self._candidate = self.last_step, None
         # One that exists needs its files, whoever failed to hear of it.
         if self._rank == 0 and not self._published(manifest.step):
             self._store.withdraw(manifest.step, self._attempt)
@@ -162,14 +170,21 @@ class Checkpoints:
                 f"{self._what_is_left()}. Make room, lower checkpoint.keep ({self._keep} here) or set another output"
             )
 
+    def _take_best(self, manifest: Manifest) -> None:
+        best = manifest.state["best"]
+        self._best = tuple(best) if best else None
+        if self._candidate and self._best and self._candidate[1] <= self._best[1]:
+            self._candidate = None
+
     def _what_is_left(self) -> str:
         return f"the one after step {self._baseline.step} is whole" if self._baseline else "there is no earlier one"
 
     def is_best(self, step: int, loss: float) -> bool:
         """Whether no evaluation before had less loss; then the next save, of `step`, is kept however old it gets."""
-        if not math.isfinite(loss) or (self._best is not None and loss >= self._best[0]):
+        best = self._candidate or self._best
+        if not math.isfinite(loss) or (best is not None and loss >= best[0]):
             return False
-        self._best = (loss, step)
+        self._candidate = (loss, step)
         return True
 
     def _changed(self, complete: bool) -> list[str]:
@@ -211,7 +226,7 @@ class Checkpoints:
             self._store.publish(manifest)
             best = manifest.state["best"]
             try:
-                self._store.prune(self._keep, also=[best[1]] if best else [])
+                self._store.prune(self._keep, also=[step, *([best[1]] if best else [])])
             except OSError as error:  # the checkpoint is whole all the same
                 logger.warning("old checkpoints in %s could not be removed: %s", self._store.folder, error)
 
@@ -225,7 +240,7 @@ class Checkpoints:
         return any(self._attempt in file.name for file in self._store.read(step).files)
 
     def _wait_for(self, step: int, look: Callable[[], Any]) -> Any:
-        end = time.monotonic() + self._patience
+        end, pause = time.monotonic() + self._patience, _POLL_SECONDS[0]
         while True:
             found = look()
             if found:
@@ -235,7 +250,8 @@ class Checkpoints:
                 raise RuntimeError(failed)
             if time.monotonic() > end:
                 raise TimeoutError(f"other ranks had not written their files after {self._patience:.0f} s")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS[1])
 
     # --- resuming ----------------------------------------------------------------------------------------------
 
@@ -245,20 +261,19 @@ class Checkpoints:
         Nothing is loaded before sizes and checksums of all its files were compared, each by one of the ranks. Raises
         `CheckpointError` on all ranks.
         """
-        manifest = source.read(step)
+        manifest = told_by_rank_0(lambda: readable(source, step))
         self._verify(source, manifest, step)
-        self._last = step
+        self._candidate, self._last = None, step
         contents = Contents(source, manifest.units)
         contents.learn(unit for unit in manifest.units if unit != _RANDOM)
+        self._check_shapes(manifest, contents)
         self._compare_base(manifest, contents)
         put_weights_back(self._sparse, contents)
         self._sparse.load_state_dict(manifest.state["sparse"], contents)
         self.base = manifest.state["base"]
         if source.folder.resolve() == self._store.folder.resolve():
-            self._best = tuple(manifest.state["best"]) if manifest.state["best"] else None
-            if self._rank == 0:
-                source.abandon_after(step)
-            dist.barrier()
+            self._take_best(manifest)
+            told_by_rank_0(lambda: source.abandon_after(step))
             self._baseline = manifest
         files = manifest.units[_RANDOM]
         if len(files) == self._ranks:
@@ -269,22 +284,51 @@ class Checkpoints:
         return dict(manifest.state["run"])
 
     def _verify(self, source: Store, manifest: Manifest, step: int) -> None:
-        problems: list[list[str]] = [[] for _ in range(self._ranks)]
+        everyone: list[list[tuple[str, str]]] = [[] for _ in range(self._ranks)]
         mine = manifest.files[self._rank :: self._ranks]
-        torch.distributed.all_gather_object(problems, [p for p in map(source.problem, mine) if p])
-        found = [problem for rank in problems for problem in rank]
+        torch.distributed.all_gather_object(everyone, [(f.name, p) for f in mine if (p := source.problem(f))])
+        found = [one for rank in everyone for one in rank]
         if found:
-            older = [other for other in source.steps() if other < step]
+            damaged = {name for name, _ in found}
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise CheckpointError(
-                f"the checkpoint after step {step} is damaged: {found[0]}"
-                + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
-                + (f"; there is an older one: resume={source.folder}/step-{older[0]:08d}.json" if older else "")
+                f"the checkpoint after step {step} is damaged: {found[0][1]}{more}{_offer(source, step, damaged)}"
             )
+
+    def _check_shapes(self, manifest: Manifest, contents: Contents) -> None:
+        """The model and what trains of it at a time are those of the checkpoint."""
+        slots = manifest.state["sparse"]["slots"]
+        if len(slots) != len(self._sparse.active):
+            raise CheckpointError(
+                f"the checkpoint after step {manifest.step} has {len(slots)} active blocks, and the selector here "
+                f"chooses {len(self._sparse.active)}: give the same selector"
+            )
+        units = parameters_by_unit(self._sparse)
+        unknown = manifest.units.keys() - units.keys() - {_RANDOM}
+        if unknown:
+            raise CheckpointError(f"the checkpoint holds {', '.join(sorted(unknown))}, which do not train here")
+        for unit in manifest.units.keys() & units.keys():
+            for name, parameter in units[unit].items():
+                size = contents.size(name)
+                if size is not None and size != full_numel(parameter):
+                    raise CheckpointError(
+                        f"{name} has {full_numel(parameter):,} elements here, and {size:,} in the checkpoint: this is "
+                        "another model"
+                    )
 
     def _compare_base(self, manifest: Manifest, contents: Contents) -> None:
         """What the checkpoint leaves to the base must be what it was."""
         before = manifest.state["base"]
         units = parameters_by_unit(self._sparse)
+        if self._sparse.steps:  # an engine that has trained on may hold something else by now
+            missing = {unit: parameters for unit, parameters in units.items() if unit not in manifest.units}
+            now = fingerprints(self._sparse, missing)
+            later = [unit for unit in missing if before.get(unit) != now[unit]]
+            if later:
+                raise CheckpointError(
+                    f"{', '.join(later)} trained after the checkpoint of step {manifest.step}, which leaves them to "
+                    "the base model: load it into an engine that has not trained yet, or save with complete=True"
+                )
         partly = {unit for unit in manifest.units if unit in units and contents.on_base(units[unit])}
         trained = sorted(partly - self.base.keys())
         if trained:
@@ -312,3 +356,16 @@ def base_checksums(sparse: Sparse) -> dict[str, str]:
         trained |= sparse.always_on.keys()
     base = {unit: parameters for unit, parameters in units.items() if unit not in trained}
     return fingerprints(sparse, {**base, "rest": rest})
+
+
+def readable(source: Store, step: int) -> Manifest:
+    """The manifest of a step; the `CheckpointError` of a damaged one names an older one, if there is."""
+    try:
+        return source.read(step)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_offer(source, step, set())}") from error
+
+
+def _offer(source: Store, step: int, damaged: set[str]) -> str:
+    older = source.offered_before(step, damaged)
+    return "" if older is None else f"; there is an older one: resume={source.folder}/step-{older:08d}.json"

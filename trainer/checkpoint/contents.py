@@ -147,6 +147,10 @@ class Contents:
         """The parameters that there is something of."""
         return frozenset(self._pieces) | self._entries.keys()
 
+    def size(self, name: str) -> int | None:
+        """Elements of the whole parameter; None where there are entries alone."""
+        return max((stop for _, stop, _ in self._pieces[name]), default=None) if name in self._pieces else None
+
     def keys(self, name: str) -> set[str]:
         """Which of `weight`, `master` and the moments there are of a parameter."""
         return self._keys.get(name, set())

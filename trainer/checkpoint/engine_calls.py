@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
-from deepspeed import comm as dist
 
 from trainer.checkpoint import CheckpointError, Checkpoints, Store, base_checksums, disk
+from trainer.checkpoint.agreement import told_by_rank_0
 from trainer.engine.attach import Sparse
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class EngineCalls:
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """A checkpoint in `save_dir/tag` (by default `global_stepN`), complete when this returns; what cannot train is
-        the base model's. With `exclude_frozen_parameters`, so is what has not trained yet.
+        the base model's, with and without `exclude_frozen_parameters`.
 
         `client_state` and the scheduler's state must be JSON: nothing is pickled. Raises `CheckpointError` on all
         ranks.
@@ -50,12 +50,14 @@ class EngineCalls:
         tag = str(tag or f"global_step{step}")
         state = {"client_state": _json("client_state", client_state or {}), "scheduler": self._scheduler_state()}
         checkpoints = self._checkpoints(Path(save_dir) / tag)
-        checkpoints.save(step, state, complete=not exclude_frozen_parameters)
-        if dist.get_rank() == 0:
+        checkpoints.save(step, state, complete=True)
+
+        def point_to_it() -> None:
             Store(Path(save_dir) / tag).abandon_after(step)  # the tag was another, later checkpoint's before
             if save_latest:
                 disk.publish(Path(save_dir) / _LATEST, tag.encode())
-        dist.barrier()
+
+        told_by_rank_0(point_to_it)
         return True
 
     def load_checkpoint(
@@ -80,21 +82,12 @@ class EngineCalls:
                 "load_module_only, load_optimizer_states=False and custom_load_fn; for the weights alone, export them "
                 "(python -m trainer export) and open that with from_pretrained"
             )
-        if tag is None:
-            try:
-                tag = (Path(load_dir) / _LATEST).read_text(encoding="utf-8").strip()
-            except OSError:
-                logger.warning("no file '%s' in %s: pass a tag; nothing was loaded", _LATEST, load_dir)
-                return None, None
-        folder = Path(load_dir) / str(tag)
-        steps = Store(folder).steps()
-        if not steps:
-            raise CheckpointError(
-                f"{folder} is no checkpoint of a layer-wise engine (it has no checkpoints/step-*.json). One that "
-                "DeepSpeed wrote holds the optimizer state of one active set only: load its weights with "
-                "from_pretrained before trainer.prepare, and begin anew"
-            )
-        state = self._checkpoints(folder).resume(Store(folder), steps[0])
+        found = told_by_rank_0(lambda: _find(Path(load_dir), tag))
+        if found is None:
+            logger.warning("no file '%s' in %s: pass a tag; nothing was loaded", _LATEST, load_dir)
+            return None, None
+        folder, step = found
+        state = self._checkpoints(folder).resume(Store(folder), step)
         scheduler = self._engine.lr_scheduler
         if load_lr_scheduler_states and scheduler is not None and state["scheduler"] is not None:
             scheduler.load_state_dict(state["scheduler"])
@@ -108,6 +101,24 @@ class EngineCalls:
     def _scheduler_state(self) -> Any:
         scheduler = self._engine.lr_scheduler
         return None if scheduler is None else _json("the LR scheduler's state_dict()", scheduler.state_dict())
+
+
+def _find(load_dir: Path, tag: str | None) -> tuple[Path, int] | None:
+    """The folder of a tag and the step of the checkpoint in it; None where `latest` is missing."""
+    if tag is None:
+        try:
+            tag = (load_dir / _LATEST).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+    folder = load_dir / str(tag)
+    steps = Store(folder).steps()
+    if not steps:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of a layer-wise engine (it has no checkpoints/step-*.json). One that "
+            "DeepSpeed wrote holds the optimizer state of one active set only: load its weights with "
+            "from_pretrained before trainer.prepare, and begin anew"
+        )
+    return folder, steps[0]
 
 
 def _json(what: str, value: Mapping[str, Any]) -> dict[str, Any]:

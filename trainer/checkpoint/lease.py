@@ -19,17 +19,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from trainer.checkpoint import disk
 from trainer.checkpoint.store import CheckpointError
 
 FILE = "lease.json"
-# What is locked while the lease is looked at: in every run folder, and never replaced.
-_LOCKED = "config.yaml"
+# What is locked while the lease is looked at; never replaced while a run trains in the folder.
+LOCK = ".lease.lock"
 _BEAT_SECONDS = 2.0
-# How long a lease must stand still until its holder, of which nothing else is known, counts as dead.
-_SILENCE_SECONDS = 15.0
+# How many looks, a beat apart, must find a lease as it was until its holder, of which nothing else is known, counts as
+# dead: half a minute in which this process could look, whatever the file system did meanwhile.
+_SILENT_LOOKS = 15
 # For the lock around a look at the lease and what follows from it: both take milliseconds.
 _LOCK_SECONDS = 10.0
 
@@ -46,7 +45,7 @@ class Holder:
     restart: int
     place: str  # host and PID namespace
     process: int
-    started: float  # of the process, seconds since the epoch
+    started: str  # when the process did: boot and clock ticks since then
     token: str  # of this start of training
 
     def __str__(self) -> str:
@@ -56,12 +55,12 @@ class Holder:
 
 def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
     """The holder that this process would be: its SLURM job where it has one."""
-    process = psutil.Process()
+    process = os.getpid()
     place = _place()
     slurm = environment.get("SLURM_JOB_ID")
-    job = f"SLURM job {slurm}" if slurm else f"process {process.pid} on {place.split()[0]}"
+    job = f"SLURM job {slurm}" if slurm else f"process {process} on {place.split()[0]}"
     restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    return Holder(job, restart, place, process.pid, process.create_time(), secrets.token_hex(8))
+    return Holder(job, restart, place, process, _birth(process) or "", secrets.token_hex(8))
 
 
 class Lease:
@@ -104,20 +103,22 @@ class Lease:
         with self.held():
             pass
 
-    def release(self) -> None:
-        """The folder is free; nothing happens where it belongs to somebody else by now."""
-        if self._released.is_set():
-            return
+    def release(self) -> bool:
+        """The folder is free; False, and nothing happens, where it belongs to somebody else by now."""
         self._released.set()
-        self._beats.join()
+        if self._beats.is_alive():
+            self._beats.join()
         with suppress(LeaseError, OSError), self.held():
             disk.remove(self._path)
+            return True
+        return False
 
     def _beat(self) -> None:
-        # An open file: once somebody else has taken over, it is not the one that they look at.
-        with open(self._path, "rb") as file:
-            while not self._released.wait(_BEAT_SECONDS):
-                with suppress(OSError):
+        # The same file throughout: once somebody else has taken over, it is not the one that they look at.
+        own = self._path.stat().st_ino
+        while not self._released.wait(_BEAT_SECONDS):
+            with suppress(OSError), open(self._path, "rb") as file:
+                if os.fstat(file.fileno()).st_ino == own:
                     os.utime(file.fileno())
 
 
@@ -132,22 +133,40 @@ def read(folder: Path) -> Holder | None:
 
 
 def lives(folder: Path, holder: Holder, asking: Holder) -> bool:
-    """Whether `holder` may still train in `folder`, for all that `asking` can find out. May take 15 seconds."""
+    """Whether `holder` may still train in `folder`, for all that `asking` can find out; may take half a minute."""
     if holder.job == asking.job and holder.restart < asking.restart:
         return False  # the scheduler ended it, whatever is left of it
     if holder.place == asking.place:
         try:
-            # To the clock tick by which the system counts.
-            return abs(psutil.Process(holder.process).create_time() - holder.started) < 0.1
-        except psutil.NoSuchProcess:
+            os.kill(holder.process, 0)
+        except ProcessLookupError:
             return False
-    seen = _time(folder)
-    end = time.monotonic() + _SILENCE_SECONDS
-    while time.monotonic() < end:
-        time.sleep(_BEAT_SECONDS / 4)
-        if _time(folder) != seen:
-            return _time(folder) is not None
+        except PermissionError:
+            pass  # of another user
+        if born := _birth(holder.process):
+            return born == holder.started
+    seen, looks = _time(folder), 0
+    while looks < _SILENT_LOOKS:
+        time.sleep(_BEAT_SECONDS)
+        try:
+            now = _time(folder)
+        except OSError:  # the file system has other worries
+            continue
+        if now != seen:
+            return now is not None
+        looks += 1
     return False
+
+
+def _birth(process: int) -> str | None:
+    """When a process of this machine started, in terms that a clock that is set does not change; None: not to be
+    seen."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # After the name, which is in brackets and may hold anything, the 20th field (proc(5): 22, starttime).
+        return f"{boot} {Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return None
 
 
 def _time(folder: Path) -> int | None:
@@ -167,7 +186,7 @@ def _place() -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time, where the file system has locks."""
-    with open(folder / _LOCKED, "r+b") as file:
+    with open(folder / LOCK, "a+b") as file:
         end = time.monotonic() + _LOCK_SECONDS
         while True:
             try:

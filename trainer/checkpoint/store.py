@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Store:
 
     def write(self, step: int, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> File:
         """A file of the pool with `tensors` (on the host); it is on the disk when this returns."""
+        self._refuse_links()
         data = safetensors.torch.save(dict(tensors), dict(metadata))
         file = File(f"{step:08d}-{name}.safetensors", len(data), hashlib.sha256(data).hexdigest())
         self._pool.mkdir(parents=True, exist_ok=True)
@@ -137,6 +139,7 @@ class Store:
     def read(self, step: int) -> Manifest:
         """The manifest of a step. Raises `CheckpointError` where it is missing, broken or of another format."""
         path = self._path(step)
+        self._refuse_links(path)
         try:
             body = json.loads(path.read_bytes())
             checksum = body.pop("checksum")
@@ -144,6 +147,8 @@ class Store:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         if json.loads(_sealed(body))["checksum"] != checksum:
             raise CheckpointError(f"{path}: its checksum does not fit: it was changed or cut short")
+        if body.get("step") != step:
+            raise CheckpointError(f"{path}: holds the checkpoint after step {body.get('step')}, under another's name")
         if body.pop("format") != FORMAT:
             raise CheckpointError(f"{path}: written in another format by another version of Strata")
         units = {unit: [File(**file) for file in files] for unit, files in body["units"].items()}
@@ -155,6 +160,12 @@ class Store:
     def problem(self, file: File) -> str | None:
         """What is wrong with a file, or None: it has the size and the checksum that its manifest says."""
         path = self._pool / file.name
+        try:
+            return self._look_for_problem(path, file)
+        except OSError as error:
+            return f"{path}: {error.strerror or error}"
+
+    def _look_for_problem(self, path: Path, file: File) -> str | None:
         if not path.is_file():
             return f"{path}: missing"
         if path.is_symlink():
@@ -170,6 +181,21 @@ class Store:
     def open(self, file: File) -> Any:
         """A reader of a file's tensors and of what was given to `write` beside them, as `safetensors.safe_open`."""
         return safe_open(self._pool / file.name, framework="pt")
+
+    def offered_before(self, step: int, damaged: set[str]) -> int | None:
+        """The newest checkpoint before `step` that can be read and has none of the files `damaged`."""
+        for older in self.steps():
+            if older < step:
+                with suppress(CheckpointError):
+                    if not damaged & {file.name for file in self.read(older).files}:
+                        return older
+        return None
+
+    def _refuse_links(self, *paths: Path) -> None:
+        """What is read and written lies in the run folder."""
+        for path in (self.folder, self._pool, *paths):
+            if path.is_symlink():
+                raise CheckpointError(f"{path}: a link, which is never followed")
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.json"

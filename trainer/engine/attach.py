@@ -288,6 +288,7 @@ class Sparse:
     def _load_group(self, number: int, group: Mapping[str, nn.Parameter], source: StateSource) -> None:
         registration = self._registered()
         with registration.resident(number):
+            registration.forget_state(number)  # of a life that goes on in another way
             registration.materialise_state(number, *source.layout(list(group)))
             source.load(registration.slices(number))
 

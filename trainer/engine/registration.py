@@ -339,6 +339,10 @@ class Registration(ABC):
             else:
                 state[key] = self._scalar(value, index)
 
+    def forget_state(self, index: int) -> None:
+        """Group `index` is as before its first step."""
+        self._reset_state(index)
+
     def optimizer_state(self, index: int) -> dict[str, Any]:
         """The basic optimizer's state of group `index`; empty before its first step."""
         state = dict(self.engine.basic_optimizer.state.get(self._master(index), {}))
