@@ -103,8 +103,8 @@ def least_bytes(sparse: trainer.Sparse, changed: set[int], args: argparse.Namesp
 def plain_copy(num_bytes: int) -> Callable[[], float]:
     """Times one copy of this rank's `num_bytes` into host memory that is there already."""
     device = get_accelerator().current_device_name()
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device != "cpu")
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)  # zeros would be one page, read again and again
+    target = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=device != "cpu")
 
     def copy() -> float:
         dist.barrier()

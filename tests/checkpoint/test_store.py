@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trainer.checkpoint import disk
 from trainer.checkpoint.contents import Contents
@@ -90,7 +91,8 @@ def test_every_prefix_of_a_save_leaves_a_whole_checkpoint(
             for name, arguments in operations[:count]:
                 _REAL[name](*arguments)
             if torn and count < len(operations) and operations[count][0] == "write":
-                path, data = operations[count][1]
+                path, parts = operations[count][1]
+                data = b"".join(parts)
                 path.write_bytes(data[: len(data) // 2])
             found = values(store, store.steps()[0])
             assert found == (after if store.steps()[0] == 30 else before)
@@ -102,6 +104,21 @@ def test_every_prefix_of_a_save_leaves_a_whole_checkpoint(
 
 
 _REAL = {"write": disk.write, "rename": disk.rename, "remove": disk.remove}
+
+
+def test_files_are_safetensors(tmp_path: Path) -> None:
+    """Written by hand, read by the library."""
+    dtypes = (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.float16, torch.float64, torch.int32)
+    tensors = {f"{dtype}": torch.arange(7).to(dtype) for dtype in dtypes}
+    tensors |= {"none": torch.empty(0), "matrix": torch.arange(6.0).reshape(2, 3).T}
+    file = Store(tmp_path).write(1, "x", tensors, {"a": "ä"})
+    found = load_file(tmp_path / "checkpoints" / "pool" / file.name)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert all(found[name].dtype == tensors[name].dtype for name in tensors)
+    with Store(tmp_path).open(file) as opened:
+        assert opened.metadata() == {"a": "ä"}
+    assert Store(tmp_path).problem(file) is None
 
 
 def test_files_go_with_the_last_checkpoint_that_refers_to_them(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 
-def write(path: Path, data: bytes) -> None:
-    """A new file with `data` in it; nothing that was there is written over."""
+def write(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """A new file with `parts` in it, one after the other; nothing that was there is written over."""
     try:
         with open(path, "xb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
     except OSError:  # a full disk: what is there of it only takes room
@@ -25,7 +27,7 @@ def publish(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     remove(partial)
     sync_folder(path.parent)
-    write(partial, data)
+    write(partial, [data])
     rename(partial, path)
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -73,10 +73,13 @@ class Store:
     def write(self, step: int, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> File:
         """A file of the pool with `tensors` (on the host); it is on the disk when this returns."""
         self._refuse_links()
-        data = safetensors.torch.save(dict(tensors), dict(metadata))
-        file = File(f"{step:08d}-{name}.safetensors", len(data), hashlib.sha256(data).hexdigest())
+        parts = _safetensors(tensors, metadata)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        file = File(f"{step:08d}-{name}.safetensors", sum(map(len, parts)), digest.hexdigest())
         self._pool.mkdir(parents=True, exist_ok=True)
-        disk.write(self._pool / file.name, data)
+        disk.write(self._pool / file.name, parts)
         return file
 
     def announce(self, step: int, name: str, value: Any) -> None:
@@ -205,3 +208,35 @@ def _sealed(body: Mapping[str, Any]) -> bytes:
     """JSON of `body` with a checksum over the rest of it."""
     canonical = json.dumps(body, sort_keys=True, allow_nan=False)
     return json.dumps({**body, "checksum": hashlib.sha256(canonical.encode()).hexdigest()}, indent=1).encode()
+
+
+# Of the safetensors format (https://huggingface.co/docs/safetensors), as far as checkpoints hold them.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A file of that format, in parts: its header, and the tensors where they lie.
+
+    The library's own `save` copies all of it into one object, and no other thread of Python runs meanwhile: training
+    would stand still for as long again as the copy into host memory takes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    parts: list[bytes | memoryview] = []
+    end = 0
+    # Large elements first, so that each tensor is aligned.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name].contiguous()
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        parts.append(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *parts]
