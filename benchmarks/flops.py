@@ -1,4 +1,4 @@
-"""FLOPs that a step executes, and the least that it could, which `trainer/accounting.py` works out from shapes alone.
+"""FLOPs that a step executes, and the least that it could, which `trainer/accounting/` works out from shapes alone.
 
     deepspeed --num_accelerators 2 benchmarks/flops.py --json flops.json
 

@@ -3,7 +3,7 @@
     deepspeed --num_accelerators 2 benchmarks/throughput.py --json throughput.json
 
 Every method starts from the same random Llama. Its speed is that of whole intervals, switches and guard included;
-`allowed` is the speed-up over full fine-tuning that its FLOPs allow (`trainer/accounting.py`), and `share` how much of
+`allowed` is the speed-up over full fine-tuning that its FLOPs allow (`trainer/accounting/`), and `share` how much of
 that was reached. `overhead` is the time of draws, guard, switches and metrics over that of the steps. `profile` shows
 where the time of a step of full fine-tuning goes, by operator: FLOPs decide only where matrix products dominate.
 ID3's mask is whole from the second step on; `over_full_passes` is a step's time over that of forward and backward of

@@ -310,10 +310,15 @@ def _probing(engine: DeepSpeedEngine, objective: Objective, feed: Feed, sparse: 
 
 
 def _bytes_to_write(config: RunConfig, sparse: Sparse, exported: torch.nn.Module | None) -> int:
-    """By rank 0 for all: the first checkpoint (master and two moments, fp32), and the model in the end."""
+    """By rank 0 for all: the first checkpoint (master and two moments in fp32, of unmasked weights the place too),
+    and the model in the end."""
     if dist.get_rank() != 0:
         return 0
-    checkpoint = 12 * sum(full_numel(p) for p in sparse.trainable_parameters()) if config.saves else 0
+    if config.update.name == "unmask":
+        held = 28 * config.update.budget
+    else:
+        held = 12 * sum(full_numel(p) for p in sparse.trainable_parameters())
+    checkpoint = held if config.saves else 0
     written = [] if exported is None else exported.parameters()
     return checkpoint + sum(full_numel(p) * p.element_size() for p in written)
 

@@ -36,10 +36,10 @@ def test_the_job_is_the_file_to_read_with_values_filled_in(place: Path, capsys: 
         "#SBATCH --job-name=tiny",
         "#SBATCH --ntasks-per-node=2",
         "#SBATCH --gpus-per-node=2",
-        "#SBATCH --exclusive",
         "#SBATCH --partition=gpu",
         f"#SBATCH --chdir={place}",
         "#SBATCH --output=runs/tiny-%j.log",
+        "#SBATCH --exclusive",
         f"command=({sys.executable} -m trainer train tiny.yaml selector.blocks=1)",
     ]
     for line in (line[2:] for line in changes if line[0] == "-"):

@@ -330,7 +330,8 @@ class Checkpoints:
                     "the base model: load it into an engine that has not trained yet, or save with complete=True"
                 )
         partly = {unit for unit in manifest.units if unit in units and contents.on_base(units[unit])}
-        trained = sorted(partly - self.base.keys())
+        # An engine that has trained on may hold others by now, whatever the base was when it began.
+        trained = sorted(partly if self._sparse.steps else partly - self.base.keys())
         if trained:
             raise CheckpointError(
                 f"the checkpoint after step {manifest.step} holds the unmasked weights of {', '.join(trained)} alone, "

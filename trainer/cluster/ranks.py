@@ -27,6 +27,13 @@ def take_rank(environment: MutableMapping[str, str], *, gpus: bool = True) -> No
     would train by itself beside others, and with `gpus` where tasks and GPUs of a node do not go one to one.
     """
     if "RANK" in environment:
+        if int(environment.get("WORLD_SIZE", "1")) < int(environment.get("SLURM_STEP_NUM_TASKS", "1")):
+            raise LaunchError(
+                f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks, but RANK and WORLD_SIZE "
+                f"({environment.get('WORLD_SIZE', 'not set')}) were set before, so each would train alone: unset them "
+                "before srun",
+                int(environment.get("SLURM_PROCID", "0")),
+            )
         return
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # first: mpirun may have them started by srun
@@ -95,6 +102,8 @@ def _tasks_here(environment: MutableMapping[str, str]) -> int:
 def _first_host(environment: MutableMapping[str, str]) -> str:
     """Where task 0 is. SLURM_LAUNCH_NODE_IPADDR, tempting as it looks, is where srun was typed."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    if not re.search(r"[\[,]", nodes):
+        return nodes
     try:
         command = ["scontrol", "show", "hostnames", nodes]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[0]

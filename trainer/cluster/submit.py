@@ -43,7 +43,7 @@ def filled_in(options: Mapping[str, str], command: Sequence[str], *, more: Seque
         elif line.startswith("command=("):
             line = f"command=({shlex.join(command)})"
         lines.append(line)
-        if found and found["option"] == "time":
+        if found and found["option"] == "requeue":  # the last, so that these stand
             lines += [f"#SBATCH {option}" for option in more]
     return "\n".join(lines) + "\n"
 

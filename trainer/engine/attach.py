@@ -262,10 +262,13 @@ class Sparse:
         for number, group in enumerate(self.groups()):
             self._load_group(number, group, source)
         self.update.load_state_dict(state.get("update", {}))
+        active = self._outside_optimizer()
         for name in self._ever_outside_optimizer():
             kept = source.entries(name)
             if kept:
-                self.update.restore(name, {key: value for key, value in kept.items() if key != "weight"})
+                # What was frozen since a file was written has lost its state, unless a bank keeps it.
+                wanted = kept.keys() - {"weight"} if self.bank.keeps or name in active else {"indices"}
+                self.update.restore(name, {key: value for key, value in kept.items() if key in wanted})
         self._local.replace(self._outside_optimizer(), keep=self.bank.keeps)
         self._rounding = self._follow_rounding()
         if self._rounding is not None:

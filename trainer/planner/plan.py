@@ -173,7 +173,8 @@ def _planned(
         state = unmasked_state(numels, budget, stage=stage, ranks=ranks, weight_bytes=weight_bytes, local_steps=local)
         candidates, sums = growing_bytes(dense, sparse.update.increment, ranks=ranks, accumulation=accumulation)
         # In the weights' dtype, and in fp32 while ranks exchange it.
-        outside = {"dense gradient": (4 + weight_bytes) * max(dense), "candidates": candidates, "sums": sums}
+        reduced = (4 + weight_bytes) * max(dense) + 4 * -(-max(dense) // ranks)
+        outside = {"dense gradient": reduced, "candidates": candidates, "sums": sums}
         trained = budget
     else:
         state = model_state(
@@ -271,7 +272,8 @@ def _planned(
 
 def _lowest(config: RunConfig, sparse: Sparse) -> int:
     """The lowest block that trains in the deepest of all draws."""
-    return sparse.active[0] if config.selector.name == "fixed" else 0
+    embeddings_train = any(p.requires_grad for p in sparse.always_on.get("embeddings", {}).values())
+    return sparse.active[0] if config.selector.name == "fixed" and not embeddings_train else 0
 
 
 def _on_host(config: RunConfig, sparse: Sparse, shape: StepShape, zero: Zero, trained: int) -> dict[str, int]:
