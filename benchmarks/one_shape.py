@@ -24,11 +24,13 @@ from safetensors.torch import save_file
 from seventy_b import SHAPES, arguments
 
 import trainer
-from trainer.accounting import block_shape, measured_state, model_state, step_flops
+from trainer.accounting import block_shape, measured_state, step_flops
 from trainer.build import initialise_process_group
 from trainer.checkpoint.contents import parameters_by_unit, unit_of_block
+from trainer.config import RunConfig, load
 from trainer.config.methods import METHODS
 from trainer.loss import Objective
+from trainer.planner import Planner
 from trainer.selectors import build
 from trainer.step import train_step
 
@@ -137,30 +139,15 @@ class Run:
         return self.objective(module, device)[0], batch["labels"][:, 1:].numel()
 
     def plan(self) -> dict[str, int]:
-        """Bytes by formula: on the card with this length, and on the host."""
-        groups = [[p.numel() for p in group.values()] for group in self.sparse.groups()]
-        every = [p.numel() for p in self.sparse.model.parameters()]
-        state = model_state(every, groups, stage=2, ranks=1, weight_bytes=2, offload=self.offload)
-        largest, active = max(n for group in groups for n in group), sum(map(sum, groups))
-        hidden, wide, tokens = self.shape.hidden, self.shape.intermediate, self.args.batch * self.length
-        head = self.shape.vocabulary * hidden
-        trains_head = "head" in self.sparse.always_on
-        # DeepSpeed's bucket, and with offload the place where a gradient waits for its way to the host.
-        buffers = 2 * self.ds["zero_optimization"]["reduce_bucket_size"] + 2 * largest * self.offload
-        # Without offload gradients are kept until the step, in which a group's lie there a second time, and in fp32.
-        gradients = 0 if self.offload else 2 * active + 6 * max(map(sum, groups))
-        checkpoints = 2 * self.shape.blocks * tokens * hidden
-        # The head's backward: TRL's tile of logits, the weight gradient in fp32 and then in bf16.
-        in_head = 2 * min(tokens, 4096) * 32768 + 8 * tokens * hidden + 6 * head * trains_head
-        # A block that is computed again: about twelve tensors as wide as the model and six as wide as its MLP, and a
-        # weight gradient, with offload in fp32 on its way out.
-        in_block = 2 * tokens * (12 * hidden + 6 * wide) + (8 if self.offload else 2) * largest
+        """What `python -m trainer plan` says of a run of this length: bytes on the card, and on the host."""
+        on_cpu = self.accelerator.device_name() == "cpu"
+        plan = Planner(on_cpu=on_cpu).plan(configuration(self.args, self.length), 1)
         return {
-            "weights": state.weights,
-            "state_on_card": state.device - state.weights,
-            "state_on_host": state.host,
-            "peak_on_card": state.device + buffers + gradients + checkpoints + max(in_head, in_block),
-            "trained_parameters": active,
+            "weights": plan.state.weights,
+            "state_on_card": plan.state.device - plan.state.weights,
+            "state_on_host": plan.state.host,
+            "peak_on_card": plan.memory.peak,
+            "trained_parameters": plan.trained,
         }
 
     def measure(self, length: int) -> dict[str, Any]:
@@ -250,10 +237,35 @@ class Run:
         return {"bytes": written, "seconds": time.perf_counter() - started, "blocks": len(trained)}
 
 
+def configuration(args: argparse.Namespace, length: int) -> RunConfig:
+    """The same run as `train.py` would be told to do it."""
+    shape = SHAPES[args.shape[0]]
+    model = {
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.blocks,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_value_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": max(args.lengths),
+    }
+    values = [f"method={args.method[0]}", f"model.random={json.dumps(model)}", "model.tokenizer=bytes"]
+    values += ["model.activation_checkpointing=true", "train.fused_loss=true", "train.steps=1", "data.train=none.jsonl"]
+    values += [f"train.micro_batch_size={args.batch}", f"train.global_batch_size={args.batch}"]
+    values += [f"data.max_length={length}", "data.eval_fraction=0", "eval.every=null", "checkpoint.every=null"]
+    values += [f"deepspeed={'zero2_offload' if args.offload == 'always' else 'zero2'}"]
+    if args.method[0] == "lisa":
+        values.append(f"selector.blocks={args.gamma}")
+    if args.frozen_embeddings:
+        values += [f"always_on.{part}=false" for part in ("embeddings", "head", "norm")]
+    return load(None, values, check_files=False)
+
+
 def main() -> int:
     args = arguments()
     accelerator = get_accelerator()
-    initialise_process_group()
+    initialise_process_group(timeout_minutes=30)
     started = time.perf_counter()
     figures: dict[str, Any] = {"shape": args.shape[0], "method": args.method[0]}
     figures["parameters"] = SHAPES[args.shape[0]].numel
