@@ -21,9 +21,10 @@ from deepspeed import comm as dist
 import torch
 initialise_process_group(timeout_minutes=0.25)  # the first meeting of the two has to fit into it as well
 torch.distributed.all_reduce(torch.ones(1))
+theirs = torch.distributed.new_group([0, 1])  # as DeepSpeed makes its own
 if dist.get_rank() == 0:
     print("together", flush=True)
-    torch.distributed.all_reduce(torch.ones(1))  # alone
+    torch.distributed.all_reduce(torch.ones(1), group=theirs)  # alone
 else:
     sys.stdin.read()
 """

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch.distributed import distributed_c10d
 
 from trainer import selectors, updates
 from trainer.blocks import PARTS, full_numel, full_shape
@@ -61,9 +62,10 @@ def initialise_process_group(*, timeout_minutes: float) -> None:
     on_cpu = accelerator.device_name() == "cpu"
     if not on_cpu:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes)
-    )
+    patience = timedelta(minutes=timeout_minutes)
+    # DeepSpeed makes the groups that ZeRO talks in without saying how long to wait: for those torch looks here.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, timeout=patience)
 
 
 def prepare_model(config: RunConfig, model: torch.nn.Module, num_steps: int) -> Sparse:
@@ -91,7 +93,10 @@ def build_update(config: RunConfig, num_steps: int) -> UpdateRule:
     settings = config.update.model_dump(exclude={"name"})
     if config.update.name == "unmask":  # which makes the step itself
         chosen = config.optimizer
-        settings["growth_steps"] = config.update.growth_steps or num_steps
+        settings["growth_steps"] = growth = config.update.growth_steps or num_steps
+        if growth > num_steps:  # the budget would never be reached
+            allowed = f"allowed: null, or up to {num_steps}, which are the run's steps"
+            raise ConfigError([f"update.growth_steps: {growth}; {allowed}"])
         settings["adam"] = AdamSettings(chosen.betas, chosen.eps, chosen.weight_decay, chosen.name == "adamw")
         settings["gradient_clipping"] = config.train.gradient_clipping
     return updates.build(config.update.name, **settings)

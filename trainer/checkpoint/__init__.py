@@ -296,7 +296,13 @@ class Checkpoints:
             )
 
     def _check_shapes(self, manifest: Manifest, contents: Contents) -> None:
-        """The model and what trains of it at a time are those of the checkpoint."""
+        """The model, what trains of it at a time, and how, are those of the checkpoint."""
+        rule, ours = manifest.state["sparse"]["rule"], type(self._sparse.update).__name__
+        if rule != ours:
+            raise CheckpointError(
+                f"the checkpoint after step {manifest.step} was trained with update rule {rule}, and this is {ours}: "
+                "give the same update"
+            )
         slots = manifest.state["sparse"]["slots"]
         if len(slots) != len(self._sparse.active):
             raise CheckpointError(

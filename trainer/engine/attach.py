@@ -223,6 +223,7 @@ class Sparse:
         """Everything but tensors, as JSON-compatible values, the same on every rank."""
         engine = self._attached()
         return {
+            "rule": type(self.update).__name__,
             "slots": list(self._slots),
             "interval": self.interval,
             "times_active": list(self.times_active),

@@ -92,8 +92,9 @@ class Planner:
             stage = ds["zero_optimization"]["stage"]
             base = copy.deepcopy(base)
             model = adapt(base, config.substrate, stage=stage, quantization=config.model.quantization, empty=True).model
-        # As many steps as the run has by itself: how many samples there are is not known here.
-        sparse = prepare_model(config, model, config.train.steps or 1)
+        # How many samples, and so how many steps, there are in an epoch is not known here.
+        steps = config.train.steps or getattr(config.update, "growth_steps", None) or 1
+        sparse = prepare_model(config, model, steps)
         ds = size_buckets(ds, sparse, model)
         traced = self._activations(config, model, sparse, ds["zero_optimization"]["stage"])
         return _planned(config, ranks, ds, base, sparse, traced, on_cpu=self._on_cpu)
