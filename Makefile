@@ -5,7 +5,7 @@ VENV := .venv
 RANKS := import torch; n = torch.cuda.device_count(); print(f'--num_gpus {min(8, 2 ** (n.bit_length() - 1))}' if n else '--num_accelerators 2')
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: train test test-slow check clean
+.PHONY: train test test-slow test-slurm check clean
 
 train: $(VENV)/installed
 	deepspeed $$(python -c "$(RANKS)") launch/train.py
@@ -15,6 +15,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	python -m pytest -m slow
+
+test-slurm: $(VENV)/installed
+	SLURM_TESTS=all python -m pytest -m slow tests/slurm
 
 check: $(VENV)/installed
 	ruff check .

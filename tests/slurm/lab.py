@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.launching import Finished, environment, launch
 
+# What a change that is not about clusters need not wait for: CI has time for one of each kind.
+thorough = pytest.mark.skipif("SLURM_TESTS" not in os.environ, reason="takes long: `make test-slurm` runs it")
 SCRIPT = Path(__file__).parent / "lab.sh"
 REPOSITORY = SCRIPT.parent.parent.parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import metrics
-from tests.slurm.lab import Job, Lab, until
+from tests.slurm.lab import Job, Lab, thorough, until
 from tests.slurm.test_submit import difference, write_inputs
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 # Rank 0's, which writes manifests and runs the job's script, and the other.
-@pytest.mark.parametrize(("fault", "node"), [("cut", "node1"), ("crash", "node2")])
+@pytest.mark.parametrize(("fault", "node"), [("cut", "node1"), pytest.param("crash", "node2", marks=thorough)])
 def test_a_lost_node_is_replaced(lab: Lab, place: Path, undisturbed: Path, fault: str, node: str) -> None:
     """The job goes on with the third node; ranks of the old one, if they live, wake up and change nothing."""
     job = started(lab, place)
@@ -81,6 +81,7 @@ def test_a_lost_node_is_replaced(lab: Lab, place: Path, undisturbed: Path, fault
     assert contents(place / "runs" / "strata") == before
 
 
+@thorough
 def test_a_killed_rank_fails_the_job_and_submitting_it_again_goes_on(lab: Lab, place: Path, undisturbed: Path) -> None:
     job = started(lab, place)
     assert lab.on("node2", "pkill", "-KILL", "-f", "trainer train small.yaml").code == 0
@@ -92,6 +93,7 @@ def test_a_killed_rank_fails_the_job_and_submitting_it_again_goes_on(lab: Lab, p
     assert_went_on(again, place, undisturbed)
 
 
+@thorough
 def test_a_requeued_job_saves_and_goes_on(lab: Lab, place: Path, undisturbed: Path) -> None:
     """By somebody else: preemption and administrators do it so."""
     job = started(lab, place)
@@ -125,6 +127,7 @@ def test_a_time_limit_saves_and_the_job_goes_on(lab: Lab, place: Path, undisturb
     assert difference(place / "runs" / "strata", other / "runs" / "strata") == 0.0
 
 
+@thorough
 def test_a_cancelled_job_stays_cancelled(lab: Lab, place: Path) -> None:
     """It may save; it does not put itself back into the queue."""
     job = started(lab, place)
@@ -134,6 +137,7 @@ def test_a_cancelled_job_stays_cancelled(lab: Lab, place: Path) -> None:
     assert job.fields()["JobState"] == "CANCELLED" and job.fields()["Restarts"] == "0"
 
 
+@thorough
 def test_a_second_job_in_the_folder_of_a_run_is_refused(lab: Lab, place: Path) -> None:
     job = started(lab, place, *command(steps=10**6))
     second = lab.submit(place, *command(steps=10**6))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import SCRIPT
-from tests.slurm.lab import Lab
+from tests.slurm.lab import Lab, thorough
 from tests.slurm.test_submit import write_inputs
 from trainer.cluster.doctor import EACH, TOGETHER
 
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 DOCTOR = ["python", "-m", "trainer", "doctor"]
 
 
+@thorough
 def test_doctor_from_the_login_node(lab: Lab, place: Path) -> None:
     done = lab.login([*DOCTOR, "--on-cluster", "--nodes", "2", "--gpus", "1"], place, deadline=240)
     assert done.code == 0 and done.stdout.startswith("2 of 2 nodes: node1, node2\n"), done.everything
@@ -25,6 +26,7 @@ def test_doctor_from_the_login_node(lab: Lab, place: Path) -> None:
     assert "All fit." in done.stdout
 
 
+@thorough
 def test_doctor_inside_a_job_finds_what_is_wrong(lab: Lab, place: Path) -> None:
     """A folder that each node has for itself, and GPUs that torch cannot see."""
     job = ["salloc", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]
@@ -35,6 +37,7 @@ def test_doctor_inside_a_job_finds_what_is_wrong(lab: Lab, place: Path) -> None:
     assert "but the job has 2 GPUs here" in done.stdout and "2 failures" in done.stdout
 
 
+@thorough
 def test_a_run_on_nodes_of_different_versions_or_without_a_common_folder_is_refused(lab: Lab, place: Path) -> None:
     write_inputs(place)
     old = place / "old" / "datasets-4.9.9.dist-info"
@@ -51,6 +54,7 @@ def test_a_run_on_nodes_of_different_versions_or_without_a_common_folder_is_refu
     assert done.stderr.count(f"output: {lab.local}/runs is not one folder: ") == 1
 
 
+@thorough
 def test_deepspeed_with_a_hostfile_trains_as_well(lab: Lab, place: Path) -> None:
     """Its launcher once on every node, which is how it starts without ssh."""
     write_inputs(place)
@@ -62,6 +66,7 @@ def test_deepspeed_with_a_hostfile_trains_as_well(lab: Lab, place: Path) -> None
     assert done.code == 0 and "Trained 2 steps" in done.stdout, done.everything
 
 
+@thorough
 def test_torchrun_trains_as_well(lab: Lab, place: Path) -> None:
     write_inputs(place)
     launcher = (

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.launching import metrics
-from tests.slurm.lab import Lab
+from tests.slurm.lab import Lab, thorough
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +69,7 @@ def test_four_ranks_of_two_nodes_train_what_four_of_one_do(lab: Lab, place: Path
     }
 
 
+@thorough
 def test_a_finished_run_exits_with_0_every_time(lab: Lab, place: Path) -> None:
     """Twenty in a row, two ranks each, on two nodes."""
     write_inputs(place)
