@@ -16,7 +16,7 @@ import pytest
 
 from tests.launching import Finished, environment, launch
 
-# What a change that is not about clusters need not wait for: CI has time for one of each kind.
+# What a change that is not about clusters need not wait for: CI has time for runs through `submit`.
 thorough = pytest.mark.skipif("SLURM_TESTS" not in os.environ, reason="takes long: `make test-slurm` runs it")
 SCRIPT = Path(__file__).parent / "lab.sh"
 REPOSITORY = SCRIPT.parent.parent.parent

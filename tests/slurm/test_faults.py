@@ -61,8 +61,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@thorough
 # Rank 0's, which writes manifests and runs the job's script, and the other.
-@pytest.mark.parametrize(("fault", "node"), [("cut", "node1"), pytest.param("crash", "node2", marks=thorough)])
+@pytest.mark.parametrize(("fault", "node"), [("cut", "node1"), ("crash", "node2")])
 def test_a_lost_node_is_replaced(lab: Lab, place: Path, undisturbed: Path, fault: str, node: str) -> None:
     """The job goes on with the third node; ranks of the old one, if they live, wake up and change nothing."""
     job = started(lab, place)
@@ -103,6 +104,7 @@ def test_a_requeued_job_saves_and_goes_on(lab: Lab, place: Path, undisturbed: Pa
     assert "Told to stop: saved after step" in job.said()
 
 
+@thorough
 def test_a_time_limit_saves_and_the_job_goes_on(lab: Lab, place: Path, undisturbed: Path) -> None:
     """The run is endless at first, since limits come when they come; once the job waits again, it gets its end."""
     endless = 10**6
