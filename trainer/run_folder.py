@@ -14,7 +14,7 @@ from typing import Any
 from trainer.checkpoint import disk
 from trainer.checkpoint.agreement import told_by_rank_0
 from trainer.checkpoint.lease import FILE as LEASE
-from trainer.checkpoint.lease import LOCK, Holder, Lease, lives, this_process
+from trainer.checkpoint.lease import Holder, Lease, lives, this_process
 from trainer.checkpoint.lease import read as read_lease
 from trainer.checkpoint.store import Store
 from trainer.config import RunConfig, dump
@@ -74,8 +74,7 @@ def start_run_folder(config: RunConfig) -> Iterator[RunFolder]:
 
 
 def _take_back(folder: Path) -> None:
-    for name in ("config.yaml", LOCK):
-        (folder / name).unlink(missing_ok=True)
+    (folder / "config.yaml").unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     with suppress(OSError):
         folder.rmdir()

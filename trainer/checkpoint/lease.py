@@ -23,7 +23,7 @@ from trainer.checkpoint import disk
 from trainer.checkpoint.store import CheckpointError
 
 FILE = "lease.json"
-# What is locked while the lease is looked at; never replaced while a run trains in the folder.
+# What is locked while the lease is looked at; it goes with the run.
 LOCK = ".lease.lock"
 _BEAT_SECONDS = 2.0
 # How many looks, a beat apart, must find a lease as it was until its holder, of which nothing else is known, counts as
@@ -110,6 +110,7 @@ class Lease:
             self._beats.join()
         with suppress(LeaseError, OSError), self.held():
             disk.remove(self._path)
+            disk.remove(self.folder / LOCK)
             return True
         return False
 
@@ -186,16 +187,31 @@ def _place() -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time, where the file system has locks."""
-    with open(folder / LOCK, "a+b") as file:
-        end = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:  # a holder that stands still must not stop those who come after it
-                    break
-                time.sleep(0.05)
-            except OSError:  # no locks here
-                break
-        yield
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        with open(folder / LOCK, "a+b") as file:
+            # A holder that stands still must not stop those who come after it.
+            if _lock(file.fileno(), until=end) and not _is(folder / LOCK, file.fileno()) and time.monotonic() < end:
+                continue  # it went with the run that held it
+            yield
+            return
+
+
+def _lock(descriptor: int, *, until: float) -> bool:
+    """False where there are no locks, or not in time."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        except OSError:
+            return False
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
