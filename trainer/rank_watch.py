@@ -14,6 +14,8 @@ from pathlib import Path
 from deepspeed import comm as dist
 from torch import distributed
 
+_LAST_WORD_SECONDS = 1.0
+
 
 @contextmanager
 def watch_ranks() -> Iterator[None]:
@@ -30,6 +32,9 @@ def watch_ranks() -> Iterator[None]:
     try:
         yield
         dist.barrier()  # who finishes first must not be taken for dead
+    except BaseException:
+        watcher.join(_LAST_WORD_SECONDS)  # what failed here may be that another rank has died
+        raise
     finally:
         os.close(leave)  # wakes the watcher
         watcher.join()
