@@ -121,7 +121,13 @@ def test_a_second_job_is_refused_while_the_first_trains_and_the_requeued_one_is_
     write_inputs(tmp_path)
     run = tmp_path / "runs" / "tiny"
     first = {**environment(), "SLURM_JOB_ID": "7"}
-    process = start(command("checkpoint.every=10000", "train.steps=5000", "eval.every=null"), tmp_path, stdout=-3, stderr=-3, env=first)
+    process = start(
+        command("checkpoint.every=10000", "train.steps=5000", "eval.every=null"),
+        tmp_path,
+        stdout=-3,
+        stderr=-3,
+        env=first,
+    )
     after_step(run, 3, process)
     second = launch(command(), tmp_path)
     assert second.code == 2
