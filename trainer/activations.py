@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,6 +21,7 @@ from transformers import masking_utils
 
 from trainer.accounting.peak import Activations
 from trainer.blocks import Structure
+from trainer.engine.registration import zero3_linear_wrap
 from trainer.loss import summed_loss
 
 

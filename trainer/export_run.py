@@ -21,7 +21,7 @@ from trainer import blocks
 from trainer import model as models
 from trainer.adapters import Adapted, adapt
 from trainer.blocks import Piece, pieces
-from trainer.checkpoint.contents import Contents, unit_of_block
+from trainer.checkpoint.contents import RANDOM, REST, Contents, unit_of_block
 from trainer.checkpoint.fingerprint import Fingerprint
 from trainer.checkpoint.store import CheckpointError, Manifest, Store
 from trainer.config import RunConfig
@@ -29,9 +29,6 @@ from trainer.data.tokenizer import load_tokenizer, tokenizer_name
 from trainer.export import write_adapter
 from trainer.shards import ExportError, write_model
 from trainer.weights import ModelFolder
-
-_RANDOM = "random"  # the unit of random number generators
-REST = "rest"  # the unit of what never trains
 
 
 class Units:
@@ -88,7 +85,7 @@ class TrainedRun:
         self.tokenizer = load_tokenizer(
             tokenizer_name(self.config.model), trust_remote_code=self.config.model.trust_remote_code
         )
-        self.changed = {unit: files for unit, files in self.manifest.units.items() if unit != _RANDOM}
+        self.changed = {unit: files for unit, files in self.manifest.units.items() if unit != RANDOM}
         for file in (file for files in self.changed.values() for file in files):
             if problem := self._store.problem(file):
                 raise CheckpointError(f"the checkpoint after step {self.manifest.step} is damaged: {problem}")

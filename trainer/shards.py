@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from trainer.blocks import Piece, full_shape, pieces
+from trainer.checkpoint import disk
 
 SHARD_SIZE = "5GB"
 
@@ -158,10 +159,10 @@ def complete_or_not_at_all(folder: Path, step: Alone) -> Iterator[Path]:
 
     def publish() -> None:
         for path in [*unfinished.rglob("*"), unfinished]:
-            _sync(path)
+            disk.sync_folder(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
-        _sync(folder.parent)
+        disk.sync_folder(folder.parent)
 
     try:
         step(begin)
@@ -220,11 +221,3 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _of(tensor: Tensor) -> str:
     return f"({tuple(tensor.shape)}, {tensor.dtype})"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

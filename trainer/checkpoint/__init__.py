@@ -25,6 +25,8 @@ from deepspeed import comm as dist
 from trainer.blocks import full_numel
 from trainer.checkpoint.agreement import told_by_rank_0
 from trainer.checkpoint.contents import (
+    RANDOM,
+    REST,
     Contents,
     Share,
     Staging,
@@ -43,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["CheckpointError", "Checkpoints", "LeaseError", "Store"]
 
-# The unit of each rank's random number generators.
-_RANDOM = "random"
 # Between looks into the folder: at first, and at most.
 _POLL_SECONDS = 0.02, 0.5
 
@@ -111,7 +111,7 @@ class Checkpoints:
             return
         self.finish()
         shares = take(self._sparse, self._changed(complete), self._staging, on_base=() if complete else self.base)
-        shares[_RANDOM] = Share(random_state(), {}, {})
+        shares[RANDOM] = Share(random_state(), {}, {})
         own = sum(t.numel() * t.element_size() for share in shares.values() for t in share.tensors.values())
         self.require_space(own, f"the checkpoint after step {step} was not written: it")
         self._last = step
@@ -265,7 +265,7 @@ class Checkpoints:
         self._verify(source, manifest, step)
         self._candidate, self._last = None, step
         contents = Contents(source, manifest.units)
-        contents.learn(unit for unit in manifest.units if unit != _RANDOM)
+        contents.learn(unit for unit in manifest.units if unit != RANDOM)
         self._check_shapes(manifest, contents)
         self._compare_base(manifest, contents)
         put_weights_back(self._sparse, contents)
@@ -275,7 +275,7 @@ class Checkpoints:
             self._take_best(manifest)
             told_by_rank_0(lambda: source.abandon_after(step))
             self._baseline = manifest
-        files = manifest.units[_RANDOM]
+        files = manifest.units[RANDOM]
         if len(files) == self._ranks:
             with source.open(files[self._rank]) as opened:
                 restore_random_state({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
@@ -310,7 +310,7 @@ class Checkpoints:
                 f"chooses {len(self._sparse.active)}: give the same selector"
             )
         units = parameters_by_unit(self._sparse)
-        unknown = manifest.units.keys() - units.keys() - {_RANDOM}
+        unknown = manifest.units.keys() - units.keys() - {RANDOM}
         if unknown:
             raise CheckpointError(f"the checkpoint holds {', '.join(sorted(unknown))}, which do not train here")
         for unit in manifest.units.keys() & units.keys():
@@ -362,7 +362,7 @@ def base_checksums(sparse: Sparse) -> dict[str, str]:
     if sparse.steps:
         trained |= sparse.always_on.keys()
     base = {unit: parameters for unit, parameters in units.items() if unit not in trained}
-    return fingerprints(sparse, {**base, "rest": rest})
+    return fingerprints(sparse, {**base, REST: rest})
 
 
 def readable(source: Store, step: int) -> Manifest:

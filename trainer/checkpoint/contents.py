@@ -23,6 +23,8 @@ from trainer.engine.attach import Sparse
 from trainer.engine.registration import MOMENTS, Slice
 
 WEIGHT, MASTER = "weight", "master"
+# Units beside those that train: each rank's random number generators, and of the base what never trains.
+RANDOM, REST = "random", "rest"
 # Before the keys of tensors that hold some of a parameter's weights.
 _ENTRIES = "entries."
 _CHUNK = 2**22

@@ -31,6 +31,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: F401 - for `trainer.activations`
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, ZeRoTraceMode
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -518,11 +519,6 @@ class _Stage0(Registration):
         self.engine.basic_optimizer.param_groups[index]["params"] = list(entering)
         for parameter in leaving:
             self.engine.basic_optimizer.state.pop(parameter, None)
-
-    @contextmanager
-    def resident(self, index: int) -> Iterator[None]:
-        """While inside, the master and state of group `index` are in memory and what is written to them stays."""
-        yield
 
     def masters(self, index: int) -> list[Tensor]:
         return [p.detach().view(-1) for p in self.groups[index].values()]
