@@ -116,6 +116,12 @@ def plain_copy(num_bytes: int) -> Callable[[], float]:
     return copy
 
 
+def save(checkpoints: Checkpoints, sparse: trainer.Sparse, step: int) -> None:
+    """Until weights and state may change, as they do at once where a new interval begins."""
+    checkpoints.save(step, {})
+    sparse.change()
+
+
 def layerwise(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     selector = Uniform(blocks=args.active, interval=2)
     engine, sparse = start(args, selector, args.bank)
@@ -131,7 +137,7 @@ def layerwise(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             # What a run does between two saves takes longer than to write one.
             checkpoints.finish()
             step = 2 * number + 2
-            stall = measured(lambda step=step: checkpoints.save(step, {}))
+            stall = measured(lambda step=step: save(checkpoints, sparse, step))
             whole = measured(checkpoints.finish)
             written = sum(f.bytes for f in Store(folder).read(step).files if f.name.startswith(f"{step:08d}-"))
             # Ranks differ by less than a parameter.

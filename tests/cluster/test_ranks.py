@@ -52,6 +52,7 @@ def test_an_address_and_a_port_that_are_given_stand() -> None:
         pytest.param({}, id="no-launcher"),
         pytest.param(LAST_OF_THREE | {"RANK": "5", "WORLD_SIZE": "16"}, id="torchrun-under-srun"),
         pytest.param({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, id="job-of-one-task"),
+        pytest.param({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "2"}, id="one-of-srun"),
     ],
 )
 def test_everything_else_stays_as_it_is(environment: dict[str, str]) -> None:
@@ -67,6 +68,16 @@ def test_everything_else_stays_as_it_is(environment: dict[str, str]) -> None:
             {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"},
             "this SLURM job has 16 tasks, but the process was started without srun .* put srun before the command",
             id="without-srun",
+        ),
+        pytest.param(
+            {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "0"},
+            "this SLURM job has 2 nodes, but the process was started without srun .* put srun before the command",
+            id="nodes-without-srun",
+        ),
+        pytest.param(
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"},
+            "SLURM_STEP_TASKS_PER_NODE, SLURM_JOB_ID, SLURM_STEP_NODELIST did not reach this one",
+            id="variables-dropped",
         ),
         pytest.param(
             LAST_OF_THREE | {"SLURM_GPUS_ON_NODE": "8"},

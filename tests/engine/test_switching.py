@@ -236,6 +236,9 @@ def _uneven_model() -> torch.nn.Module:
         layer.mlp.gate_proj = torch.nn.Linear(32, width, bias=False)
         layer.mlp.up_proj = torch.nn.Linear(32, width, bias=index == 2)
         layer.mlp.down_proj = torch.nn.Linear(width, 32, bias=False)
+        for name, parameter in layer.mlp.named_parameters():  # as transformers does: torch's are eight times as large,
+            if name.endswith("weight"):  # and with them what another order of summation leaves
+                torch.nn.init.normal_(parameter, std=0.02)
     return model.train()
 
 

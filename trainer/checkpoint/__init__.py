@@ -29,7 +29,6 @@ from trainer.checkpoint.contents import (
     REST,
     Contents,
     Share,
-    Staging,
     parameters_by_unit,
     put_weights_back,
     take,
@@ -38,6 +37,7 @@ from trainer.checkpoint.contents import (
 from trainer.checkpoint.fingerprint import fingerprints
 from trainer.checkpoint.lease import Lease, LeaseError
 from trainer.checkpoint.random_state import random_state, restore_random_state
+from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import CheckpointError, File, Manifest, Store
 from trainer.engine.attach import Sparse
 
@@ -52,10 +52,10 @@ _POLL_SECONDS = 0.02, 0.5
 class Checkpoints:
     """Saves an attached engine into a run folder, and resumes one from there.
 
-    All ranks call every method together. With `asynchronous` a save stops training for a copy of what changed into host
-    memory only; files are written in a thread, without collectives: ranks tell rank 0 through the folder, which they
-    share, and rank 0 publishes, as long as the run folder is its own (`lease`, on rank 0; None for a loop that lets
-    nobody else write there).
+    All ranks call every method together. With `asynchronous` a thread copies what changed into host memory, which must
+    be done before the next optimizer step, and writes files from there, without collectives: ranks tell rank 0 through
+    the folder, which they share, and rank 0 publishes, as long as the run folder is its own (`lease`, on rank 0; None
+    for a loop that lets nobody else write there).
 
     Make it before the first step: it takes checksums of what it will not save again until it trains, the base model.
     """
@@ -111,6 +111,7 @@ class Checkpoints:
             return
         self.finish()
         shares = take(self._sparse, self._changed(complete), self._staging, on_base=() if complete else self.base)
+        self._sparse.before_change(self._staging.join)
         shares[RANDOM] = Share(random_state(), {}, {})
         own = sum(t.numel() * t.element_size() for share in shares.values() for t in share.tensors.values())
         self.require_space(own, f"the checkpoint after step {step} was not written: it")
@@ -202,6 +203,7 @@ class Checkpoints:
         """In the thread of every rank."""
         step = manifest.step
         try:
+            self._staging.check()
             written = {
                 unit: self._store.write(step, f"{unit}-{self._mark(self._rank)}", share.tensors, share.metadata())
                 for unit, share in shares.items()

@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import CheckpointError, File, Store
 from trainer.engine.attach import Sparse
 from trainer.engine.registration import MOMENTS, Slice
@@ -52,45 +52,11 @@ class Share:
         return {"ranges": json.dumps(self.ranges), "scalars": json.dumps(self.scalars)}
 
 
-class Staging:
-    """Host memory that one save after another copies into; on a GPU's host pinned, so that copies run at full speed.
-
-    Allocating it anew for each save would cost more than the copy.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
-        self._used = 0
-
-    def begin(self) -> None:
-        """What was copied before is needed no more."""
-        self._used = 0
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """`tensor`, flat, on the host; to be relied upon after `wait`."""
-        source = tensor.detach().reshape(-1)
-        wanted = source.numel() * source.element_size()
-        if self._used == len(self._buffers):
-            self._buffers.append(torch.empty(0, dtype=torch.uint8))
-        if self._buffers[self._used].numel() < wanted:
-            pinned = get_accelerator().device_name() != "cpu"
-            self._buffers[self._used] = torch.empty(wanted, dtype=torch.uint8, pin_memory=pinned)
-        buffer = self._buffers[self._used][:wanted].view(source.dtype)
-        self._used += 1
-        return buffer.copy_(source, non_blocking=True)
-
-    def wait(self) -> None:
-        """Until all copies are done."""
-        if not get_accelerator().is_synchronized_device():
-            get_accelerator().synchronize()
-
-
 def take(sparse: Sparse, units: Iterable[str], staging: Staging, *, on_base: Collection[str]) -> dict[str, Share]:
-    """Copies of this rank's part of `units` in host memory: what an asynchronous save works on.
+    """This rank's part of `units`, which `staging` copies into host memory: until it has, nothing may change.
 
     Of units in `on_base` it leaves out what a sparse update rule never changed.
     """
-    staging.begin()
     wanted = parameters_by_unit(sparse)
     shares = {unit: Share({}, {}, {}) for unit in units}
     owner = {name: unit for unit in shares for name in wanted[unit]}
@@ -98,25 +64,26 @@ def take(sparse: Sparse, units: Iterable[str], staging: Staging, *, on_base: Col
         for piece in sparse.optimizer_slices(owner):
             share = shares[owner[piece.name]]
             share.scalars[piece.name] = dict(piece.scalars)
-            _put(share, piece.name, piece.start, piece.tensors, staging)
+            _put(share, piece.name, piece.start, piece.tensors)
         for unit, share in shares.items():
             for name, parameter in wanted[unit].items():
                 entries = sparse.entries(name, parameter)
                 for key, tensor in entries.items():  # also none, which says that all is the base's
-                    share.tensors[f"{_ENTRIES}{key}:{name}"] = staging.copy(tensor)
+                    share.tensors[f"{_ENTRIES}{key}:{name}"] = tensor
                 if name not in share.ranges and not (entries and unit in on_base):  # no optimizer state is kept
                     start, weights = sparse.owned(parameter)
-                    _put(share, name, start, {WEIGHT: weights}, staging)
-    staging.wait()
+                    _put(share, name, start, {WEIGHT: weights})
+    places = [(share.tensors, name) for share in shares.values() for name in share.tensors]
+    for (tensors, name), copy in zip(places, staging.start([t[name] for t, name in places]), strict=True):
+        tensors[name] = copy
     return shares
 
 
-def _put(share: Share, name: str, start: int, tensors: Mapping[str, Tensor], staging: Staging) -> None:
+def _put(share: Share, name: str, start: int, tensors: Mapping[str, Tensor]) -> None:
     length = next(iter(tensors.values())).numel()
     share.ranges[name] = (start, start + length)
-    for key, tensor in tensors.items():
-        if length:
-            share.tensors[f"{key}:{name}"] = staging.copy(tensor)
+    if length:
+        share.tensors.update({f"{key}:{name}": tensor for key, tensor in tensors.items()})
 
 
 class Contents:
@@ -220,6 +187,7 @@ class Contents:
 def put_weights_back(sparse: Sparse, contents: Contents) -> None:
     """The weights of all units of `contents`. Collective."""
     units = parameters_by_unit(sparse)
+    sparse.change()
     for unit in units:
         if unit in contents.units:
             for name, parameter in units[unit].items():

@@ -8,6 +8,8 @@ from collections.abc import MutableMapping
 
 # Below the ports that Linux gives to outgoing connections (from 32768 on).
 _FIRST_PORT, _NUM_PORTS = 10000, 20000
+# What srun says of each of its tasks, as far as ranks are made of it.
+_OF_A_TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")
 
 
 class LaunchError(RuntimeError):
@@ -45,11 +47,13 @@ def take_rank(environment: MutableMapping[str, str], *, gpus: bool = True) -> No
         )
     if tasks > 1:
         _take_task(environment, tasks, gpus=gpus)
-    elif int(environment.get("SLURM_NTASKS", "1")) > 1:
-        raise LaunchError(
-            f"this SLURM job has {environment['SLURM_NTASKS']} tasks, but the process was started without srun and "
-            "would train alone: put srun before the command, as launch/slurm.sbatch does"
-        )
+    elif "SLURM_STEP_NUM_TASKS" not in environment:  # a single task of srun is meant to be one
+        for what, variable in (("tasks", "SLURM_NTASKS"), ("nodes", "SLURM_JOB_NUM_NODES")):
+            if int(environment.get(variable, "1")) > 1:
+                raise LaunchError(
+                    f"this SLURM job has {environment[variable]} {what}, but the process was started without srun and "
+                    "would train alone: put srun before the command, as launch/slurm.sbatch does"
+                )
 
 
 def in_step(environment: MutableMapping[str, str]) -> bool:
@@ -78,6 +82,17 @@ def _check_gpus(environment: MutableMapping[str, str]) -> None:
 
 
 def _take_task(environment: MutableMapping[str, str], tasks: int, *, gpus: bool) -> None:
+    wanted = [*_OF_A_TASK]
+    wanted += [] if "MASTER_PORT" in environment else ["SLURM_JOB_ID"]
+    wanted += [] if "MASTER_ADDR" in environment else ["SLURM_STEP_NODELIST"]
+    missing = [name for name in wanted if name not in environment]
+    if missing:
+        raise LaunchError(
+            f"srun started {tasks} tasks, but {', '.join(missing)} did not reach this one (a container that drops "
+            "variables?), so each would train alone: let all of SLURM_* in, or set RANK, LOCAL_RANK, WORLD_SIZE, "
+            "MASTER_ADDR and MASTER_PORT for each",
+            int(environment.get("SLURM_PROCID", "0")),
+        )
     if gpus:
         _check_gpus(environment)
     environment.update(
@@ -101,7 +116,7 @@ def _tasks_here(environment: MutableMapping[str, str]) -> int:
 
 def _first_host(environment: MutableMapping[str, str]) -> str:
     """Where task 0 is. SLURM_LAUNCH_NODE_IPADDR, tempting as it looks, is where srun was typed."""
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    nodes = environment["SLURM_STEP_NODELIST"]
     if not re.search(r"[\[,]", nodes):
         return nodes
     try:

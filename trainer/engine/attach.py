@@ -11,7 +11,7 @@ first training forward of each interval.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, Protocol
 
@@ -139,6 +139,7 @@ class Sparse:
         self._rounding: RoundingLoss | None = None
         self._observed_at = -1
         self._applied = True  # the last optimizer step, by the update rule
+        self._before_change: list[Callable[[], object]] = []
         # Of the first group's learning rate; other than 1 where no block has a group and always-on parts differ.
         self._rate_of_blocks = 1.0
         _let_backward_end(model)
@@ -210,14 +211,25 @@ class Sparse:
         self._registered().publish(parameter)
 
     def optimizer_slices(self, names: Collection[str]) -> Iterator[Slice]:
-        """This rank's masters and moments of the parameters `names`, live and banked. Each is valid until the next."""
+        """This rank's masters and moments of the parameters `names`, live and banked; to be read until the next change
+        (`before_change`)."""
         registration = self._registered()
         self.bank.wait()
         for number, group in enumerate(self.groups()):
             if any(name in names for name in group):
-                with registration.resident(number):
-                    yield from (registration.own_part(p) for p in registration.slices(number) if p.name in names)
+                with registration.resident(number) as passing:
+                    pieces = [registration.own_part(p) for p in registration.slices(number) if p.name in names]
+                    yield from (piece.cloned() if passing else piece for piece in pieces)
         yield from (registration.own_part(piece) for piece in self.bank.slices(names))
+
+    def before_change(self, action: Callable[[], object]) -> None:
+        """Call `action` once, before weights or optimizer state change next: by a step, a switch, or what is loaded."""
+        self._before_change.append(action)
+
+    def change(self) -> None:
+        """Whoever is about to change weights or optimizer state says so by this, and then may."""
+        while self._before_change:
+            self._before_change.pop()()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but tensors, as JSON-compatible values, the same on every rank."""
@@ -244,6 +256,7 @@ class Sparse:
         Collective. Blocks return to the slots that they had, because sums over groups depend on their order.
         """
         engine, registration = self._attached(), self._registered()
+        self.change()
         for name in _COUNTERS:
             setattr(engine, name, state["engine"][name])
         # Steps end where this is a multiple of the accumulation, which may be another one now.
@@ -441,6 +454,7 @@ class Sparse:
     def _switch(self, interval: int, step: int) -> None:
         """Replace the active set. Blocks that stay keep their slot and with it their state, under every bank."""
         registration = self._registered()
+        self.change()
         moved, problem = self._guard.before_switch()
         drawn = self.selector.select(interval, len(self.blocks))
         entering = [index for index in drawn if index not in self._slots]
@@ -501,6 +515,8 @@ class Sparse:
             self.bank.wait()
             # A loop that manages accumulation itself calls this at boundaries only.
             boundary = not engine.managed_gradient_accumulation() or engine.is_gradient_accumulation_boundary()
+            if boundary:
+                self.change()
             # Before the step, which moves the schedule on.
             learning_rate = engine.basic_optimizer.param_groups[0]["lr"] * self._rate_of_blocks
             inner(*args, **kwargs)

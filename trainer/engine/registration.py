@@ -118,6 +118,10 @@ class Slice:
     tensors: dict[str, Tensor]
     scalars: dict[str, float] = field(default_factory=dict)
 
+    def cloned(self) -> Slice:
+        """The same in memory of its own."""
+        return replace(self, tensors={key: tensor.clone() for key, tensor in self.tensors.items()})
+
 
 def missing_names(engine: DeepSpeedEngine, stage: str) -> list[str]:
     """The private names of a stage that this engine's objects do not have."""
@@ -298,9 +302,10 @@ class Registration(ABC):
         self._reset_state(index)
 
     @contextmanager
-    def resident(self, index: int) -> Iterator[None]:
-        """While inside, the master and state of group `index` are in memory and what is written to them stays."""
-        yield
+    def resident(self, index: int) -> Iterator[bool]:
+        """While inside, the master and state of group `index` are in memory and what is written to them stays; True
+        where that memory serves another group afterwards."""
+        yield False
 
     def masters(self, index: int) -> list[Tensor]:
         """This rank's fp32 masters of group `index`, parameter by parameter, flat."""
@@ -580,11 +585,11 @@ class _Stage3(Registration):
         return self.optimizer.fp16_groups
 
     @contextmanager
-    def resident(self, index: int) -> Iterator[None]:
+    def resident(self, index: int) -> Iterator[bool]:
         swapped = self.optimizer._swappable_optimizer_subgroup(index)  # to NVMe
         if swapped:
             self.optimizer._optimizer_states_and_gradient_swap_in(index)
-        yield
+        yield swapped
         if swapped:
             self.optimizer._optimizer_states_and_gradient_swap_out(index)
 
