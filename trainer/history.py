@@ -14,7 +14,7 @@ from trainer.checkpoint.agreement import told_by_rank_0
 from trainer.config import RunConfig
 from trainer.data.batches import Batches
 from trainer.progress import Meter
-from trainer.resuming import came_from, check_settings, named
+from trainer.resuming import came_from, changed, check_settings, named
 
 
 class History:
@@ -51,15 +51,16 @@ class History:
             },
         )
 
-    def resume(self, folder: Path, meter: Meter) -> str:
-        """Go on as `resume` says; returns where from, or nothing for a run that begins. Raises `CheckpointError`."""
+    def resume(self, folder: Path, meter: Meter) -> list[str]:
+        """Go on as `resume` says; returns lines that say from where and what is new, none for a run that begins. Raises
+        `CheckpointError`."""
         wanted = self._config.resume
         if wanted == "never":
-            return ""
+            return []
         # Rank 0 looks for all: folders on several machines are not always of one mind.
         found = told_by_rank_0(lambda: _find(wanted, Store(folder)))
         if found is None:
-            return ""
+            return []
         source, step, state = found
         check_settings(state["config"], self._config)
         self.step = self._batches.resume(state["data"])
@@ -68,7 +69,8 @@ class History:
         self.evaluations = {step: _number(loss) for step, loss in state["evaluations"]}
         self.skipped, self.last_loss = state["skipped"], _number(state["last_loss"])
         meter.go_on_from(*map(_number, state["meter"]))
-        return f"{source.folder}/step-{step:08d}.json"
+        origin = f"{source.folder}/step-{step:08d}.json"
+        return [f"going on after step {self.step}, from {origin}", *changed(state["config"], self._config)]
 
     def _take_up_schedule(self, state: Mapping[str, Any]) -> None:
         """Where it was, with the rates and the length that are configured now."""

@@ -36,6 +36,8 @@ class Progress:
             file = folder / "metrics.jsonl"
             if first_step and file.exists():
                 _cut_after(first_step, file)
+            elif not first_step:  # a lost attempt that still lives must not write into this one
+                file.unlink(missing_ok=True)
             self._file = open(file, "a" if first_step else "w", encoding="utf-8")
         terminal = sys.stderr.isatty()
         self._bar = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import yaml
 from trainer.checkpoint.store import CheckpointError, Store
 from trainer.config import RunConfig
 
-# What decides the numbers of a run. The rest (where, how fast, how often) may change from one start to the next.
+# What a checkpoint's state belongs to. The rest may change from one start to the next: where, how fast, how often, and
+# what a run is steered with, which `changed` names.
 _FIXED = (
     "seed",
     "model.path",
@@ -29,6 +30,8 @@ _FIXED = (
 )
 # Of what is fixed, where a thing lies and what is done with it in the end.
 _FREE = ("model.path", "substrate.merge", "substrate.adapter")
+
+_STEERING = ("optimizer", "schedule", "train")
 
 
 def finished(folder: Path) -> bool:
@@ -69,11 +72,9 @@ def came_from(store: Store, resume: str) -> bool:
 
 def check_settings(saved: Mapping[str, Any], config: RunConfig) -> None:
     """Raises `CheckpointError` where the run that was saved would not be the one that goes on."""
-    now = config.model_dump(mode="json")
     different = [
         f"{key}: {before!r} in the checkpoint, {after!r} now"
-        for path in _FIXED
-        for key, before, after in _differences(path, _at(saved, path), _at(now, path))
+        for key, before, after in _changes(saved, config, _FIXED)
         if key not in _FREE
     ]
     if different:
@@ -82,6 +83,20 @@ def check_settings(saved: Mapping[str, Any], config: RunConfig) -> None:
             + "; ".join(different)
             + ". Take them back, or start anew with resume=never or another output"
         )
+
+
+def changed(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """A line for each setting that steers training and is another one than in the run that was saved."""
+    return [
+        f"{key} is {after!r} from here on, after {before!r}"
+        for key, before, after in _changes(saved, config, _STEERING)
+    ]
+
+
+def _changes(saved: Mapping[str, Any], config: RunConfig, paths: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
+    now = config.model_dump(mode="json")
+    for path in paths:
+        yield from _differences(path, _at(saved, path), _at(now, path))
 
 
 def _differences(path: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:

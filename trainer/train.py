@@ -123,7 +123,7 @@ def _train(
         scheduler,
     )
     meter = Meter()
-    origin = history.resume(folder, meter)
+    resumed = history.resume(folder, meter)
     whole = adapters is None or merge
     history.checkpoints.require_space(_bytes_to_write(config, sparse, model if whole else None), "this run at least")
 
@@ -134,8 +134,8 @@ def _train(
     hints = [*saving_warning(config), *learning_warning(config, sparse, num_steps), *rounding_warning(config, sparse)]
     for line in [*describe_data(data, config.data.max_length), *remarks, *hints]:
         progress.say(line)
-    if origin:
-        progress.say(f"going on after step {history.step}, from {origin}")
+    for line in resumed:
+        progress.say(line)
 
     def may_go_on() -> None:
         """Asked on all ranks between the blocks of an export."""

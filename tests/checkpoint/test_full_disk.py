@@ -12,18 +12,22 @@ from typing import Any
 import pytest
 
 from tests import distributed
-from tests.engine.parity import Cell, start, train_step
+from tests.checkpoint.supervisor import after_step
+from tests.engine import parity
+from tests.engine.parity import Cell, train_step
+from tests.launching import deepspeed, start, write_inputs
 from trainer.checkpoint import CheckpointError, Checkpoints, Store
 
 MIB = 2**20
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two MiB."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of two MiB, or of as many as a test asks for."""
     place = tmp_path / "disk"
     place.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", place]).returncode != 0:
+    size = f"size={getattr(request, 'param', 2)}m"
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", place]).returncode != 0:
         pytest.skip("mounting a small file system needs root")
     try:
         yield place
@@ -32,7 +36,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def _fill(rank: int, place: Path) -> dict[str, Any]:
-    engine, sparse = start(Cell(stage=3, bank="cpu"), rank)
+    engine, sparse = parity.start(Cell(stage=3, bank="cpu"), rank)
     checkpoints = Checkpoints(sparse, place / "run", keep=2, asynchronous=True)
     found: dict[str, Any] = {}
 
@@ -76,3 +80,35 @@ def test_a_full_disk_ends_a_save_and_leaves_the_last_good_one(small_disk: Path) 
         assert "the one after step 1 is whole" in found["unknown"]
         assert found["steps"] == [1] and found["left"] == [], "what is of no use only takes room"
         assert found["then"] == "" and found["problems"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small_disk", [16], indirect=True)
+@pytest.mark.parametrize("choice", ["stop", "continue"])
+def test_a_run_whose_disk_is_full_stops_or_goes_on_as_it_was_told(
+    small_disk: Path, tmp_path: Path, choice: str
+) -> None:
+    write_inputs(tmp_path)
+    run = small_disk / "runs" / "tiny"
+    values = ["train.steps=150", "checkpoint.every=5", f"checkpoint.on_failure={choice}", f"output={run}"]
+    with open(tmp_path / "out", "w+") as out:
+        process = start(deepspeed("tiny.yaml", *values), tmp_path, stdout=out, stderr=out)
+        after_step(run, 10, process)
+        space = os.statvfs(small_disk)
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes(space.f_bavail * space.f_frsize - 200_000))  # what else a run writes has room
+        if choice == "continue":
+            after_step(run, 60, process)
+            filler.unlink()
+        code = process.wait(120)
+        out.seek(0)
+        said = out.read()
+    full = r"the checkpoint after step \d+ was not written: it takes [\d.]+ MiB, and .* the one after step \d+ is whole"
+    if choice == "continue":
+        assert code == 0 and re.search(f"WARNING: {full}", said), said
+        assert (run / "model").exists() and 150 in Store(run).steps()
+    else:
+        assert code == 2 and re.search(full, said), said
+        assert "Traceback" not in said and not (run / "model").exists()
+    newest = Store(run).read(Store(run).steps()[0])
+    assert [problem for file in newest.files if (problem := Store(run).problem(file))] == []

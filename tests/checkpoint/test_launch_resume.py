@@ -87,8 +87,9 @@ def test_another_run_goes_on_from_a_checkpoint_and_settings_must_fit(tmp_path: P
     refused = launch(deepspeed("tiny.yaml", *VALUES, *values, "selector.blocks=3", ranks=1), tmp_path)
     assert refused.code == 2 and "selector.blocks: 2 in the checkpoint, 3 now" in refused.everything
     assert not (tmp_path / "runs" / "other").exists()
-    finished = launch(deepspeed("tiny.yaml", *VALUES, *values, ranks=1), tmp_path)
+    finished = launch(deepspeed("tiny.yaml", *VALUES, *values, "train.log_every=3", ranks=1), tmp_path)
     assert finished.code == 0, finished.everything
+    assert "train.log_every is 3 from here on, after 1" in finished.stderr
     assert f"going on after step 117, from {checkpoint}" in finished.stderr
     ours = load_file(tmp_path / "runs" / "other" / "model" / "model.safetensors")
     theirs = load_file(undisturbed / "model" / "model.safetensors")

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,13 +224,17 @@ class Checkpoints:
             files = self._wait_for(step, partial(self._store.announced, step, self._mark(rank)))
             for unit, file in files.items():
                 manifest.units.setdefault(unit, []).append(File(**file))
-        with self._lease.held() if self._lease is not None else nullcontext():
+        with self._publishing():
             self._store.publish(manifest)
-            best = manifest.state["best"]
+        best = manifest.state["best"]
+        with self._publishing():  # asked again: whoever stood still in there must not remove what is another's by now
             try:
                 self._store.prune(self._keep, also=[step, *([best[1]] if best else [])])
             except OSError as error:  # the checkpoint is whole all the same
                 logger.warning("old checkpoints in %s could not be removed: %s", self._store.folder, error)
+
+    def _publishing(self) -> AbstractContextManager[None]:
+        return self._lease.held() if self._lease is not None else nullcontext()
 
     def _mark(self, rank: int) -> str:
         return f"{self._attempt}-r{rank:05d}"

@@ -142,12 +142,16 @@ class Contents:
             raise CheckpointError(f"{name}: elements {reached} to {stop} are in none of the checkpoint's files")
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def entries(self, name: str) -> dict[str, Tensor]:
-        """Of a parameter that a sparse update rule trains, all ranks' `indices` and values; empty for any other."""
+    def entries(self, name: str, keys: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Of a parameter that a sparse update rule trains, all ranks' `indices` and values, or of these `keys`; empty
+        for any other."""
         parts: dict[str, list[Tensor]] = {}
+        wanted = {key for key in self.keys(name) if key.startswith(_ENTRIES)}
+        if keys is not None:
+            wanted &= {f"{_ENTRIES}{key}" for key in keys}
         for file in self._entries.get(name, []):
             with self._store.open(file) as opened:
-                for key in (key for key in self.keys(name) if key.startswith(_ENTRIES)):
+                for key in sorted(wanted):
                     parts.setdefault(key.removeprefix(_ENTRIES), []).append(opened.get_tensor(f"{key}:{name}"))
         return {key: torch.cat(tensors) for key, tensors in parts.items()}
 
@@ -159,7 +163,7 @@ class Contents:
         """Copy the weights of a parameter, or its master rounded to them, into the whole tensor `into`. Where there are
         entries alone, the other weights stay as they are there."""
         if self.on_base([name]):
-            entries = self.entries(name)
+            entries = self.entries(name, ("indices", WEIGHT))
             into.view(-1)[entries["indices"]] = entries[WEIGHT].to(into.dtype)
             return
         flat, key = into.view(-1), WEIGHT if WEIGHT in self.keys(name) else MASTER
@@ -195,7 +199,7 @@ def put_weights_back(sparse: Sparse, contents: Contents) -> None:
                 if not contents.on_base([name]):
                     key = WEIGHT if WEIGHT in contents.keys(name) else MASTER  # weights are masters, rounded
                     weights.copy_(contents.read(key, name, start, start + weights.numel()))
-                elif entries := contents.entries(name):
+                elif entries := contents.entries(name, ("indices", WEIGHT)):
                     places = entries["indices"] - start
                     mine = (places >= 0) & (places < weights.numel())
                     weights[places[mine].to(weights.device)] = entries[WEIGHT][mine].to(weights)
