@@ -125,7 +125,8 @@ class Sparse:
             refuse_unsuppressed(self.blocks)
         self.selector = selector
         self.update = update
-        self.update.prepare(self._ever_outside_optimizer())
+        reachable = selector.reachable(len(self.blocks))
+        self.update.prepare(self._ever_outside_optimizer(), reachable=self._ever_outside_optimizer(reachable).keys())
         self.bank = bank
         self.interval = 0
         self.times_active = [0] * len(self.blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +54,10 @@ class Selector(ABC):
     @abstractmethod
     def select(self, interval: int, num_blocks: int) -> tuple[int, ...]:
         """The blocks of interval number `interval` (from 0), ascending and distinct."""
+
+    def reachable(self, num_blocks: int) -> Sequence[int]:
+        """The blocks that may ever be chosen."""
+        return range(num_blocks)
 
     def needs(self, step: int) -> Measurement | None:
         """The measurement wanted before optimizer step `step` (from 0), if any."""

@@ -26,3 +26,6 @@ class Fixed(Selector):
                 f"{num_blocks - 1}, at least one, for this model of {num_blocks} blocks"
             )
         return tuple(sorted(chosen))
+
+    def reachable(self, num_blocks: int) -> Sequence[int]:
+        return self.select(0, num_blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,9 +32,10 @@ class UpdateRule(ABC):
     def in_optimizer(self, block: Block) -> set[str]:
         """Names of the block's parameters that DeepSpeed's optimizer trains; the same kinds in every block."""
 
-    def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Once, before anything is allocated: all parameters that the rule may ever train, in the same order on every
-        rank. Raises `ValueError` where the rule's settings do not fit them."""
+    def prepare(self, parameters: Mapping[str, nn.Parameter], *, reachable: Collection[str]) -> None:
+        """Once, before anything is allocated: all parameters that could be the rule's to train, in the same order on
+        every rank, and the names of those that the selector ever reaches. Raises `ValueError` where the rule's settings
+        do not fit."""
 
     def enter(self, name: str, weights: Tensor) -> None:
         """The parameter `name` becomes active; `weights` are this rank's, flat."""

@@ -30,14 +30,17 @@ def best_of_all(scores: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tens
     """(scores, positions) of the `k` best on all ranks, by ascending position; the same on every rank. Collective.
 
     `scores` (fp32) and `positions` (int64), both [at most k], are this rank's best; a position is on one rank only.
-    Each rank sends 12 k bytes and receives 12 k from every other.
+    Each rank sends 12 k bytes and receives 12 k from every other, less where no rank has k.
     """
     ranks = dist.get_world_size()
-    mine_scores = scores.new_full((k,), NOT_A_CANDIDATE)
-    mine_positions = positions.new_zeros(k)
+    most = torch.tensor(scores.numel(), device=scores.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    k_sent = min(k, int(most))
+    mine_scores = scores.new_full((k_sent,), NOT_A_CANDIDATE)
+    mine_positions = positions.new_zeros(k_sent)
     mine_scores[: scores.numel()] = scores
     mine_positions[: positions.numel()] = positions
-    all_scores, all_positions = mine_scores.new_empty(k * ranks), mine_positions.new_empty(k * ranks)
+    all_scores, all_positions = mine_scores.new_empty(k_sent * ranks), mine_positions.new_empty(k_sent * ranks)
     dist.all_gather_into_tensor(all_scores, mine_scores)
     dist.all_gather_into_tensor(all_positions, mine_positions)
     real = all_scores >= 0

@@ -9,7 +9,8 @@ its best candidates. Once the budget is reached, ranks exchange the gradients of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -121,8 +122,8 @@ class Unmask(UpdateRule):
         for key, value, allowed, fits in (
             ("budget", self.budget, "1 or more", self.budget >= 1),
             ("growth_steps", self.growth_steps, "1 or more", self.growth_steps >= 1),
-            ("exp", self.exp, "0 or more", self.exp >= 0),
-            ("eps", self.eps, "0 or more", self.eps >= 0),
+            ("exp", self.exp, "0 or more, finite", 0 <= self.exp < math.inf),
+            ("eps", self.eps, "0 or more, finite", 0 <= self.eps < math.inf),
             ("bias_correction", self.bias_correction, "global, local", self.bias_correction in ("global", "local")),
         ):
             if not fits:
@@ -141,15 +142,16 @@ class Unmask(UpdateRule):
     def in_optimizer(self, block: Block) -> set[str]:
         return set()
 
-    def prepare(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def prepare(self, parameters: Mapping[str, nn.Parameter], *, reachable: Collection[str]) -> None:
         offset = 0
         for name, parameter in parameters.items():
             indices = torch.empty(0, dtype=torch.int64)
             self._parameters[name] = _Parameter(offset, full_numel(parameter), decays(parameter), indices)
             offset += full_numel(parameter)
-        if self.budget > offset:
+        most = sum(full_numel(parameters[name]) for name in reachable)
+        if self.budget > most:
             raise ValueError(
-                f"update.budget: got {self.budget}, but only {offset} weights may train; allowed: 1 to {offset}"
+                f"update.budget: got {self.budget}, but only {most} weights may train; allowed: 1 to {most}"
             )
 
     def enter(self, name: str, weights: Tensor) -> None:
