@@ -168,6 +168,7 @@ def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, option
             output_loading_info=True,
             # So that they can be named; under ZeRO-3 transformers names them itself.
             ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
+            **_placed(),
             **_quantized(config),
             **options,
         )
@@ -248,8 +249,14 @@ def _refuse_misfits(
         )
 
 
+def _placed() -> dict[str, Any]:
+    """Straight to the device where weights are to be used: with one rank per card, and all of the model on each, host
+    memory would have to hold it as many times. ZeRO-3 places them itself."""
+    return {} if is_deepspeed_zero3_enabled() else {"device_map": {"": get_accelerator().current_device_name()}}
+
+
 def _quantized(config: ModelConfig) -> dict[str, Any]:
-    """NF4 with quantised scales (QLoRA, https://arxiv.org/abs/2305.14314), on the device where it is to be used."""
+    """NF4 with quantised scales (QLoRA, https://arxiv.org/abs/2305.14314)."""
     if config.quantization is None:
         return {}
     settings = BitsAndBytesConfig(
@@ -260,7 +267,7 @@ def _quantized(config: ModelConfig) -> dict[str, Any]:
         # One byte is what DeepSpeed's broadcast at the start understands.
         bnb_4bit_quant_storage=torch.uint8,
     )
-    return {"quantization_config": settings, "device_map": {"": get_accelerator().current_device_name()}}
+    return {"quantization_config": settings}
 
 
 def _embedded(model: PreTrainedModel) -> int:

@@ -63,6 +63,9 @@ class Zero:
     overlap: bool = False
     max_live: int = 0
     offload: bool = False
+    offload_param: bool = False
+    # With optimizer state on NVMe: host buffers, each of the largest group's part in fp32, that it passes through.
+    nvme_buffers: int = 0
     machine_ranks: int = 0  # hpZ: over which each machine cuts a copy of its own
     # AdamW of torch without fusing, as on a CPU, computes beside its state; fused and DeepSpeed's do not.
     temporaries: bool = False
@@ -71,11 +74,12 @@ class Zero:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. `resident` stays; `moments` are what comes on top of it at each of a step's high moments, by
-    part; `host` lies in host memory."""
+    part; `host` lies in host memory, `disk` on NVMe."""
 
     resident: dict[str, int]
     moments: dict[str, dict[str, int]]
     host: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
 
     @property
     def highest(self) -> str:
@@ -109,12 +113,21 @@ def fused_loss(
     return Activations(saved=inputs, peak=inputs + tile_bytes + gradients, forward=inputs + tile_bytes)
 
 
-def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str, int]) -> Memory:
-    """Of one optimizer step of `shape` under `zero`, with the model state `state`. `host` is held there besides."""
-    resident = {"weights": state.weights}
+def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str, int], banked: int = 0) -> Memory:
+    """Of one optimizer step of `shape` under `zero`, with the model state `state`. `host` is held there besides, and
+    `banked` beside the state on the device."""
+    resident = {"weights": state.weights} | ({"full bank": banked} if banked else {})
     on_host = {k: v for k, v in host.items() if v}
+    on_disk: dict[str, int] = {}
+    if zero.offload_param:
+        on_host["weights"] = resident.pop("weights")
     for kind in ("gradients", "masters", "moments", *(["indices"] if state.indices else [])):
-        (on_host if state.offload else resident)[kind] = getattr(state, kind)
+        to_disk = zero.nvme_buffers and kind in ("masters", "moments")
+        (on_disk if to_disk else on_host if state.offload else resident)[kind] = getattr(state, kind)
+    if zero.nvme_buffers:  # the fp32 gradient travels with its master
+        on_disk["gradients"] = state.masters
+        on_host["gradients"] -= state.masters
+        on_host["NVMe buffers"] = 4 * zero.nvme_buffers * -(-max(shape.groups) // zero.ranks)
     bucket = zero.weight_bytes * zero.reduce_bucket
     if zero.stage == 3:
         resident["buckets"] = bucket
@@ -122,7 +135,7 @@ def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str
         resident["offload buffer"] = zero.weight_bytes * shape.largest
     if zero.machine_ranks > 1:
         resident["weights for each machine"] = zero.weight_bytes * -(-shape.total // zero.machine_ranks)
-    return Memory(resident, _moments(shape, zero, bucket), on_host)
+    return Memory(resident, _moments(shape, zero, bucket), on_host, on_disk)
 
 
 def _moments(shape: StepShape, zero: Zero, bucket: int) -> dict[str, dict[str, int]]:
@@ -168,8 +181,9 @@ def _saved(shape: StepShape) -> int:
 
 
 def _gathered(shape: StepShape, zero: Zero) -> int:
-    """Prefetching goes on until so many elements are gathered, by whole parameters."""
-    if zero.stage < 3 or zero.ranks == 1:
+    """Prefetching goes on until so many elements are gathered, by whole parameters. A single rank has them in place,
+    unless they lie in host memory."""
+    if zero.stage < 3 or (zero.ranks == 1 and not zero.offload_param):
         return 0
     return zero.weight_bytes * min(shape.total, zero.max_live + shape.largest)
 

@@ -229,6 +229,8 @@ def _planned(
         offload=offload,
         machine_ranks=zero_size(ds, "zero_hpz_partition_size"),
         temporaries=on_cpu and not offload,
+        offload_param=offload_device(ds, "param") != "none",
+        nvme_buffers=_nvme_buffers(ds),
     )
     below = sum(sum(full_numel(p) for p in b.module.parameters()) for b in sparse.blocks[:lowest])
     in_blocks = sum(sum(full_numel(p) for p in b.module.parameters()) for b in sparse.blocks)
@@ -242,7 +244,13 @@ def _planned(
         num_blocks=len(sparse.blocks),
         active=shape.num_active,
         state=state,
-        memory=memory(state, shape, zero, host=_on_host(config, sparse, shape, zero, trained)),
+        memory=memory(
+            state,
+            shape,
+            zero,
+            host=_on_host(config, sparse, shape, zero, trained),
+            banked=_banked(sparse, shape, ranks) if config.bank.name == "device" else 0,
+        ),
         flops=accumulation
         * step_flops(
             [block_shape(block, base.config) for block in sparse.blocks],
@@ -267,7 +275,7 @@ def _planned(
             micro_batches=accumulation,
             machine_copies=zero.machine_ranks > 1,
         ),
-        offloaded=(gradient_bytes + weight_bytes) * -(-trained // ranks) if offload else 0,
+        offloaded=_through_host(zero, shape, trained, accumulation),
     )
 
 
@@ -277,16 +285,41 @@ def _lowest(config: RunConfig, sparse: Sparse) -> int:
     return sparse.active[0] if config.selector.name == "fixed" and not embeddings_train else 0
 
 
+def _nvme_buffers(ds: dict[str, Any]) -> int:
+    """DeepSpeed's `offload_optimizer.buffer_count`, if that is what NVMe has."""
+    if offload_device(ds, "optimizer") != "nvme":
+        return 0
+    return ds["zero_optimization"]["offload_optimizer"].get("buffer_count", 4)
+
+
+def _through_host(zero: Zero, shape: StepShape, trained: int, accumulation: int) -> int:
+    """Bytes of a step between a rank's card and host: gradients go out, and with every further micro-batch in, to be
+    added to, and out again; updated weights come in; offloaded weights come in for every forward and backward."""
+    crossed = 0
+    if zero.offload:
+        crossed += ((2 * accumulation - 1) * zero.gradient_bytes + zero.weight_bytes) * -(-trained // zero.ranks)
+    if zero.offload_param:
+        crossed += 2 * accumulation * zero.weight_bytes * -(-shape.total // zero.ranks)
+    return crossed
+
+
+def _banked(sparse: Sparse, shape: StepShape, ranks: int) -> int:
+    """What a bank holds at most: of all blocks but those that train."""
+    if not sparse.bank.keeps:
+        return 0
+    reachable = [sparse.blocks[index].numel for index in sparse.selector.reachable(len(sparse.blocks))]
+    return banked_bytes(sorted(reachable, reverse=True)[shape.num_active :], ranks=ranks)
+
+
 def _on_host(config: RunConfig, sparse: Sparse, shape: StepShape, zero: Zero, trained: int) -> dict[str, int]:
     """Bytes of one rank in host memory, masters and moments that are offloaded apart."""
     part = -(-trained // zero.ranks)
     held: dict[str, int] = {}
     if zero.offload and zero.stage < 3:  # weights on their way back, and two buffers of the largest gradient
         held["offload buffers"] = zero.weight_bytes * (part + shape.largest)
-    inactive = sorted((b.numel for b in sparse.blocks), reverse=True)[shape.num_active :]
-    banked = banked_bytes(inactive, ranks=zero.ranks) if sparse.bank.keeps else 0
+    banked = _banked(sparse, shape, zero.ranks)
     if config.bank.name == "cpu":
-        held["bank, once all blocks were drawn"] = banked
+        held["full bank"] = banked
     if config.saves and shape.sparse:
         held["checkpoint, while it is written"] = 20 * part  # masters, moments and indices of unmasked weights
     elif config.saves:

@@ -63,6 +63,8 @@ def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
         node = plan.memory.total_host * machine.gpus
         of = f" of {readable(machine.host_memory)}" if machine.host_memory is not None else ""
         lines.append(_row(f"node, {machine.gpus} rank{'s' * (machine.gpus > 1)}", node) + of)
+    if plan.memory.disk:
+        lines.append(f"on NVMe, of each rank: {readable(sum(plan.memory.disk.values()))}")
     lines.append(
         f"a step: {plan.flops:.2e} FLOPs and {readable(plan.volume.sent(plan.ranks))} sent by each rank"
         + (
@@ -151,6 +153,7 @@ def mapping(plan: Plan, machine: Machine, suggestions: list[Suggestion], *, samp
         "peak": plan.memory.peak,
         "needed": needed(plan),
         "host": plan.memory.host,
+        "disk": plan.memory.disk,
         "moments": plan.memory.moments,
         "flops": plan.flops,
         "volume": asdict(plan.volume) | {"sent": plan.volume.sent(plan.ranks)},
