@@ -2,14 +2,16 @@
 
     deepspeed --num_accelerators 2 benchmarks/checkpoint.py --stage 3 --blocks 24 --hidden 512 --bank cpu --json FILE
 
-Layer-wise training saves asynchronously; beside it, in the same run, full fine-tuning of the same model saves through
-DeepSpeed's own `engine.save_checkpoint`, and a plain copy of as many bytes in memory is timed. Seconds are the largest
-of any rank, bytes those of all ranks, host memory what rank 0's process grew by at most.
+Layer-wise training saves asynchronously, at the end of an interval (the next thing is a switch, which waits until
+everything is copied) and in the middle of one; beside it, in the same run, full fine-tuning of the same model saves
+through DeepSpeed's own `engine.save_checkpoint`, and a plain copy of as many bytes in memory is timed. Seconds are the
+largest of any rank, bytes those of all ranks, host memory what rank 0's process grew by at most.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import shutil
 import statistics
 import tempfile
@@ -35,7 +37,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=24, help="blocks of the model")
     parser.add_argument("--hidden", type=int, default=512, help="width of the model")
     parser.add_argument("--active", type=int, default=2, help="blocks that train at a time")
-    parser.add_argument("--saves", type=int, default=6, help="checkpoints, each after an interval of two steps")
+    parser.add_argument("--saves", type=int, default=6, help="checkpoints")
+    parser.add_argument("--intervals", type=int, default=1, help="of two steps, from one checkpoint to the next")
     parser.add_argument("--bank", default="discard", choices=("discard", "device", "cpu"))
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--sequence", type=int, default=32, help="tokens per sequence")
@@ -47,6 +50,7 @@ def arguments() -> argparse.Namespace:
 
 
 def start(args: argparse.Namespace, selector: Any, bank: str) -> tuple[Any, trainer.Sparse]:
+    gc.collect()  # an engine before this one is a cycle of objects
     model = llama(
         blocks=args.blocks, hidden=args.hidden, vocabulary=args.vocabulary, length=args.sequence, dtype=args.dtype
     )
@@ -55,8 +59,8 @@ def start(args: argparse.Namespace, selector: Any, bank: str) -> tuple[Any, trai
     return engine, sparse
 
 
-def steps(engine: Any, args: argparse.Namespace, number: int) -> None:
-    for step in (2 * number, 2 * number + 1):
+def steps(engine: Any, args: argparse.Namespace, number: int, intervals: int = 1) -> None:
+    for step in range(2 * number * intervals, 2 * (number + 1) * intervals):
         train_step(engine, random_batch(engine, step, batch=1, length=args.sequence, vocabulary=args.vocabulary))
 
 
@@ -122,7 +126,42 @@ def save(checkpoints: Checkpoints, sparse: trainer.Sparse, step: int) -> None:
     sparse.change()
 
 
+def in_an_interval(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """How long training stands still for saves in the middle of an interval, where copies run beside a forward and a
+    backward: in the call, and before the step."""
+    engine, sparse = start(args, Uniform(blocks=args.active, interval=4), args.bank)
+    checkpoints = Checkpoints(sparse, folder, keep=1, asynchronous=True)
+    ratios = []
+    with quiet_collector():
+        for number in range(0, 2 * args.saves, 2):
+            steps(engine, args, number)
+            checkpoints.finish()
+            step = 2 * number + 2
+            stall = measured(lambda step=step: checkpoints.save(step, {}))["seconds"]
+            ids = random_batch(engine, step, batch=1, length=args.sequence, vocabulary=args.vocabulary)
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            stall += measured(sparse.change)["seconds"]
+            engine.step()
+            checkpoints.finish()
+            ratios.append(stall / copy_seconds(folder, step))
+            train_step(engine, ids)
+    engine.destroy()
+    return {"stall_over_copy": statistics.median(ratios[1:])}
+
+
+def copy_seconds(folder: Path, step: int) -> float:
+    """Of a plain copy of what a save wrote, which ranks did in equal parts, but for less than a parameter."""
+    copy = plain_copy(-(-written_at(folder, step) // dist.get_world_size()))
+    copy()
+    return statistics.median(copy() for _ in range(5))
+
+
+def written_at(folder: Path, step: int) -> int:
+    return sum(file.bytes for file in Store(folder).read(step).files if file.name.startswith(f"{step:08d}-"))
+
+
 def layerwise(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Saves at the end of each interval, after which the next thing is a switch."""
     selector = Uniform(blocks=args.active, interval=2)
     engine, sparse = start(args, selector, args.bank)
     checkpoints = Checkpoints(sparse, folder, keep=2, asynchronous=True)
@@ -130,20 +169,16 @@ def layerwise(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with quiet_collector():
         for number in range(args.saves):
             before = list(sparse.times_active)
-            steps(engine, args, number)
+            steps(engine, args, number, args.intervals)
             changed = {i for i, (old, new) in enumerate(zip(before, sparse.times_active, strict=True)) if old != new}
             if number == 0:
                 changed |= set(sparse.active)
             # What a run does between two saves takes longer than to write one.
             checkpoints.finish()
-            step = 2 * number + 2
+            step = 2 * args.intervals * (number + 1)
             stall = measured(lambda step=step: save(checkpoints, sparse, step))
             whole = measured(checkpoints.finish)
-            written = sum(f.bytes for f in Store(folder).read(step).files if f.name.startswith(f"{step:08d}-"))
-            # Ranks differ by less than a parameter.
-            copy = plain_copy(-(-written // dist.get_world_size()))
-            copy()
-            copied = statistics.median(copy() for _ in range(5))
+            written, copied = written_at(folder, step), copy_seconds(folder, step)
             least = least_bytes(sparse, changed, args)
             saves.append(
                 {
@@ -159,14 +194,15 @@ def layerwise(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     engine.destroy()
     engine, sparse = start(args, selector, args.bank)
     checkpoints = Checkpoints(sparse, folder, keep=2, asynchronous=True)
-    resume = measured(lambda: checkpoints.resume(Store(folder), 2 * args.saves))
+    last = 2 * args.intervals * args.saves
+    resume = measured(lambda: checkpoints.resume(Store(folder), last))
     engine.destroy()
     # The first save allocates the memory that later ones copy into.
     return {
         "saves": saves,
         "bytes_over_least": max(save["bytes_over_least"] for save in saves),
         "stall_over_copy": statistics.median(save["stall_over_copy"] for save in saves[1:]),
-        "resume": resume | {"bytes": sum(file.bytes for file in Store(folder).read(2 * args.saves).files)},
+        "resume": resume | {"bytes": sum(file.bytes for file in Store(folder).read(last).files)},
     }
 
 
@@ -191,18 +227,19 @@ def main() -> None:
     torch.distributed.broadcast_object_list(place)
     try:
         ours = layerwise(args, place[0] / "layerwise")
+        between = in_an_interval(args, place[0] / "in-an-interval")
         theirs = full(args, place[0] / "full")
     finally:
         dist.barrier()
         if dist.get_rank() == 0:
-            for name in ("layerwise", "full"):
+            for name in ("layerwise", "in-an-interval", "full"):
                 shutil.rmtree(place[0] / name, ignore_errors=True)
     last = ours["saves"][-1]
     compared = {
         "full_over_layerwise_bytes": theirs["save"]["bytes"] / last["bytes"],
         "full_over_layerwise_stall": theirs["save"]["seconds"] / last["stall_seconds"],
     }
-    finish({"layerwise": ours, "full": theirs, **compared, "settings": asked}, args.json)
+    finish({"layerwise": ours, "in_an_interval": between, "full": theirs, **compared, "settings": asked}, args.json)
 
 
 if __name__ == "__main__":

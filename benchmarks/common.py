@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import trainer  # noqa: E402
+from trainer.build import leave_nothing_in_shared_memory  # noqa: E402
 from trainer.config.deepspeed import size_buckets  # noqa: E402
 from trainer.engine.bank import Device  # noqa: E402
 
@@ -46,6 +47,8 @@ def start_process(local_rank: int) -> None:
     if not on_cpu:
         get_accelerator().set_device(local_rank)
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else None)
+    if on_cpu:
+        leave_nothing_in_shared_memory()
 
 
 def llama(

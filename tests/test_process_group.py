@@ -1,10 +1,11 @@
-"""build.initialise_process_group: a rank that waits for another in vain ends with an error, and soon."""
+"""build.initialise_process_group: a rank that waits in vain ends with an error, and soon; nothing stays in memory."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +53,44 @@ def test_a_rank_that_waits_in_vain_fails_after_the_timeout() -> None:
             process.wait()
     assert "together" in stdout and processes[0].returncode != 0
     assert "Timed out" in stderr or "timeout" in stderr.lower()
+
+
+SHARES = """
+from trainer.entry import prepare_process
+prepare_process()
+from trainer.build import initialise_process_group
+from deepspeed import comm as dist
+import torch
+initialise_process_group(timeout_minutes=1)
+rank = dist.get_rank()
+mapped = "deepspeed_allreduce_buffer" in open("/proc/self/maps").read()
+for number in (10, 10**6):  # small ones and large ones take other ways through what they share
+    summed = torch.full((number,), rank + 1.0)
+    dist.all_reduce(summed)
+    assert bool((summed == 3).all())
+print("shared" if mapped else "apart", flush=True)
+"""
+
+
+def test_nothing_stays_in_shared_memory_not_even_after_a_kill() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    shared = environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29714"}
+    shared["LOCAL_SIZE"] = "2"  # by which DeepSpeed knows that all ranks are on this machine
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARES + "import os; os.kill(os.getpid(), 9)"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=shared | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.getcwd()},
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert {stdout.strip().splitlines()[-1] for stdout, _ in told} == {"shared"}, told
+    assert set(Path("/dev/shm").iterdir()) <= before

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch.distributed import distributed_c10d
@@ -19,6 +21,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.config import deepspeed as ds_config
 from trainer.engine.attach import Sparse
 from trainer.engine.attach import prepare as prepare_sparse
+from trainer.engine.registration import SHARED_MEMORY
 from trainer.updates import UpdateRule
 from trainer.updates.adam import AdamSettings
 
@@ -66,6 +69,17 @@ def initialise_process_group(*, timeout_minutes: float) -> None:
     # DeepSpeed makes the groups that ZeRO talks in without saying how long to wait: for those torch looks here.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else None, auto_mpi_discovery=False, timeout=patience)
+    if on_cpu:
+        leave_nothing_in_shared_memory()
+
+
+def leave_nothing_in_shared_memory() -> None:
+    """What DeepSpeed's collectives on CPUs share, 66 MiB a rank, would stay in memory after the run, for good. Without
+    a name it stays as long as somebody has it open, as all ranks do by now. Collective."""
+    dist.barrier()
+    address, port, rank = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    name = SHARED_MEMORY.format(user=os.getuid(), address=address, port=port, rank=rank)
+    Path(name).unlink(missing_ok=True)
 
 
 def prepare_model(config: RunConfig, model: torch.nn.Module, num_steps: int) -> Sparse:

@@ -111,7 +111,6 @@ class Checkpoints:
             return
         self.finish()
         shares = take(self._sparse, self._changed(complete), self._staging, on_base=() if complete else self.base)
-        self._sparse.before_change(self._staging.join)
         shares[RANDOM] = Share(random_state(), {}, {})
         own = sum(t.numel() * t.element_size() for share in shares.values() for t in share.tensors.values())
         self.require_space(own, f"the checkpoint after step {step} was not written: it")
@@ -122,6 +121,8 @@ class Checkpoints:
         kept = {} if self._baseline is None else self._baseline.units
         units = {unit: list(files) for unit, files in kept.items() if unit not in shares}
         self._pending = Manifest(step, units, full)
+        self._staging.order()
+        self._sparse.before_change(self._staging.join)
         work = {"target": self._write, "args": (self._pending, shares)}
         self._thread = threading.Thread(**work, name="checkpoint", daemon=True)
         self._thread.start()
@@ -203,7 +204,7 @@ class Checkpoints:
         """In the thread of every rank."""
         step = manifest.step
         try:
-            self._staging.check()
+            self._staging.run()
             written = {
                 unit: self._store.write(step, f"{unit}-{self._mark(self._rank)}", share.tensors, share.metadata())
                 for unit, share in shares.items()

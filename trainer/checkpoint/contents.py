@@ -53,18 +53,22 @@ class Share:
 
 
 def take(sparse: Sparse, units: Iterable[str], staging: Staging, *, on_base: Collection[str]) -> dict[str, Share]:
-    """This rank's part of `units`, which `staging` copies into host memory: until it has, nothing may change.
+    """This rank's part of `units`, in host memory when `staging` has copied it there: until then nothing may change.
+    What a bank holds there is not copied.
 
     Of units in `on_base` it leaves out what a sparse update rule never changed.
     """
     wanted = parameters_by_unit(sparse)
     shares = {unit: Share({}, {}, {}) for unit in units}
     owner = {name: unit for unit in shares for name in wanted[unit]}
+    settled: set[tuple[str, str]] = set()
     with torch.no_grad():
         for piece in sparse.optimizer_slices(owner):
             share = shares[owner[piece.name]]
             share.scalars[piece.name] = dict(piece.scalars)
             _put(share, piece.name, piece.start, piece.tensors)
+            if piece.settled:
+                settled |= {(owner[piece.name], f"{key}:{piece.name}") for key in piece.tensors}
         for unit, share in shares.items():
             for name, parameter in wanted[unit].items():
                 entries = sparse.entries(name, parameter)
@@ -73,8 +77,13 @@ def take(sparse: Sparse, units: Iterable[str], staging: Staging, *, on_base: Col
                 if name not in share.ranges and not (entries and unit in on_base):  # no optimizer state is kept
                     start, weights = sparse.owned(parameter)
                     _put(share, name, start, {WEIGHT: weights})
-    places = [(share.tensors, name) for share in shares.values() for name in share.tensors]
-    for (tensors, name), copy in zip(places, staging.start([t[name] for t, name in places]), strict=True):
+    places = [
+        (share.tensors, name)
+        for unit, share in shares.items()
+        for name, tensor in share.tensors.items()
+        if (unit, name) not in settled or tensor.device.type != "cpu"
+    ]
+    for (tensors, name), copy in zip(places, staging.place([t[name] for t, name in places]), strict=True):
         tensors[name] = copy
     return shares
 

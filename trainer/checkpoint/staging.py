@@ -34,50 +34,47 @@ class Staging:
     """Host memory that one save after another copies into; on a GPU's host page-locked, so that copies run at full
     speed. Allocating it anew for each save would cost more than the copy.
 
-    What is given to `start` must stay as it is until `join` returns. Between steps weights and optimizer state do, so
+    What is given to `place` must stay as it is until `join` returns. Between steps weights and optimizer state do, so
     copies run beside the next forward and backward (as in https://arxiv.org/abs/2406.10707).
     """
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []
+        self._copies: list[_Copy] = []
         self._stream: Any = None
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._done = threading.Event()
+        self._done.set()
 
-    def start(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Begin to copy; returns where each of `tensors`, flat, will be on the host. What was copied before is lost."""
+    def place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Where each of `tensors`, flat, will be on the host. What was copied before is lost."""
         self.join()
-        targets, copies = self._lay_out([tensor.detach().reshape(-1).contiguous() for tensor in tensors])
+        targets, self._copies = self._lay_out([tensor.detach().reshape(-1).contiguous() for tensor in tensors])
+        return targets
+
+    def order(self) -> None:
+        """Copies come after what the device was given so far. In the thread that gave it."""
+        self._done.clear()
         accelerator = get_accelerator()
         if not accelerator.is_synchronized_device():
             if self._stream is None:
                 self._stream = accelerator.Stream()
-            self._stream.wait_stream(accelerator.current_stream())  # after what the device was given so far
-        self._failure = None
-        self._thread = threading.Thread(target=self._run, args=(copies,), name="staging", daemon=True)
-        self._thread.start()
-        return targets
+            self._stream.wait_stream(accelerator.current_stream())
 
-    def join(self) -> None:
-        """Return when copying has ended, well or not."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def check(self) -> None:
-        """Return when everything is copied; raises what copying failed with."""
-        self.join()
-        if self._failure is not None:
-            raise self._failure
-
-    def _run(self, copies: Sequence[_Copy]) -> None:
+    def run(self) -> None:
+        """Copy everything, in any thread."""
         try:
             with nullcontext() if self._stream is None else get_accelerator().stream(self._stream):
-                for copy in copies:
+                for copy in self._copies:
                     copy.make()
                 if self._stream is not None:
                     self._stream.synchronize()
-        except BaseException as error:  # told to whoever checks
-            self._failure = error
+        finally:
+            self._copies = []
+            self._done.set()
+
+    def join(self) -> None:
+        """Return when copying has ended, well or not."""
+        self._done.wait()
 
     def _lay_out(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[_Copy]]:
         """A place for each tensor, and what to copy: tensors that lie side by side in memory, as the parts of an

@@ -82,7 +82,8 @@ class _Keeping(Bank):
 
     def put(self, slices: Sequence[Slice]) -> None:
         for piece in slices:
-            self._stored[piece.name] = replace(piece, tensors={k: self._copy(v) for k, v in piece.tensors.items()})
+            copies = {k: self._copy(v) for k, v in piece.tensors.items()}
+            self._stored[piece.name] = replace(piece, tensors=copies, settled=True)
 
     def holds(self, names: Sequence[str]) -> bool:
         return all(name in self._stored for name in names)

@@ -90,6 +90,8 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
         """.split()
     ),
 }
+# Through which ranks on one machine reduce on the CPU (`csrc/cpu/comm/shm.cpp`); DeepSpeed never removes it.
+SHARED_MEMORY = "/dev/shm/deepspeed_allreduce_buffer_{user}_{address}_{port}_{rank}"
 # Optimizer state with one value per weight. It is zeroed in place and banked; anything else is not understood.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -109,6 +111,7 @@ class Slice:
 
     `tensors` holds 1-D views of stop - start elements into the live optimizer state: `master` (fp32) and the
     moments. `scalars` holds the values that are not per element (Adam's step count). `shape` is the full shape.
+    `settled`: nobody writes to these tensors any more, whatever happens to the parameter.
     """
 
     name: str
@@ -117,10 +120,11 @@ class Slice:
     stop: int
     tensors: dict[str, Tensor]
     scalars: dict[str, float] = field(default_factory=dict)
+    settled: bool = False
 
     def cloned(self) -> Slice:
         """The same in memory of its own."""
-        return replace(self, tensors={key: tensor.clone() for key, tensor in self.tensors.items()})
+        return replace(self, tensors={key: tensor.clone() for key, tensor in self.tensors.items()}, settled=True)
 
 
 def missing_names(engine: DeepSpeedEngine, stage: str) -> list[str]:

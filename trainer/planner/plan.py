@@ -327,7 +327,8 @@ def _on_host(config: RunConfig, sparse: Sparse, shape: StepShape, zero: Zero, tr
         changed = sum(sorted((b.numel for b in sparse.blocks), reverse=True)[: draws * shape.num_active])
         outside = trained - sum(sparse.blocks[i].numel for i in sparse.active)
         weights = zero.weight_bytes * -(-(changed + outside) // zero.ranks)
-        held["checkpoint, while it is written"] = weights + 12 * part + banked
+        copied = banked if config.bank.name == "device" else 0  # what lies in host memory is written from there
+        held["checkpoint, while it is written"] = weights + 12 * part + copied
     return held
 
 
