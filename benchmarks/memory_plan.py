@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 DEEPEST = {"name": "fixed", "blocks": [0, 3]}
+# Each half of six blocks in turn: from the second step on the other one is banked.
+HALVES = {"name": "cyclic", "blocks": 3, "interval": 1}
 ALL_OFF = {"embeddings": False, "head": False, "norm": False}
 
 
@@ -77,6 +81,16 @@ CASES = (
     Case("stage 2, gpt2", "gpt2", {"deepspeed": "zero2"}),
     Case("stage 3, gpt2", "gpt2"),
     Case("stage 3, gpt2, offload", "gpt2", {"deepspeed": "zero3_offload"}),
+    Case("stage 2, accumulation", over={"deepspeed": "zero2", "train": {"global_batch_size": 8}}),
+    Case("stage 3, accumulation", over={"train": {"global_batch_size": 8}}),
+    Case("stage 3, offload, accumulation", over={"deepspeed": "zero3_offload", "train": {"global_batch_size": 8}}),
+    Case("stage 2, fixed blocks", over={"deepspeed": "zero2", "selector": DEEPEST}),
+    Case("stage 2, bank device", over={"deepspeed": "zero2", "bank": {"name": "device"}, "selector": HALVES}),
+    Case("stage 3, bank cpu", over={"bank": {"name": "cpu"}, "selector": HALVES}),
+    Case("stage 3, weights offloaded", over={"deepspeed": "zero3_offload", "offload_param": "cpu"}),
+    Case("stage 3, hpZ", over={"deepspeed": "zero3_hpz"}),
+    Case("stage 2, ID3", over={"method": "id3", "update": {"budget": 20_000}, "deepspeed": "zero2"}),
+    Case("stage 3, ID3", over={"method": "id3", "update": {"budget": 20_000}}),
 )
 
 
@@ -108,9 +122,21 @@ def configuration(case: Case, size: Size, ranks: int) -> RunConfig:
     }
     if case.over.get("method") == "lora":
         values["substrate"] = {"name": "adapter", "peft": {"peft_type": "LORA", "r": 8, "target_modules": "all-linear"}}
-    for key, value in case.over.items():
+    over = dict(case.over)
+    if over.pop("offload_param", None):
+        over["deepspeed"] = weights_offloaded(over["deepspeed"])
+    for key, value in over.items():
         values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
     return RunConfig.model_validate(values)
+
+
+def weights_offloaded(preset: str) -> str:
+    """A file like the preset, with the weights in host memory, too."""
+    ds = json.loads((Path(__file__).resolve().parent.parent / "ds_configs" / f"{preset}.json").read_text())
+    ds["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    file = Path(tempfile.gettempdir()) / f"strata-{preset}-weights.json"
+    file.write_text(json.dumps(ds))
+    return str(file)
 
 
 def planned(config: RunConfig, ranks: int) -> Plan:
@@ -142,7 +168,8 @@ def measured(config: RunConfig) -> int:
     for _ in range(3):  # the first allocates optimizer state, the second records what ZeRO-3 fetches
         ids = torch.randint(vocabulary, shape)
         with Tracker() as tracker:
-            train_step(engine, objective, [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}])
+            batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+            train_step(engine, objective, [batch] * engine.gradient_accumulation_steps())
         peak = tracker.peak
     engine.destroy()
     del engine, objective, sparse, optimizer, model, base

@@ -26,6 +26,8 @@ class History:
         config: RunConfig,
         batches: Batches,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
+        *,
+        job: str | None = None,
     ) -> None:
         self.checkpoints = checkpoints
         self.step = 0
@@ -35,12 +37,14 @@ class History:
         self._config = config
         self._batches = batches
         self._scheduler = scheduler
+        self._job = job  # as the lease names it; known to rank 0
 
     def save(self, meter: Meter) -> None:
         """A checkpoint after the steps so far, and of what `meter` has added up since the last log line."""
         self.checkpoints.save(
             self.step,
             {
+                "job": self._job,
                 "config": self._config.model_dump(mode="json"),
                 "data": self._batches.state(self.step),
                 "scheduler": self._scheduler.state_dict(),

@@ -34,6 +34,21 @@ _FREE = ("model.path", "substrate.merge", "substrate.adapter")
 _STEERING = ("optimizer", "schedule", "train")
 
 
+class FinishedError(CheckpointError):
+    """There is nothing left to do: this job, requeued, had come to its end before."""
+
+
+def finished_by(folder: Path, job: str) -> bool:
+    """Whether the run in `folder` came to its end in this job."""
+    steps = Store(folder).steps()
+    if not steps or not finished(folder):
+        return False
+    try:
+        return Store(folder).read(steps[0]).state["run"].get("job") == job
+    except CheckpointError:
+        return False
+
+
 def finished(folder: Path) -> bool:
     """Whether the run in `folder` came to its end: what it writes last is there."""
     try:

@@ -18,7 +18,7 @@ from trainer.checkpoint.lease import Holder, Lease, lives, this_process
 from trainer.checkpoint.lease import read as read_lease
 from trainer.checkpoint.store import Store
 from trainer.config import RunConfig, dump
-from trainer.resuming import came_from, can_go_on, finished, named
+from trainer.resuming import FinishedError, came_from, can_go_on, finished, finished_by, named
 
 _OF_TRAINING = ("metrics.jsonl", "model", "adapter", "importance.png", "checkpoints")
 _OF_A_RUN = ("config.yaml", *_OF_TRAINING, "tensorboard", LEASE)
@@ -104,6 +104,8 @@ def _to_go_on_in(config: RunConfig, holder: Holder) -> Path | None:
         ours = source is None or store.folder.resolve() == source or came_from(store, config.resume)
         if ours and can_go_on(folder):
             return folder
+        if holder.restart and finished_by(folder, holder.job):
+            raise FinishedError(f"{holder.job} had finished the run in {folder} before it was requeued")
         # Of this job before it was requeued, without a checkpoint yet; or of one that trains there now, which is named
         # when its lease is wanted.
         before = read_lease(folder)

@@ -39,6 +39,7 @@ from trainer.picture import draw_importance
 from trainer.planner.watch import PeakWatch
 from trainer.progress import Meter, Progress
 from trainer.rank_watch import watch_ranks
+from trainer.resuming import FinishedError
 from trainer.run_folder import RunFolder, move_tensorboard, start_run_folder
 from trainer.step import StepResult, evaluate, summed_over, train_step
 
@@ -55,8 +56,13 @@ def run(config: RunConfig, interruption: Interruption) -> int:
     build.initialise_process_group(timeout_minutes=config.train.timeout_minutes)
     with watch_ranks():
         check_nodes(Path(config.output))
-        with start_run_folder(config) as place:
-            code = _train(config, tokenizer, data, place, interruption)
+        try:
+            with start_run_folder(config) as place:
+                code = _train(config, tokenizer, data, place, interruption)
+        except FinishedError as finished:  # its node was lost, or the job requeued, at the very end
+            code = 0
+            if dist.get_rank() == 0:
+                print(finished, flush=True)
     # Only in the end: after a failure it could wait for ranks that will not come.
     torch.distributed.destroy_process_group()
     return code
@@ -121,6 +127,7 @@ def _train(
         config,
         batches,
         scheduler,
+        job=place.lease.holder.job if place.lease is not None else None,
     )
     meter = Meter()
     resumed = history.resume(folder, meter)

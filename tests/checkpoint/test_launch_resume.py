@@ -146,3 +146,8 @@ def test_a_second_job_is_refused_while_the_first_trains_and_the_requeued_one_is_
     assert again.wait(120) == 0
     assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"tiny", "cache"}
     assert (run / "model").exists() and not (run / "lease.json").exists()
+    for restart, code, words in (("2", 0, "SLURM job 7 had finished the run in"), ("0", 0, "Trained 6 steps")):
+        values = command("train.steps=6", "eval.every=null")
+        last = launch(values, tmp_path, variables={**first, "SLURM_RESTART_COUNT": restart})
+        assert last.code == code and words in last.stdout, last.everything
+    assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"tiny", "tiny-2", "cache"}

@@ -83,12 +83,13 @@ EXACT = [
     Cell(stage=2, bank="cpu", dtype="bf16", steps=STEPS),
     Cell(stage=3, bank="discard", dtype="bf16", steps=STEPS),
     Cell(stage=3, bank="cpu", blocks=5, interval=1, clipping=0.3, steps=STEPS),
+    Cell(stage=3, bank="cpu", selector="cyclic", blocks=2, interval=2, steps=STEPS),
+    Cell(stage=1, selector="fixed", blocks=(1, 3), accumulation=2, steps=STEPS),
 ]
 
 
 QUICK = [
     Cell(stage=3, bank="cpu", offload=True, weight_decay=0.1, steps=STEPS, schedule="cosine"),
-    Cell(stage=2, bank="cpu", dtype="bf16", steps=STEPS),
     Cell(stage=3, selector="importance", lora=4, interval=1, bank="device", reward_rate=1e5, steps=STEPS),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.launching import SCRIPT, write_inputs
 from trainer.__main__ import main
+from trainer.cluster.submit import _seconds
 
 TEMPLATE = (SCRIPT.parent / "slurm.sbatch").read_text()
 JOB = ["--nodes", "2", "--gpus", "2", "--time", "12:00:00"]
@@ -77,6 +79,7 @@ def test_the_file_is_a_script(place: Path) -> None:
         pytest.param(["--nodes", "3"], "is not a multiple of 6 ranks x train.micro_batch_size 1", id="ranks"),
         pytest.param(["--gpus", "0"], "argument --gpus: got '0'; allowed: integer >= 1", id="gpus"),
         pytest.param(["--time", "soon"], "argument --time: got 'soon'; allowed: hours:minutes:seconds", id="time"),
+        pytest.param(["--time", "6"], "--notice: got 300 seconds, .* leaves nothing of --time 6", id="notice"),
         pytest.param(["--nodse", "3"], "unrecognized arguments: --nodse", id="unknown-option"),
     ],
 )
@@ -87,8 +90,22 @@ def test_what_the_job_would_refuse_is_refused_before(
         code = main(["submit", "tiny.yaml", *JOB, *words])
     except SystemExit as error:  # of argparse
         code = int(str(error))
-    assert code == 2 and message in capsys.readouterr().err
+    assert code == 2 and re.search(message, capsys.readouterr().err)
     assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("10", 600), ("10:30", 630), ("2:00:00", 7200), ("2-00:00:01", 172801), ("1-12", 129600), ("1-1:30", 91800)],
+)
+def test_limits_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert _seconds(time) == seconds
+
+
+def test_values_with_spaces_are_one_value(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "tiny.yaml", *JOB, "output=runs/my run", "--print"]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --output='runs/my run-%j.log'" in said and "#SBATCH --job-name='my run'" in said
 
 
 def test_without_slurm_there_is_nothing_to_submit_to(

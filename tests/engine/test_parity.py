@@ -158,8 +158,9 @@ def test_pairs_of_settings() -> None:
     _run(pairwise_cover(), deadline=400)
 
 
-def test_selectors_parts_and_structures() -> None:
-    _run(SPECIAL, deadline=400)
+@pytest.mark.parametrize("cells", [SPECIAL[::3], pytest.param(SPECIAL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_selectors_parts_and_structures(cells: list[Cell]) -> None:
+    _run(cells, deadline=400)
 
 
 @pytest.mark.slow

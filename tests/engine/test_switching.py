@@ -124,7 +124,7 @@ def test_memory_is_flat_and_groups_keep_number_and_identity() -> None:
         {"stage": 2, "offload": True},
         {"stage": 3, "offload": True, "extra": {"zero": {"offload_param": {"device": "cpu"}}}},
     )
-    cells = tuple(Cell(interval=1, steps=30, bank="cpu", **changed) for changed in settings)
+    cells = tuple(Cell(interval=1, steps=16, bank="cpu", **changed) for changed in settings)
     for problems in distributed.run(_registration, cells, ranks=2):
         assert not problems
 

@@ -19,6 +19,7 @@ from trainer.config.deepspeed import resolve
 # What SLURM takes: minutes, minutes:seconds, hours:minutes:seconds, and days before any of these.
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d?){0,2}")
 _NOTICE_SECONDS = 300
+_EARLY_SECONDS = 60  # that SLURM may send it before (sbatch's --signal)
 _LINE = re.compile(r"##?SBATCH --(?P<option>[\w-]+)(=.*)?")
 
 
@@ -37,7 +38,7 @@ def filled_in(options: Mapping[str, str], command: Sequence[str], *, more: Seque
     for line in template().splitlines():
         found = _LINE.fullmatch(line)
         if found and found["option"] in options:
-            line = f"#SBATCH --{found['option']}={options[found['option']]}"
+            line = f"#SBATCH --{found['option']}={shlex.quote(options[found['option']])}"
         elif line.startswith("##SBATCH"):
             continue
         elif line.startswith("command=("):
@@ -52,6 +53,11 @@ def main(argv: Sequence[str]) -> int:
     """Write the job's file and submit it; 0, or 2 where the request, or sbatch, refuses."""
     arguments = _parser().parse_intermixed_args(argv)
     recipe, settings = arguments.recipe, arguments.settings
+    if arguments.notice + _EARLY_SECONDS >= _seconds(arguments.time):
+        return _refuse(
+            f"--notice: got {arguments.notice} seconds, and SLURM may be {_EARLY_SECONDS} early, which leaves nothing "
+            f"of --time {arguments.time}: lower --notice, or raise --time"
+        )
     try:
         config = load(recipe, settings)
         resolve(config, arguments.nodes * arguments.gpus)
@@ -150,6 +156,19 @@ def _time(text: str) -> str:
     if not _TIME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: hours:minutes:seconds, with days before: 2-00:00:00")
     return text
+
+
+def _seconds(time: str) -> int:
+    """Of SLURM's notation."""
+    days, _, rest = time.rpartition("-")
+    fields = [int(field) for field in rest.split(":")]
+    if days:  # days-hours, days-hours:minutes, ...
+        hours, minutes, seconds = (*fields, 0, 0)[:3]
+    elif len(fields) == 3:
+        hours, minutes, seconds = fields
+    else:  # minutes, minutes:seconds
+        hours, (minutes, seconds) = 0, (*fields, 0)[:2]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _refuse(message: str) -> int:
