@@ -245,6 +245,22 @@ def test_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["steps"] == 100
 
 
+def test_steps_follow_from_samples_where_the_recipe_says_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [*arguments(tmp_path, "Llama-2-7B", "train.steps=null", "train.epochs=3"), "--json"]
+    main(own)
+    assert json.loads(capsys.readouterr().out)["steps"] is None
+    main([*own, "--samples", "1000"])
+    assert json.loads(capsys.readouterr().out)["steps"] == 188  # 3,000 samples, 16 at a time
+
+
+def test_measured_flops_are_those_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*arguments(tmp_path, "Llama-2-7B", "model.dtype=fp32"), "--flops", "measured", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert 1e8 < plan["flops"] / plan["seconds"]["longest"] < 1e14  # from a slow core to a GPU
+
+
 def test_host_memory_of_a_node_counts_all_its_ranks(tmp_path: Path) -> None:
     config = load(
         None, [*arguments(tmp_path, "Llama-2-7B", "deepspeed=zero2_offload", "data.train=none")], check_files=False

@@ -27,6 +27,12 @@ def test_doctor_from_the_login_node(lab: Lab, place: Path) -> None:
 
 
 @thorough
+def test_doctor_passes_a_partition_on(lab: Lab, place: Path) -> None:
+    done = lab.login([*DOCTOR, "--on-cluster", "--nodes", "2", "--partition", "nowhere"], place, deadline=60)
+    assert done.code == 1 and "invalid partition specified: nowhere" in done.stderr, done.everything
+
+
+@thorough
 def test_doctor_inside_a_job_finds_what_is_wrong(lab: Lab, place: Path) -> None:
     """A folder that each node has for itself, and GPUs that torch cannot see."""
     job = ["salloc", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]
