@@ -2,10 +2,10 @@
 
     deepspeed --num_accelerators 2 benchmarks/unmask.py --json unmask.json
 
-The mask of a random Llama grows in half of the steps. In every step, at the end of backward, when gradients wait for
-the optimizer, rank 0's live tensors of the model's state are counted; `allowed` is weights, the gradients of the
-largest block, 16 bytes for each weight of the budget, its index, and the step's candidates. `largest_gradients` is the
-most that dense gradients came to at any moment of backward.
+The mask of a random Llama grows in half of the steps. In every step, whenever backward has made a gradient and at its
+end, rank 0's live tensors of the model's state and all dense gradients are counted; `held` is the most of a step,
+`allowed` is weights, the gradients of the largest block, 16 bytes for each weight of the budget, its index, and the
+step's candidates. `largest_gradients` is the most that dense gradients came to.
 """
 
 from __future__ import annotations
@@ -43,19 +43,21 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class LargestGradients:
-    """The most bytes that dense gradients of a model hold at a time."""
+class Most:
+    """The most bytes that the model's state with dense gradients, and these alone, come to while backward runs."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.bytes = 0
+    def __init__(self, model: torch.nn.Module, sparse: trainer.Sparse) -> None:
+        self.bytes = self.gradients = 0
+        self._sparse = sparse
         self._parameters = list(model.parameters())
         for parameter in self._parameters:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._look)
+            if parameter.requires_grad:  # before the rule's own hook, which takes the gradient away
+                parameter.register_post_accumulate_grad_hook(self.look)
 
-    def _look(self, _: torch.nn.Parameter) -> None:
-        alive = [p.grad for p in self._parameters if p.grad is not None]
-        self.bytes = max(self.bytes, sum(g.numel() * g.element_size() for g in alive))
+    def look(self, _: torch.nn.Parameter | None = None) -> None:
+        alive = sum(p.grad.numel() * p.grad.element_size() for p in self._parameters if p.grad is not None)
+        self.gradients = max(self.gradients, alive)
+        self.bytes = max(self.bytes, measured_state(self._sparse.held()).total + alive)
 
 
 def main() -> None:
@@ -72,7 +74,7 @@ def main() -> None:
         update=Unmask(budget=budget, growth_steps=growing, gradient_clipping=1.0),
         always_on=() if args.frozen_embeddings else ("embeddings", "head", "norm"),
     )
-    gradients = LargestGradients(model)
+    most = Most(model, sparse)
     engine, _ = start_engine(model, sparse, stage=args.stage, batch=args.batch, dtype=args.dtype)
     rule: Any = sparse.update
     weight_bytes, ranks = 2 if args.dtype == "bf16" else 4, dist.get_world_size()
@@ -84,8 +86,10 @@ def main() -> None:
     for number in range(args.steps):
         candidates, _ = growing_bytes(trained, rule.increment if rule.growing else 0, ranks=ranks, accumulation=1)
         ids = random_batch(engine, number, batch=args.batch, length=args.length, vocabulary=args.vocabulary)
+        most.bytes = 0
         engine.backward(engine(input_ids=ids, labels=ids).loss)
-        held = measured_state(sparse.held()).total
+        most.look()
+        held = most.bytes
         engine.step()
         allowed = state.weights + block + 16 * budget + indices + candidates
         steps.append({"held_bytes": held, "allowed_bytes": allowed, "ratio": held / allowed})
@@ -99,7 +103,7 @@ def main() -> None:
         "weight_bytes": state.weights,
         "full_fine_tuning_bytes": (weight_bytes + 16) * sum(numels) // ranks,
         "block_gradient_bytes": block,
-        "largest_gradients_bytes": gradients.bytes,
+        "largest_gradients_bytes": most.gradients,
         "steps": steps,
         "settings": {key: value for key, value in vars(args).items() if key not in ("json", "local_rank")},
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import trainer
 from tests import distributed
+from tests.engine import parity
 from tests.engine.parity import (
     ADAM,
     Cell,
@@ -28,6 +29,7 @@ from tests.engine.parity import (
     make_selector,
     train_step,
 )
+from trainer.accounting import growing_bytes, measured_state, unmasked_state
 from trainer.checkpoint import CheckpointError, Checkpoints, Store
 from trainer.updates import Unmask, top_k
 from trainer.updates.adam import AdamSettings
@@ -340,6 +342,35 @@ def test_masks_and_weights_on_other_numbers_of_ranks(ranks: int) -> None:
         assert not problems
 
 
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+def _memory(rank: int) -> list[float]:
+    """While gradients wait for the optimizer: what is held over what the formula says."""
+    case = Case(Cell(selector="all", stage=3, steps=8, dtype="bf16"), budget=20_001, steps=4)
+    engine, sparse = start(case)
+    rule = sparse.update
+    assert isinstance(rule, Unmask)
+    numels = [p.ds_numel for p in engine.module.parameters()]
+    ratios = []
+    for step in range(case.cell.steps):
+        ids = batch(step, 0, ranks=2, rank=rank)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        held = measured_state(sparse.held()).total
+        # Of so many weights now, and as many candidates as join them next.
+        formula = unmasked_state(numels, rule.unmasked, stage=3, ranks=2, weight_bytes=2)
+        candidates, _ = growing_bytes(numels, rule.increment, ranks=2, accumulation=1)
+        ratios.append(held / (formula.total + candidates))
+        engine.step()
+    engine.destroy()
+    return ratios
+
+
+def test_state_is_in_proportion_to_what_is_unmasked() -> None:
+    for ratios in distributed.run(_memory, ranks=2):
+        assert all(0.9 <= ratio <= 1.05 for ratio in ratios), ratios
+
+
 # --- half precision, skipped steps, infinite scores ------------------------------------------------------------
 
 
@@ -437,7 +468,7 @@ def saved(rank: int, case: Case, folder: Path, stop: int) -> None:
     checkpoints = Checkpoints(sparse, folder, keep=1, asynchronous=False)
     for step in range(stop):
         train_step(case.cell, engine, step, rank)
-    checkpoints.save(stop, {})
+        checkpoints.save(step + 1, {})  # a later one holds what changed since, across switches
     engine.destroy()
 
 
@@ -461,6 +492,7 @@ def _resumed(rank: int, place: Path) -> list[str]:
         (
             (Case(Cell(selector="all", stage=3, steps=7, weight_decay=0.1), bias_correction="local"), 3, 3),
             (Case(Cell(selector="uniform", stage=2, bank="discard", steps=7)), 3, 3),
+            (Case(Cell(selector="uniform", stage=3, bank="discard", interval=1, steps=7)), 5, 3),
         )
     ):
         weights, masks, counts = finished(rank, case, None)
@@ -474,7 +506,18 @@ def _resumed(rank: int, place: Path) -> list[str]:
         for file in (place / str(number)).rglob("*.safetensors"):
             with safe_open(file, framework="pt") as opened:
                 problems += [f"{file}: {key}" for key in opened.keys() if key.startswith(("weight:", "master:"))]  # noqa: SIM118
-    return problems + _another_base(rank, place / "0")
+    return problems + _another_base(rank, place / "0") + _another_rule(rank, place / "0")
+
+
+def _another_rule(rank: int, folder: Path) -> list[str]:
+    engine, sparse = parity.start(Cell(selector="all", stage=3), rank)
+    try:
+        Checkpoints(sparse, folder, keep=1, asynchronous=False).resume(Store(folder), 3)
+    except CheckpointError as error:
+        return [] if "trained with update rule Unmask, and this is Dense" in str(error) else [str(error)]
+    finally:
+        engine.destroy()
+    return ["a checkpoint of unmasked weights went into dense training"]
 
 
 def _another_base(rank: int, folder: Path) -> list[str]:
