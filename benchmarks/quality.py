@@ -47,21 +47,18 @@ def weights_of_base(args: argparse.Namespace) -> int:
 
 
 def lora_of_size(scalars: int, args: argparse.Namespace) -> tuple[list[str], int]:
-    """Values for LoRA with so many trained scalars, to 5 % if there is such a one, and how many those are: on as many
-    blocks as can be, and of low rank."""
+    """Values for LoRA on all blocks with as near as can be to so many trained scalars, and how many those are; of low
+    rank where several are within 5 %."""
     kinds = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     choices = []
-    for blocks in range(args.blocks, 0, -1):
-        for number in range(1, len(kinds) + 1):
-            of_rank_1 = blocks * args.hidden * sum(WIDTHS[kind] for kind in kinds[:number])
-            rank = max(1, round(scalars / of_rank_1))
-            off = max(0.05, abs(rank * of_rank_1 / scalars - 1))
-            choices.append((off, args.blocks - blocks, rank, number, rank * of_rank_1))
-    _, left_out, rank, number, trained = min(choices)
+    for number in range(1, len(kinds) + 1):
+        of_rank_1 = args.blocks * args.hidden * sum(WIDTHS[kind] for kind in kinds[:number])
+        rank = max(1, round(scalars / of_rank_1))
+        off = max(0.05, abs(rank * of_rank_1 / scalars - 1))
+        choices.append((off, rank, number, rank * of_rank_1))
+    _, rank, number, trained = min(choices)
     values = ["method=lora", f"substrate.peft.r={rank}", f"substrate.peft.lora_alpha={2 * rank}"]
     values += [f"substrate.peft.target_modules=[{', '.join(kinds[:number])}]", "substrate.peft.lora_dropout=0"]
-    if left_out:
-        values.append(f"substrate.peft.layers_to_transform={list(range(left_out, args.blocks))}")
     return values, trained
 
 

@@ -240,6 +240,19 @@ def test_every_family_has_a_kernel_by_default() -> None:
         assert kernel == ("eager" if family == "gemma2" else "sdpa"), family
 
 
+def test_weights_that_are_read_straight_onto_the_device_are_the_same(tmp_path: Path) -> None:
+    for tied in (False, True):
+        tiny_llama(layers=2, vocab=300, tied=tied).save_pretrained(tmp_path / "model")
+        config = ModelConfig(path=str(tmp_path / "model"), dtype="fp32")
+        whole, placed = (
+            models.load(config, bytes_tokenizer(), seed=0, deepspeed=settings(2), place=place)
+            for place in (False, True)
+        )
+        assert same(weights(whole), weights(placed))
+        assert (placed.lm_head.weight is placed.model.embed_tokens.weight) == tied
+        assert not hasattr(placed, "_hf_hook") and not any(p.device.type == "meta" for p in placed.parameters())
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_weights_of_another_shape_are_named(tmp_path: Path, stage: int) -> None:
     folder = tmp_path / "model"

@@ -150,8 +150,12 @@ def test_a_bank_on_the_device_is_counted_there(tmp_path: Path) -> None:
     assert kept.memory == dropped.memory, "a fixed selector never banks anything"
     own = arguments(tmp_path, "Llama-2-7B", "data.train=none", "bank.name=device")
     uniform = Planner().plan(load(None, own, check_files=False), 2)
+    offloaded = Planner().plan(load(None, [*own, "deepspeed=zero2_offload"], check_files=False), 2)
     block = 202_383_360  # of Llama-2-7B's blocks
-    assert uniform.memory.resident["full bank"] == 30 * 12 * block // 2
+    assert uniform.memory.resident["full bank"] == offloaded.memory.host["full bank"] == 30 * 12 * block // 2
+    assert "full bank" not in offloaded.memory.resident
+    sparse = Planner().plan(load(None, [*own, "update={name: unmask, budget: 1000}"], check_files=False), 2)
+    assert "full bank" not in sparse.memory.resident, "the rule keeps its state itself"
 
 
 def test_fused_loss_by_hand() -> None:
@@ -236,8 +240,8 @@ def test_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*own, "--flops", "1e12", "--bandwidth", "1GB", "--host-bandwidth", "2GB"])
     plan = json.loads(capsys.readouterr().out)
     compute, sending = plan["flops"] / 1e12, plan["volume"]["sent"] / 2**30
-    # Of eight micro-batches: bf16 gradients out, then seven times in to be added to and out, and weights in.
-    hosting = (2 * 15 + 2) * -(-plan["trained"] // 2) / 2**31
+    # Of eight micro-batches: bf16 gradients out, seven times in to be added to and out, out in fp32, and weights in.
+    hosting = (2 * 15 + 4 + 2) * -(-plan["trained"] // 2) / 2**31
     assert plan["seconds"]["longest"] == pytest.approx(compute + sending + hosting)
     assert plan["seconds"]["shortest"] == pytest.approx(max(compute, sending) + hosting)
     # Two forwards and backwards of 512 tokens through 6.7e9 weights, 2 FLOPs each, and attention.

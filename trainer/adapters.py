@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from trainer.blocks import full_shape
 from trainer.config.errors import did_you_mean
-from trainer.config.schema import AdapterSubstrate, RunConfig
+from trainer.config.schema import AdapterSubstrate, FullSubstrate, RunConfig
 from trainer.engine.suppression import has_adapters
 
 # Why a method whose weights do sit inside blocks cannot be trained here.
@@ -112,6 +112,13 @@ def adapt(
         if parameter.requires_grad and parameter.dtype != model.dtype:
             parameter.data = parameter.data.to(model.dtype)
     return Adapted(adapted, names, tuple(warnings))
+
+
+def reads_base(substrate: AdapterSubstrate | FullSubstrate) -> bool:
+    """Whether adapters begin with something computed from the base's weights (DoRA's magnitudes, PiSSA, OLoRA, ...).
+    That is done on the host, where an export finds the same bits again."""
+    peft = getattr(substrate, "peft", None) or {}
+    return bool(peft.get("use_dora")) or isinstance(peft.get("init_lora_weights"), str)
 
 
 def twin(adapted: Adapted) -> PeftModel:

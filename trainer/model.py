@@ -41,11 +41,18 @@ class ModelError(ValueError):
 
 
 def load(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, deepspeed: dict[str, Any]
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    deepspeed: dict[str, Any],
+    place: bool = False,
 ) -> PreTrainedModel:
     """The model of `config` in its training dtype; under ZeRO-3 partitioned while it is created.
 
-    `deepspeed` is the resolved DeepSpeed dictionary. Raises `ModelError`.
+    `deepspeed` is the resolved DeepSpeed dictionary. With `place` weights below ZeRO-3 are read straight onto the
+    device where they are to be used: with a rank for each card, and all of the model on each, host memory would have
+    to hold it as many times. Raises `ModelError`.
     """
     architecture = _architecture(config, tokenizer)
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
@@ -58,7 +65,9 @@ def load(
                 torch.manual_seed(seed)
                 model = _from_config(config, architecture, options)
             else:
-                model = _from_pretrained(config, architecture, options)
+                model = _from_pretrained(
+                    config, architecture, options, place=place and not is_deepspeed_zero3_enabled()
+                )
     _check_vocabulary(_embedded(model), tokenizer)
     model.config.use_cache = False
     for module in model.modules():
@@ -159,7 +168,9 @@ def _from_config(config: ModelConfig, architecture: PretrainedConfig, options: d
         ) from error
 
 
-def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+def _from_pretrained(
+    config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any], *, place: bool
+) -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -168,8 +179,8 @@ def _from_pretrained(config: ModelConfig, architecture: PretrainedConfig, option
             output_loading_info=True,
             # So that they can be named; under ZeRO-3 transformers names them itself.
             ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
-            **_placed(),
             **_quantized(config),
+            **({"device_map": {"": get_accelerator().current_device_name()}} if place else {}),
             **options,
         )
     except Exception as error:
@@ -249,14 +260,8 @@ def _refuse_misfits(
         )
 
 
-def _placed() -> dict[str, Any]:
-    """Straight to the device where weights are to be used: with one rank per card, and all of the model on each, host
-    memory would have to hold it as many times. ZeRO-3 places them itself."""
-    return {} if is_deepspeed_zero3_enabled() else {"device_map": {"": get_accelerator().current_device_name()}}
-
-
 def _quantized(config: ModelConfig) -> dict[str, Any]:
-    """NF4 with quantised scales (QLoRA, https://arxiv.org/abs/2305.14314)."""
+    """NF4 with quantised scales (QLoRA, https://arxiv.org/abs/2305.14314), on the device where it is to be used."""
     if config.quantization is None:
         return {}
     settings = BitsAndBytesConfig(
@@ -267,7 +272,7 @@ def _quantized(config: ModelConfig) -> dict[str, Any]:
         # One byte is what DeepSpeed's broadcast at the start understands.
         bnb_4bit_quant_storage=torch.uint8,
     )
-    return {"quantization_config": settings}
+    return {"quantization_config": settings, "device_map": {"": get_accelerator().current_device_name()}}
 
 
 def _embedded(model: PreTrainedModel) -> int:

@@ -38,13 +38,14 @@ class FinishedError(CheckpointError):
     """There is nothing left to do: this job, requeued, had come to its end before."""
 
 
-def finished_by(folder: Path, job: str) -> bool:
-    """Whether the run in `folder` came to its end in this job."""
+def finished_by(folder: Path, job: str, config: RunConfig) -> bool:
+    """Whether the run in `folder`, with this configuration, came to its end in this job."""
     steps = Store(folder).steps()
     if not steps or not finished(folder):
         return False
     try:
-        return Store(folder).read(steps[0]).state["run"].get("job") == job
+        state = Store(folder).read(steps[0]).state["run"]
+        return state.get("job") == job and state["config"] == config.model_dump(mode="json")
     except CheckpointError:
         return False
 

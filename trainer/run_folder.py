@@ -104,7 +104,7 @@ def _to_go_on_in(config: RunConfig, holder: Holder) -> Path | None:
         ours = source is None or store.folder.resolve() == source or came_from(store, config.resume)
         if ours and can_go_on(folder):
             return folder
-        if holder.restart and finished_by(folder, holder.job):
+        if holder.restart and finished_by(folder, holder.job, config):
             raise FinishedError(f"{holder.job} had finished the run in {folder} before it was requeued")
         # Of this job before it was requeued, without a checkpoint yet; or of one that trains there now, which is named
         # when its lease is wanted.

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from trainer import build
 from trainer import model as models
-from trainer.adapters import adapt, choose_merge
+from trainer.adapters import adapt, choose_merge, reads_base
 from trainer.blocks import full_numel
 from trainer.checkpoint import CheckpointError, Checkpoints, LeaseError
 from trainer.cluster.together import check_nodes
@@ -82,7 +82,8 @@ def _train(
     num_steps = total_steps(config, len(data.train))
     watch = PeakWatch(config)
     torch.manual_seed(config.seed)
-    model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds)
+    place = not reads_base(config.substrate)
+    model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds, place=place)
     build.check_length(config, model)
     base, adapters = model, None
     if config.substrate.name == "adapter":

@@ -64,8 +64,16 @@ def _late(rank: int, cells: list[Cell], place: Path) -> list[str]:
         Staging.run = run
         scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
         checkpoints.save(5, {"scheduler": scheduler})
-        Staging.run = inner
+        if number == 0:  # as a loop does that writes to weights itself
+            sparse.change()
+            before = [parameter.data.clone() for parameter in engine.module.parameters()]
+            for parameter in engine.module.parameters():
+                parameter.data.zero_()
+            time.sleep(0.7)
+            for parameter, data in zip(engine.module.parameters(), before, strict=True):
+                parameter.data.copy_(data)
         train_step(cell, engine, 5, rank)
+        Staging.run = inner
         checkpoints.finish()
         engine.destroy()
         found = resumed(rank, cell, place / str(number))

@@ -75,6 +75,11 @@ def test_everything_else_stays_as_it_is(environment: dict[str, str]) -> None:
             id="nodes-without-srun",
         ),
         pytest.param(
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"},
+            "this SLURM job has 16 tasks, but the process was started without srun",
+            id="interactive-shell",
+        ),
+        pytest.param(
             {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"},
             "SLURM_STEP_TASKS_PER_NODE, SLURM_JOB_ID, SLURM_STEP_NODELIST did not reach this one",
             id="variables-dropped",

@@ -30,6 +30,7 @@ from trainer.checkpoint.contents import (
     Contents,
     Share,
     parameters_by_unit,
+    put_on_host,
     put_weights_back,
     take,
     unit_of_block,
@@ -56,6 +57,9 @@ class Checkpoints:
     be done before the next optimizer step, and writes files from there, without collectives: ranks tell rank 0 through
     the folder, which they share, and rank 0 publishes, as long as the run folder is its own (`lease`, on rank 0; None
     for a loop that lets nobody else write there).
+
+    A loop that writes to weights or optimizer state itself, for an average of weights for instance, calls
+    `sparse.change()` before it does.
 
     Make it before the first step: it takes checksums of what it will not save again until it trains, the base model.
     """
@@ -110,10 +114,11 @@ class Checkpoints:
         if step == self._last:
             return
         self.finish()
-        shares = take(self._sparse, self._changed(complete), self._staging, on_base=() if complete else self.base)
+        shares = take(self._sparse, self._changed(complete), on_base=() if complete else self.base)
         shares[RANDOM] = Share(random_state(), {}, {})
         own = sum(t.numel() * t.element_size() for share in shares.values() for t in share.tensors.values())
         self.require_space(own, f"the checkpoint after step {step} was not written: it")
+        put_on_host(shares.values(), self._staging)
         self._last = step
         full = {"base": self.base, "ranks": self._ranks, "sparse": self._sparse.state_dict(), "run": dict(state)}
         full["best"] = self._candidate if self._candidate and self._candidate[1] == step else self._best
@@ -121,12 +126,18 @@ class Checkpoints:
         kept = {} if self._baseline is None else self._baseline.units
         units = {unit: list(files) for unit, files in kept.items() if unit not in shares}
         self._pending = Manifest(step, units, full)
-        self._staging.order()
-        self._sparse.before_change(self._staging.join)
         work = {"target": self._write, "args": (self._pending, shares)}
-        self._thread = threading.Thread(**work, name="checkpoint", daemon=True)
-        self._thread.start()
-        if not self._asynchronous:
+        thread = threading.Thread(**work, name="checkpoint", daemon=True)
+        self._staging.order()
+        try:
+            thread.start()
+        except RuntimeError:  # no room for another thread
+            self._staging.abandon()
+            raise
+        self._thread = thread
+        if self._asynchronous:
+            self._sparse.before_change(self._staging.join)
+        else:
             self.finish()
 
     def finish(self) -> None:
@@ -152,6 +163,8 @@ class Checkpoints:
             self._store.withdraw(manifest.step, self._attempt)
         dist.barrier()
         lost = any(of_lease for _, of_lease in failures)
+        if lost and self._published(manifest.step):
+            raise LeaseError(failures[0][0])
         raise (LeaseError if lost else CheckpointError)(
             f"the checkpoint after step {manifest.step} was not written: {failures[0][0]}; {self._what_is_left()}"
         )
@@ -268,6 +281,8 @@ class Checkpoints:
         Nothing is loaded before sizes and checksums of all its files were compared, each by one of the ranks. Raises
         `CheckpointError` on all ranks.
         """
+        with suppress(CheckpointError):  # one that is on its way comes before
+            self.finish()
         manifest = told_by_rank_0(lambda: readable(source, step))
         self._verify(source, manifest, step)
         self._candidate, self._last = None, step

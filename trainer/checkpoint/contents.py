@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -42,33 +42,33 @@ def parameters_by_unit(sparse: Sparse) -> dict[str, dict[str, nn.Parameter]]:
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part of a unit, on the host: tensors by `key:parameter`, and which range of it each parameter has."""
+    """One rank's part of a unit: tensors by `key:parameter`, which of them nobody writes to any more, and which range
+    of it each parameter has."""
 
     tensors: dict[str, Tensor]
     ranges: dict[str, tuple[int, int]]
     scalars: dict[str, dict[str, float]]
+    settled: set[str] = field(default_factory=set)
 
     def metadata(self) -> dict[str, str]:
         return {"ranges": json.dumps(self.ranges), "scalars": json.dumps(self.scalars)}
 
 
-def take(sparse: Sparse, units: Iterable[str], staging: Staging, *, on_base: Collection[str]) -> dict[str, Share]:
-    """This rank's part of `units`, in host memory when `staging` has copied it there: until then nothing may change.
-    What a bank holds there is not copied.
+def take(sparse: Sparse, units: Iterable[str], *, on_base: Collection[str]) -> dict[str, Share]:
+    """This rank's part of `units`, as it lies in the engine.
 
     Of units in `on_base` it leaves out what a sparse update rule never changed.
     """
     wanted = parameters_by_unit(sparse)
     shares = {unit: Share({}, {}, {}) for unit in units}
     owner = {name: unit for unit in shares for name in wanted[unit]}
-    settled: set[tuple[str, str]] = set()
     with torch.no_grad():
         for piece in sparse.optimizer_slices(owner):
             share = shares[owner[piece.name]]
             share.scalars[piece.name] = dict(piece.scalars)
             _put(share, piece.name, piece.start, piece.tensors)
             if piece.settled:
-                settled |= {(owner[piece.name], f"{key}:{piece.name}") for key in piece.tensors}
+                share.settled.update(f"{key}:{piece.name}" for key in piece.tensors)
         for unit, share in shares.items():
             for name, parameter in wanted[unit].items():
                 entries = sparse.entries(name, parameter)
@@ -77,15 +77,20 @@ def take(sparse: Sparse, units: Iterable[str], staging: Staging, *, on_base: Col
                 if name not in share.ranges and not (entries and unit in on_base):  # no optimizer state is kept
                     start, weights = sparse.owned(parameter)
                     _put(share, name, start, {WEIGHT: weights})
+    return shares
+
+
+def put_on_host(shares: Iterable[Share], staging: Staging) -> None:
+    """Give `shares` tensors in host memory, which hold what they are to hold when `staging` has run: until then nothing
+    may change. What a bank has there stays where it is."""
     places = [
         (share.tensors, name)
-        for unit, share in shares.items()
+        for share in shares
         for name, tensor in share.tensors.items()
-        if (unit, name) not in settled or tensor.device.type != "cpu"
+        if name not in share.settled or tensor.device.type != "cpu"
     ]
     for (tensors, name), copy in zip(places, staging.place([t[name] for t, name in places]), strict=True):
         tensors[name] = copy
-    return shares
 
 
 def _put(share: Share, name: str, start: int, tensors: Mapping[str, Tensor]) -> None:

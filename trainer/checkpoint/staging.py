@@ -52,25 +52,31 @@ class Staging:
         return targets
 
     def order(self) -> None:
-        """Copies come after what the device was given so far. In the thread that gave it."""
-        self._done.clear()
+        """Copies come after what the device was given so far. In the thread that gave it; `run` or `abandon` follow."""
         accelerator = get_accelerator()
         if not accelerator.is_synchronized_device():
             if self._stream is None:
                 self._stream = accelerator.Stream()
             self._stream.wait_stream(accelerator.current_stream())
+        self._done.clear()
+
+    def abandon(self) -> None:
+        """Nothing is copied after all."""
+        self._copies = []
+        self._done.set()
 
     def run(self) -> None:
         """Copy everything, in any thread."""
         try:
+            if self._stream is not None:  # a thread begins on the first device, and would take memory there
+                get_accelerator().set_device(self._stream.device_index)
             with nullcontext() if self._stream is None else get_accelerator().stream(self._stream):
                 for copy in self._copies:
                     copy.make()
                 if self._stream is not None:
                     self._stream.synchronize()
         finally:
-            self._copies = []
-            self._done.set()
+            self.abandon()  # what is copied needs its source no more
 
     def join(self) -> None:
         """Return when copying has ended, well or not."""
@@ -81,7 +87,7 @@ class Staging:
         optimizer's flat buffers do, go side by side and as one."""
         targets = [torch.empty(0)] * len(tensors)
         copies: list[_Copy] = []
-        left = sum(tensor.nbytes for tensor in tensors)
+        left = sum(tensor.nbytes + _ALIGNMENT for tensor in tensors)
         number, used, last = 0, 0, None
         for index in sorted(range(len(tensors)), key=lambda index: tensors[index].data_ptr()):
             tensor = tensors[index]

@@ -47,13 +47,14 @@ def take_rank(environment: MutableMapping[str, str], *, gpus: bool = True) -> No
         )
     if tasks > 1:
         _take_task(environment, tasks, gpus=gpus)
-    elif "SLURM_STEP_NUM_TASKS" not in environment:  # a single task of srun is meant to be one
-        for what, variable in (("tasks", "SLURM_NTASKS"), ("nodes", "SLURM_JOB_NUM_NODES")):
-            if int(environment.get(variable, "1")) > 1:
-                raise LaunchError(
-                    f"this SLURM job has {environment[variable]} {what}, but the process was started without srun and "
-                    "would train alone: put srun before the command, as launch/slurm.sbatch does"
-                )
+    # In a step srun says how many tasks that has; an interactive shell of salloc is a step, too, and has the job's.
+    for what, variable in (("tasks", "SLURM_NTASKS"), ("nodes", "SLURM_JOB_NUM_NODES")):
+        alone = what == "nodes" and "SLURM_STEP_NUM_TASKS" in environment  # a single task of srun is meant to be one
+        if tasks == 1 and not alone and int(environment.get(variable, "1")) > 1:
+            raise LaunchError(
+                f"this SLURM job has {environment[variable]} {what}, but the process was started without srun and "
+                "would train alone: put srun before the command, as launch/slurm.sbatch does"
+            )
 
 
 def in_step(environment: MutableMapping[str, str]) -> bool:

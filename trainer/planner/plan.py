@@ -249,7 +249,7 @@ def _planned(
             shape,
             zero,
             host=_on_host(config, sparse, shape, zero, trained),
-            banked=_banked(sparse, shape, ranks) if config.bank.name == "device" else 0,
+            banked=_banked(sparse, shape, ranks) if config.bank.name == "device" and not offload else 0,
         ),
         flops=accumulation
         * step_flops(
@@ -293,11 +293,15 @@ def _nvme_buffers(ds: dict[str, Any]) -> int:
 
 
 def _through_host(zero: Zero, shape: StepShape, trained: int, accumulation: int) -> int:
-    """Bytes of a step between a rank's card and host: gradients go out, and with every further micro-batch in, to be
-    added to, and out again; updated weights come in; offloaded weights come in for every forward and backward."""
+    """Bytes of a step between a rank's card and host, as DeepSpeed 0.19.8 sends them: gradients go out with every
+    micro-batch and come in to be added to, out in fp32 at the end, and updated weights in; offloaded weights come in
+    for every forward and backward."""
     crossed = 0
     if zero.offload:
-        crossed += ((2 * accumulation - 1) * zero.gradient_bytes + zero.weight_bytes) * -(-trained // zero.ranks)
+        added = 2 * accumulation * zero.gradient_bytes
+        if zero.stage < 3:  # a single micro-batch goes out at the end only
+            added = (2 * accumulation - 1) * zero.weight_bytes if accumulation > 1 else 0
+        crossed += (added + 4 + zero.weight_bytes) * -(-trained // zero.ranks)
     if zero.offload_param:
         crossed += 2 * accumulation * zero.weight_bytes * -(-shape.total // zero.ranks)
     return crossed
@@ -305,7 +309,7 @@ def _through_host(zero: Zero, shape: StepShape, trained: int, accumulation: int)
 
 def _banked(sparse: Sparse, shape: StepShape, ranks: int) -> int:
     """What a bank holds at most: of all blocks but those that train."""
-    if not sparse.bank.keeps:
+    if not sparse.bank.keeps or isinstance(sparse.update, Unmask):  # whose state is not a bank's
         return 0
     reachable = [sparse.blocks[index].numel for index in sparse.selector.reachable(len(sparse.blocks))]
     return banked_bytes(sorted(reachable, reverse=True)[shape.num_active :], ranks=ranks)
@@ -318,16 +322,19 @@ def _on_host(config: RunConfig, sparse: Sparse, shape: StepShape, zero: Zero, tr
     if zero.offload and zero.stage < 3:  # weights on their way back, and two buffers of the largest gradient
         held["offload buffers"] = zero.weight_bytes * (part + shape.largest)
     banked = _banked(sparse, shape, zero.ranks)
-    if config.bank.name == "cpu":
+    largest = sorted((b.numel for b in sparse.blocks), reverse=True)
+    on_host = config.bank.name == "cpu" or zero.offload  # bank device: where the state is
+    if on_host:
         held["full bank"] = banked
     if config.saves and shape.sparse:
         held["checkpoint, while it is written"] = 20 * part  # masters, moments and indices of unmasked weights
     elif config.saves:
         draws = -(-config.checkpoint.every // config.selector.interval)
-        changed = sum(sorted((b.numel for b in sparse.blocks), reverse=True)[: draws * shape.num_active])
+        changed = sum(largest[: draws * shape.num_active])
         outside = trained - sum(sparse.blocks[i].numel for i in sparse.active)
         weights = zero.weight_bytes * -(-(changed + outside) // zero.ranks)
-        copied = banked if config.bank.name == "device" else 0  # what lies in host memory is written from there
+        # What lies in host memory is written from there, also what a switch takes out of the bank meanwhile.
+        copied = min(banked, banked_bytes(largest[: shape.num_active], ranks=zero.ranks)) if on_host else banked
         held["checkpoint, while it is written"] = weights + 12 * part + copied
     return held
 
