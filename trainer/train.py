@@ -82,8 +82,8 @@ def _train(
     num_steps = total_steps(config, len(data.train))
     watch = PeakWatch(config)
     torch.manual_seed(config.seed)
-    place = not reads_base(config.substrate)
-    model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds, place=place)
+    onto_device = not reads_base(config.substrate)
+    model = models.load(config.model, tokenizer, seed=config.seed, deepspeed=ds, place=onto_device)
     build.check_length(config, model)
     base, adapters = model, None
     if config.substrate.name == "adapter":
