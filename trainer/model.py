@@ -65,9 +65,9 @@ def load(
                 torch.manual_seed(seed)
                 model = _from_config(config, architecture, options)
             else:
-                model = _from_pretrained(
-                    config, architecture, options, place=place and not is_deepspeed_zero3_enabled()
-                )
+                # What is quantised is placed in any case, and ZeRO-3 places partitions itself.
+                place = place and config.quantization is None and not is_deepspeed_zero3_enabled()
+                model = _from_pretrained(config, architecture, options, place=place)
     _check_vocabulary(_embedded(model), tokenizer)
     model.config.use_cache = False
     for module in model.modules():
