@@ -16,9 +16,9 @@ import trainer.config
 from tests.launching import write_inputs
 from tests.models import tiny_llama, tiny_model
 from trainer.accounting import nf4_bytes
-from trainer.adapters import Adapted, AdapterError, _check_saved, adapt, choose_merge, merged
+from trainer.adapters import Adapted, AdapterError, _check_saved, adapt, choose_merge, merged, reads_base
 from trainer.blocks import BlockError
-from trainer.config.schema import AdapterSubstrate, ModelConfig
+from trainer.config.schema import AdapterSubstrate, FullSubstrate, ModelConfig
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.export import ExportError, write_adapter, write_merged
 from trainer.loss import LossError, choose_fused
@@ -30,6 +30,13 @@ LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 def substrate(**values: Any) -> AdapterSubstrate:
     return AdapterSubstrate(**values)
+
+
+def test_what_begins_with_the_base_s_weights_is_known() -> None:
+    """For that the base is loaded on the host; everything else straight onto the device."""
+    for more in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}):
+        assert reads_base(substrate(peft=LORA | more))
+    assert not any(map(reads_base, (FullSubstrate(), substrate(peft=LORA), substrate(adapter="/some/adapter"))))
 
 
 @pytest.mark.parametrize(

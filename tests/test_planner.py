@@ -132,6 +132,16 @@ def test_nvme_holds_masters_and_moments_and_the_host_what_they_pass_through() ->
     assert held.host == {"gradients": 500, "NVMe buffers": 4 * 4 * 200}
 
 
+def test_a_plan_with_nvme_says_what_lies_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = arguments(tmp_path, "Llama-2-7B", "deepspeed=zero3_nvme", "--gpus", "2")
+    main([*own, "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["disk"].keys() == {"masters", "moments", "gradients"} and "masters" not in plan["host"]
+    assert plan["disk"]["moments"] == 8 * plan["trained"] // 2 and plan["host"]["NVMe buffers"] > 0
+    main(own)
+    assert "on NVMe, of each rank: " in capsys.readouterr().out
+
+
 def test_weights_in_host_memory_are_gathered_also_on_a_single_rank() -> None:
     nothing = Activations(0, 0, 0)
     shape = StepShape(nothing, nothing, nothing, 0, 0, 4, 1, False, 40, 0, 1000, (400, 100))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,25 +35,9 @@ else:
 
 @pytest.mark.slow
 def test_a_rank_that_waits_in_vain_fails_after_the_timeout() -> None:
-    shared = environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITS],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=shared | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": os.getcwd()},
-        )
-        for rank in range(2)
-    ]
-    try:
+    with two_ranks(WAITS, port=29713) as processes:
         stdout, stderr = processes[0].communicate(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert "together" in stdout and processes[0].returncode != 0
+        assert "together" in stdout and processes[0].returncode != 0
     assert "Timed out" in stderr or "timeout" in stderr.lower()
 
 
@@ -73,11 +59,21 @@ print("shared" if mapped else "apart", flush=True)
 
 
 def test_nothing_stays_in_shared_memory_not_even_after_a_kill() -> None:
-    shared = environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29714"}
-    shared["LOCAL_SIZE"] = "2"  # by which DeepSpeed knows that all ranks are on this machine
+    # By LOCAL_SIZE DeepSpeed knows that all ranks are on this machine.
+    with two_ranks(SHARES + "import os; os.kill(os.getpid(), 9)", port=29714, LOCAL_SIZE="2") as processes:
+        told = [process.communicate(timeout=120) for process in processes]
+    assert {stdout.strip().splitlines()[-1] for stdout, _ in told} == {"shared"}, told
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29714_*"))
+
+
+@contextmanager
+def two_ranks(code: str, *, port: int, **variables: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes of one group that run `code`; killed in the end."""
+    shared = environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | variables
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SHARES + "import os; os.kill(os.getpid(), 9)"],
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -86,10 +82,8 @@ def test_nothing_stays_in_shared_memory_not_even_after_a_kill() -> None:
         for rank in range(2)
     ]
     try:
-        told = [process.communicate(timeout=120) for process in processes]
+        yield processes
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    assert {stdout.strip().splitlines()[-1] for stdout, _ in told} == {"shared"}, told
-    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29714_*"))
