@@ -33,6 +33,7 @@ from trainer.loss import Objective
 from trainer.planner import Planner
 from trainer.selectors import build
 from trainer.step import train_step
+from trainer.updates import Unmask
 
 
 class Stopwatch:
@@ -105,9 +106,14 @@ class Run:
             selector["interval"] = args.interval
         if self.method == "lisa":
             selector["blocks"] = args.gamma
+        update = None
+        if self.method == "id3":  # clipped as DeepSpeed clips for the others
+            unmask = {key: value for key, value in point["update"].items() if key not in ("name", "budget")}
+            update = Unmask(budget=args.budget, growth_steps=args.growth_steps, gradient_clipping=1.0, **unmask)
         self.sparse = trainer.prepare(
             model,
             selector=build(point["selector"]["name"], seed=0, **selector),
+            update=update,
             bank=point["bank"]["name"],
             always_on=[part for part, on in point["always_on"].items() if on and not args.frozen_embeddings],
             substrate=point["substrate"]["name"],
@@ -251,9 +257,12 @@ def configuration(args: argparse.Namespace, length: int) -> RunConfig:
         "max_position_embeddings": max(args.lengths),
     }
     values = [f"method={args.method[0]}", f"model.random={json.dumps(model)}", "model.tokenizer=bytes"]
-    values += ["model.activation_checkpointing=true", "train.fused_loss=true", "train.steps=1", "data.train=none.jsonl"]
+    values += ["model.activation_checkpointing=true", "train.fused_loss=true", "data.train=none.jsonl"]
     values += [f"train.micro_batch_size={args.batch}", f"train.global_batch_size={args.batch}"]
-    values += [f"data.max_length={length}", "data.eval_fraction=0", "eval.every=null", "checkpoint.every=null"]
+    values += [f"train.steps={args.growth_steps}", f"data.max_length={length}"]  # ID3's mask grows in all steps
+    values += ["data.eval_fraction=0", "eval.every=null", "checkpoint.every=null"]
+    if args.method[0] == "id3":
+        values.append(f"update.budget={args.budget}")
     values += [f"deepspeed={'zero2_offload' if args.offload == 'always' else 'zero2'}"]
     if args.method[0] == "lisa":
         values.append(f"selector.blocks={args.gamma}")
@@ -317,6 +326,8 @@ def main() -> int:
             break
     state = measured_state(run.sparse.held(), offload=run.offload)
     note(measured={"weights": state.weights, "state_on_card": state.device - state.weights, "host": state.host})
+    if isinstance(run.sparse.update, Unmask):
+        note(unmasked=run.sparse.update.unmasked)
     if args.save:
         note(saved=run.save_trained(args.save))
     torch.distributed.destroy_process_group()

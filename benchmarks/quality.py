@@ -1,14 +1,17 @@
-"""What adapters learn: LoRA on all blocks, on random blocks, and IST, and what ID3 learns beside them, from one base.
+"""What methods learn from one base: full fine-tuning, LISA, BAdam, LoRA on all and on random blocks, IST, and ID3.
 
     python benchmarks/quality.py --data ../shared/data/gsm8k --json quality.json
-    python benchmarks/quality.py --data ../shared/data/gsm8k --only id3 --rates 3e-4 1e-3 3e-3 1e-2 --json id3.json
+    python benchmarks/quality.py --data ../shared/data/gsm8k --only id3 --rates 1e-2 3e-2 1e-1 --json id3.json
 
-A small Llama is first trained whole on the questions, as plain text, to have a base worth adapting; then adapters learn
-to answer: every method runs with every seed at every learning rate, through `launch/train.py` on one process,
+A small Llama is first trained whole on the questions, as plain text, to have a base worth adapting; then the methods
+learn to answer: each runs with every seed at every learning rate, through `launch/train.py` on one process,
 `--parallel` of them at a time. A method's figure is the evaluation loss at the end, with the best of its learning
-rates, by mean over the seeds. Steps and samples are the same for all; a row of its own gives random draws the compute
-of IST's probes as further steps. ID3 trains 0.1 % and 1 % of the base's weights, and beside each stands LoRA with as
-many trained scalars, or the nearest to it: of rank 1 on as few kinds of layers as come closest.
+rates, by mean over the seeds. Steps and samples are the same for all.
+
+`--only weights`: full fine-tuning, LISA with and without embeddings, and BAdam, which trains each block once.
+`--only adapters`: LoRA and IST; a row of its own gives random draws the compute of IST's probes as further steps.
+`--only id3`: 0.1 % and 1 % of the base's weights, and beside each LoRA with as many trained scalars, or the nearest to
+it: of rank 1 on as few kinds of layers as come closest.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,11 +37,17 @@ from trainer.data.tokenizer import bytes_tokenizer  # noqa: E402
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 LORA = ["method=lora", "substrate.peft.r=8", "substrate.peft.lora_alpha=16", "substrate.peft.lora_dropout=0"]
+# Learning rates to choose from, where none are given.
+OF_WEIGHTS, OF_ADAPTERS, OF_SINGLE_WEIGHTS = (3e-4, 1e-3, 3e-3), (3e-3, 1e-2, 3e-2), (1e-2, 3e-2, 1e-1)
 PROBES = {"probes": 3, "update_every": 10, "batch_size": 16}  # the defaults of selector importance
-
 
 # Per block, of what LoRA of rank 1 trains in each kind of layer: its input and its output, in widths of the model.
 WIDTHS = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 4, "up_proj": 4, "down_proj": 4}
+
+
+class Method(NamedTuple):
+    values: list[str]  # for `launch/train.py`
+    rates: tuple[float, ...]
 
 
 def weights_of_base(args: argparse.Namespace) -> int:
@@ -62,34 +73,37 @@ def lora_of_size(scalars: int, args: argparse.Namespace) -> tuple[list[str], int
     return values, trained
 
 
-def id3_methods(args: argparse.Namespace) -> dict[str, list[str]]:
+def id3_methods(args: argparse.Namespace) -> dict[str, Method]:
     compared = {}
     for share in (0.001, 0.01):
         budget = round(share * weights_of_base(args))
         lora, trained = lora_of_size(budget, args)
-        compared[f"ID3, {share:.1%} of the weights ({budget})"] = ["method=id3", f"update.budget={budget}"]
-        compared[f"LoRA beside it ({trained} scalars)"] = lora
+        name = f"ID3, {share:.1%} of the weights ({budget})"
+        compared[name] = Method(["method=id3", f"update.budget={budget}"], OF_SINGLE_WEIGHTS)
+        compared[f"LoRA beside it ({trained} scalars)"] = Method(lora, OF_ADAPTERS)
     return compared
 
 
-def methods(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Values for `launch/train.py`, by name."""
-    chosen: dict[str, list[str]] = {}
-    if args.only != "id3":
-        chosen |= adapter_methods(args)
-    if args.only != "adapters":
-        chosen |= id3_methods(args)
-    return chosen
+def weight_methods(args: argparse.Namespace) -> dict[str, Method]:
+    frozen = [f"always_on.{part}=false" for part in ("embeddings", "head", "norm")]
+    each_once = f"selector.interval={max(1, args.steps // args.blocks)}"
+    values = {
+        "full fine-tuning": ["method=full"],
+        "LISA, two blocks": ["method=lisa"],
+        "LISA, two blocks, without embeddings": ["method=lisa", *frozen],
+        "BAdam, one block": ["method=badam", each_once],
+    }
+    return {name: Method(chosen, OF_WEIGHTS) for name, chosen in values.items()}
 
 
-def adapter_methods(args: argparse.Namespace) -> dict[str, list[str]]:
+def adapter_methods(args: argparse.Namespace) -> dict[str, Method]:
     quarter = max(1, args.blocks // 4)
     random = [*LORA, f"selector={{name: uniform, blocks: {quarter}, interval: 1}}"]
     # A probe is a forward, which is half of a step where the base is frozen: backward then has no weight gradients.
     extra = PROBES["probes"] * PROBES["batch_size"] / (PROBES["update_every"] * args.batch) / 2
     longer = round(args.steps * (1 + extra))
     share = f"selector.active_share={quarter / args.blocks}"
-    return {
+    values = {
         "LoRA, all blocks": LORA,
         "LoRA, a random quarter": random,
         "LoRA, a random quarter, with the steps that IST's probes cost": [*random, f"train.steps={longer}"],
@@ -101,6 +115,10 @@ def adapter_methods(args: argparse.Namespace) -> dict[str, list[str]]:
             f"selector.reward_rate={args.reward_rate}",
         ],
     }
+    return {name: Method(chosen, OF_ADAPTERS) for name, chosen in values.items()}
+
+
+GROUPS = {"weights": weight_methods, "adapters": adapter_methods, "id3": id3_methods}
 
 
 def arguments() -> argparse.Namespace:
@@ -109,9 +127,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base-steps", type=int, default=300, help="of full fine-tuning, for the base")
     parser.add_argument("--steps", type=int, default=300, help="of each method")
     parser.add_argument("--reward-rate", type=float, default=100.0, help="of the second row of IST; the paper has 10")
-    parser.add_argument("--only", choices=("adapters", "id3"), help="a part of the table")
+    parser.add_argument("--only", nargs="+", choices=tuple(GROUPS), help="parts of the table")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="learning rates")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="learning rates of all methods; each has its own by default"
+    )
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--length", type=int, default=288, help="bytes; longer samples are left out")
@@ -159,13 +179,15 @@ def main() -> None:
             "data.eval_fraction=0",
         ]
         adapting = [*common, *answering, f"model.path={place / 'base' / 'model'}", f"train.steps={args.steps}"]
-        compared = methods(args)
-        jobs = [(name, rate, seed) for name in compared for rate in args.rates for seed in range(args.seeds)]
+        compared = {name: method for group in args.only or GROUPS for name, method in GROUPS[group](args).items()}
+        if args.rates:
+            compared = {name: method._replace(rates=tuple(args.rates)) for name, method in compared.items()}
+        jobs = [(name, rate, seed) for name in compared for rate in compared[name].rates for seed in range(args.seeds)]
 
         def run(job: tuple[str, float, int]) -> dict[str, Any]:
             name, rate, seed = job
             output = place / f"{list(compared).index(name)}-{rate}-{seed}"
-            values = [*adapting, *compared[name], f"optimizer.lr={rate}", f"seed={seed}"]
+            values = [*adapting, *compared[name].values, f"optimizer.lr={rate}", f"seed={seed}"]
             figures = trained(output, values, threads=1)
             print(f"{name}, lr {rate}, seed {seed}: {figures['last']:.4f}", file=sys.stderr, flush=True)
             return figures
@@ -174,12 +196,12 @@ def main() -> None:
             results = dict(zip(jobs, pool.map(run, jobs), strict=True))
     figures = {
         "base_eval_loss": next(iter(results.values()))["first"],
-        "methods": [summary(name, args.rates, args.seeds, results) for name in compared],
+        "methods": [summary(name, method.rates, args.seeds, results) for name, method in compared.items()],
         "settings": {key: value for key, value in vars(args).items() if key not in ("json", "data", "parallel")},
         "environment": {
             "command": "python benchmarks/quality.py",
             "date": datetime.date.today().isoformat(),
-            "device": "cpu",
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
         },
     }
@@ -216,7 +238,7 @@ def trained(output: Path, values: list[str], *, threads: int) -> dict[str, Any]:
     }
 
 
-def summary(name: str, rates: list[float], seeds: int, results: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+def summary(name: str, rates: tuple[float, ...], seeds: int, results: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     losses = {rate: [results[name, rate, seed]["last"] for seed in range(seeds)] for rate in rates}
     best = min(rates, key=lambda rate: statistics.mean(losses[rate]))
     return {

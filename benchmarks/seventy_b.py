@@ -57,7 +57,7 @@ SHAPES = {
     "34b": Shape(8192, 22016, 48, 64, 8, 32000),  # Code Llama
     "70b": Shape(8192, 28672, 80, 64, 8, 32000),  # Llama 2
 }
-METHODS = ("lisa", "badam", "ist", "lora", "full")
+METHODS = ("lisa", "badam", "ist", "id3", "lora", "full")
 
 
 def arguments() -> argparse.Namespace:
@@ -66,6 +66,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", default=["lisa"], choices=METHODS, help="at their published points")
     parser.add_argument("--gamma", type=int, default=2, help="blocks of LISA that train at a time")
     parser.add_argument("--frozen-embeddings", action="store_true", help="LISA without its always-on parts")
+    parser.add_argument("--budget", type=int, default=8_000_000, help="weights that ID3 unmasks, in all")
+    parser.add_argument("--growth-steps", type=int, default=2, help="in which it does so; 2: before what is measured")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024], help="tokens per sequence, one by one")
     parser.add_argument("--batch", type=int, default=1, help="sequences per step")
     parser.add_argument("--steps", type=int, default=6, help="steps to measure at each length, after two others")
@@ -108,7 +110,7 @@ def run_one(args: argparse.Namespace, shape: str, method: str, *, deadline: floa
     script = Path(__file__).with_name("one_shape.py")
     words = [sys.executable, str(script), "--shape", shape, "--method", method, "--json", str(file)]
     words += ["--lengths", *map(str, args.lengths), "--offload", args.offload]
-    for name in ("gamma", "batch", "steps", "interval", "peak_flops"):
+    for name in ("gamma", "batch", "steps", "interval", "budget", "growth_steps", "peak_flops"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     words += ["--frozen-embeddings"] * args.frozen_embeddings

@@ -54,6 +54,18 @@ def test_adapters_with_their_state_on_the_card(tmp_path: Path) -> None:
     assert ist["plan"]["trained_parameters"] * 4 == lora["plan"]["trained_parameters"]  # one block of four
 
 
+@pytest.mark.slow
+def test_single_weights_of_a_whole_mask_and_of_one_that_grows(tmp_path: Path) -> None:
+    words = ("--shape", "tiny", "--method", "id3", "--offload", "never", "--lengths", "32", "--budget", "1000")
+    (whole,) = measure(tmp_path, *words)
+    (growing,) = measure(tmp_path, *words, "--growth-steps", "100")
+    assert whole["plan"]["trained_parameters"] == 1000 and whole["unmasked"] == 1000
+    assert growing["unmasked"] == 10 * (2 + 6 + 1)  # before, measured, and watched for its peak
+    # A master and two moments of each, and where it lies.
+    assert whole["measured"]["state_on_card"] == pytest.approx(1000 * (12 + 8), rel=1e-2)
+    assert growing["measured"]["state_on_card"] == pytest.approx(90 * (12 + 8), rel=5e-2)
+
+
 def test_what_does_not_fit_the_time_is_stopped_and_what_follows_is_not_started(tmp_path: Path) -> None:
     first, second = measure(tmp_path, "--shape", "tiny", "8b", "--seconds", "0.9", code=1)
     assert first["outcome"].startswith("stopped after 1 s")

@@ -324,8 +324,8 @@ class TopGradientEntries(UpdateRule):
     def receive(self, name: str, gradient: Tensor, weights: Tensor, *, last: bool) -> None:
         self.received[name] = self.received[name] + gradient if name in self.received else gradient.clone()
 
-    def discard(self, name: str) -> None:
-        self.received.pop(name, None)
+    def discard(self) -> None:
+        self.received.clear()
 
     def step(self, name: str, weights: Tensor, *, lr: float) -> None:
         gradient = self.received.pop(name)

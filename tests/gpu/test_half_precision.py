@@ -91,26 +91,26 @@ def _banked(rank: int, cells: list[Cell]) -> list[Banked]:
         engine = make_engine(cell, model, sparse)
         sparse.attach(engine, guard_every=0)
         ids = batch(0, 0, ranks=cell.ranks, rank=rank)
-        present, last = _state(sparse).keys(), {}
+        present, last = state_of(sparse).keys(), {}
         losses, changed, returned = [], [], 0
         for _ in range(cell.steps):
             loss = engine(input_ids=ids, labels=ids).loss  # a switch comes first
             sparse.bank.wait()
-            entered = {key: value for key, value in _state(sparse).items() if key not in present and key in last}
+            entered = {key: value for key, value in state_of(sparse).items() if key not in present and key in last}
             returned += len(entered)
             changed += [key for key, value in entered.items() if not torch.equal(value, last[key])]
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-            present = _state(sparse).keys()
-            last |= _state(sparse)
+            present = state_of(sparse).keys()
+            last |= state_of(sparse)
         pinned = [t.is_pinned() for piece in sparse.bank._stored.values() for t in piece.tensors.values()]
         engine.destroy()
         found.append(Banked(losses, returned, changed, bool(pinned) and all(pinned)))
     return found
 
 
-def _state(sparse: trainer.Sparse) -> dict[tuple[str, str], Tensor]:
+def state_of(sparse: trainer.Sparse) -> dict[tuple[str, str], Tensor]:
     """Copies of this rank's masters and moments, by parameter and kind."""
     registration = sparse._registered()
     pieces = [piece for number in range(len(registration.groups)) for piece in registration.slices(number)]

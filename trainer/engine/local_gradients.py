@@ -67,8 +67,7 @@ class LocalGradients:
         if applied:
             self._step(learning_rate)
         else:
-            for name in self._active:
-                self._rule.discard(name)
+            self._rule.discard()
         self._infinite = None
         self._entries.clear()
         return applied

@@ -62,8 +62,8 @@ class UpdateRule(ABC):
     def step(self, name: str, weights: Tensor, *, lr: float) -> None:
         """Update this rank's `weights` (flat) in place with what was received, and forget it."""
 
-    def discard(self, name: str) -> None:
-        """Forget what was received: the step was skipped for infinite or NaN gradients, on this or another rank."""
+    def discard(self) -> None:
+        """Forget all that was received: the step was skipped for infinite or NaN gradients, on this or another rank."""
 
     def leave(self, name: str, *, keep: bool) -> None:
         """The parameter `name` is frozen again; its optimizer state is to be kept until it enters again, or dropped."""

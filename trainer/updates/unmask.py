@@ -98,8 +98,9 @@ class Unmask(UpdateRule):
     """Unmask `budget` weights over `growth_steps` optimizer steps, and train them with Adam.
 
     With several blocks in turn the mask grows among those that train; if they have too few masked weights left, what is
-    missing is made up later. `bias_correction` says from where Adam counts a weight's steps: `global`, from the start
-    of training as in the paper, or `local`, from the weight's own first.
+    missing is made up later, and so is what a skipped step would have unmasked. `bias_correction` says from where Adam
+    counts a weight's steps: `global`, from the start of training as in the paper, or `local`, from the weight's own
+    first.
     """
 
     budget: int = 100_000
@@ -111,7 +112,8 @@ class Unmask(UpdateRule):
     gradient_clipping: float = 0.0
     unmasked: int = field(default=0, init=False)  # weights so far, of all ranks
     updates: int = field(default=0, init=False)  # of single weights, on all ranks
-    _taken: int = field(default=0, init=False)  # optimizer steps
+    _taken: int = field(default=0, init=False)  # optimizer steps that were applied
+    _skipped: int = field(default=0, init=False)  # and others, for infinite or NaN gradients
     _parameters: dict[str, _Parameter] = field(default_factory=dict, init=False)
     _candidates: _Candidates | None = field(default=None, init=False)
     _norm: Tensor | None = field(default=None, init=False)  # of the last step's gradients
@@ -137,7 +139,8 @@ class Unmask(UpdateRule):
     @property
     def increment(self) -> int:
         """Weights to unmask at the next step."""
-        return max(0, target(self._taken + 1, budget=self.budget, steps=self.growth_steps) - self.unmasked)
+        step = self._taken + self._skipped + 1
+        return max(0, target(step, budget=self.budget, steps=self.growth_steps) - self.unmasked)
 
     def in_optimizer(self, block: Block) -> set[str]:
         return set()
@@ -215,8 +218,11 @@ class Unmask(UpdateRule):
         )
         weights[parameter.places(weights.device)] = state["master"].to(weights)
 
-    def discard(self, name: str) -> None:
-        self._parameters[name].gradient = self._parameters[name].accumulated = self._candidates = None
+    def discard(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.gradient = parameter.accumulated = None
+        self._candidates = None
+        self._skipped += 1
 
     def leave(self, name: str, *, keep: bool) -> None:
         if not keep:
@@ -327,10 +333,11 @@ class Unmask(UpdateRule):
         parameter.state = values or None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._taken, "unmasked": self.unmasked, "updates": self.updates}
+        return {"steps": self._taken, "skipped": self._skipped, "unmasked": self.unmasked, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._taken, self.unmasked, self.updates = state["steps"], state["unmasked"], state["updates"]
+        self._taken, self._skipped = state["steps"], state["skipped"]
+        self.unmasked, self.updates = state["unmasked"], state["updates"]
 
 
 def _between(positions: Tensor, start: int, stop: int) -> slice:
