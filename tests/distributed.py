@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import sys
@@ -29,7 +30,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes = [
-            context.Process(target=_enter, args=(worker, rank, ranks, store, results, args), daemon=True)
+            context.Process(target=_enter, args=(worker, rank, ranks, store, results, deadline, args), daemon=True)
             for rank in range(ranks)
         ]
         # Set before they start: `worker` is unpickled first, and DeepSpeed, which it imports, reads this once.
@@ -65,7 +66,16 @@ def run(
     return [answers[rank] for rank in range(ranks)]
 
 
-def _enter(worker: Callable[..., Any], rank: int, ranks: int, store: str, results: Any, args: tuple[Any, ...]) -> None:
+def _enter(
+    worker: Callable[..., Any],
+    rank: int,
+    ranks: int,
+    store: str,
+    results: Any,
+    deadline: float,
+    args: tuple[Any, ...],
+) -> None:
+    faulthandler.dump_traceback_later(max(1.0, deadline - 10))  # where each one hangs
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
     # One ninja for all: another version would compile DeepSpeed's operators anew.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -59,6 +59,7 @@ def test_single_weights_of_a_whole_mask_and_of_one_that_grows(tmp_path: Path) ->
     words = ("--shape", "tiny", "--method", "id3", "--offload", "never", "--lengths", "32", "--budget", "1000")
     (whole,) = measure(tmp_path, *words)
     (growing,) = measure(tmp_path, *words, "--growth-steps", "100")
+    assert whole["environment"]["command"] == " ".join(["python benchmarks/seventy_b.py", *words])
     assert whole["plan"]["trained_parameters"] == 1000 and whole["unmasked"] == 1000
     assert growing["unmasked"] == 10 * (2 + 6 + 1)  # before, measured, and watched for its peak
     # A master and two moments of each, and where it lies.

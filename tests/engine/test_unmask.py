@@ -31,7 +31,7 @@ from tests.engine.parity import (
 )
 from trainer.accounting import growing_bytes, measured_state, unmasked_state
 from trainer.checkpoint import CheckpointError, Checkpoints, Store
-from trainer.updates import Unmask, top_k
+from trainer.updates import Unmask, top_k, unmask
 from trainer.updates.adam import AdamSettings
 from trainer.updates.top_k import best, best_of_all
 from trainer.updates.unmask import d3_scores, scalar_updates, target
@@ -150,6 +150,32 @@ def _top_k(rank: int, ranks: int) -> list[str]:
                 problems.append(f"{values} values, k {k}: {chosen.tolist()}, wanted {wanted.tolist()}")
             if not torch.equal(scores.sort().values, whole.topk(min(k, 97)).values.sort().values):
                 problems.append(f"{values} values, k {k}: not torch.topk")
+    return problems
+
+
+def _ties(rank: int) -> list[str]:
+    """A rank's candidates from gradients that come as backward makes them, last parameters first, in small chunks."""
+    problems = []
+    generator = torch.Generator().manual_seed(5)
+    gradients = {f"p{i}": torch.randint(4, (n,), generator=generator).float() for i, n in enumerate((97, 50, 1, 31))}
+    parameters = {name: torch.nn.Parameter(torch.ones_like(gradient)) for name, gradient in gradients.items()}
+    for k in (1, 7, 20, 60, 178):
+        rule = Unmask(budget=k, growth_steps=1)
+        rule.prepare(parameters, reachable=parameters)
+        own, offset = [], 0
+        for name, gradient in gradients.items():
+            begin, stop = rule._parameters[name].range()
+            own.append((torch.arange(begin, stop) + offset, gradient[begin:stop]))
+            offset += gradient.numel()
+        with mock.patch.object(unmask, "_CHUNK", 8):
+            for name, (_, gradient) in reversed(list(zip(gradients, own, strict=True))):
+                rule.receive(name, gradient, torch.ones_like(gradient), last=True)
+        positions, scores = (torch.cat(parts) for parts in zip(*own, strict=True))
+        wanted = scores.sort(descending=True, stable=True).indices[:k].sort().values
+        found = rule._candidates
+        assert found is not None
+        if not torch.equal(found.positions, positions[wanted]) or not torch.equal(found.gradients, scores[wanted]):
+            problems.append(f"candidates for {k}: {found.positions.tolist()}, wanted {positions[wanted].tolist()}")
     return problems
 
 
@@ -323,11 +349,17 @@ def cases(ranks: int, *, every: bool) -> tuple[Case, ...]:
 
 
 def _some_cases(rank: int) -> list[str]:
-    return _top_k(rank, 2) + [problem for case in cases(2, every=False) for problem in compared(rank, case)]
+    with mock.patch.object(unmask, "_CHUNK", 300):
+        problems = [problem for case in cases(2, every=False) for problem in compared(rank, case)]
+    return _top_k(rank, 2) + _ties(rank) + problems
 
 
 def _all_cases(rank: int, ranks: int) -> list[str]:
-    return _top_k(rank, ranks) + [problem for case in cases(ranks, every=True) for problem in compared(rank, case)]
+    return (
+        _top_k(rank, ranks)
+        + _ties(rank)
+        + [problem for case in cases(ranks, every=True) for problem in compared(rank, case)]
+    )
 
 
 def test_masks_and_weights_are_those_of_dense_id3() -> None:

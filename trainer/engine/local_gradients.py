@@ -119,6 +119,7 @@ class LocalGradients:
             return
         weights = self._registration.owned_range(parameter)
         mine = _reduce_to_owner(gradient, weights.numel())
+        del gradient  # beside its fp32 copy it would be the most that backward holds
         infinite = ~torch.isfinite(mine).all()
         self._infinite = infinite if self._infinite is None else self._infinite | infinite
         self._rule.receive(name, mine, weights, last=self._is_last())
@@ -127,6 +128,8 @@ class LocalGradients:
 def _reduce_to_owner(gradient: Tensor, length: int) -> Tensor:
     """The mean over ranks of this rank's range of `gradient`: [shape] on every rank -> [length], fp32."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
+    if ranks == 1:
+        return gradient.reshape(-1).float()
     chunk = -(-gradient.numel() // ranks)
     flat = torch.zeros(chunk * ranks, dtype=torch.float32, device=gradient.device)
     flat[: gradient.numel()] = gradient.reshape(-1)

@@ -174,7 +174,7 @@ def _planned(
         state = unmasked_state(numels, budget, stage=stage, ranks=ranks, weight_bytes=weight_bytes, local_steps=local)
         candidates, sums = growing_bytes(dense, sparse.update.increment, ranks=ranks, accumulation=accumulation)
         # In the weights' dtype, and in fp32 while ranks exchange it.
-        reduced = (4 + weight_bytes) * max(dense) + 4 * -(-max(dense) // ranks)
+        reduced = (4 + weight_bytes) * max(dense) + (4 * -(-max(dense) // ranks) if ranks > 1 else 0)
         outside = {"dense gradient": reduced, "candidates": candidates, "sums": sums}
         trained = budget
     else:

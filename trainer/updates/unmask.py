@@ -24,6 +24,9 @@ from trainer.updates.adam import AdamSettings, adam_step_, zeros_like
 from trainer.updates.base import UpdateRule
 from trainer.updates.top_k import NOT_A_CANDIDATE, best, best_of_all
 
+# Scores at a time: those of a large embedding would be gigabytes.
+_CHUNK = 2**25
+
 
 def target(step: int, *, budget: int, steps: int) -> int:
     """Weights that are unmasked after `step` of `steps` optimizer steps: equal increments of budget // steps, and one
@@ -244,17 +247,28 @@ class Unmask(UpdateRule):
         assert gradient is not None
         places = parameter.places(gradient.device)
         parameter.gradient = gradient[places]
-        scores = d3_scores(gradient, weights.to(gradient.device), exp=self.exp, eps=self.eps)
-        scores[places] = NOT_A_CANDIDATE
-        chosen = best(scores, self.increment)
-        chosen = chosen[scores[chosen] >= 0]
-        found = _Candidates(scores[chosen], chosen + (parameter.offset + parameter.range()[0]), gradient[chosen])
-        if self._candidates is None:
-            self._candidates = found
-        else:
-            self._candidates = self._candidates.and_these(
-                found.scores, found.positions, found.gradients, k=self.increment
+        begins = range(0, gradient.numel(), _CHUNK)
+        unmasked = torch.searchsorted(places, places.new_tensor([*begins, gradient.numel()])).tolist()
+        for begin, first, last in zip(begins, unmasked, unmasked[1:], strict=False):
+            part = slice(begin, begin + _CHUNK)
+            scores = d3_scores(gradient[part], weights[part].to(gradient.device), exp=self.exp, eps=self.eps)
+            scores[places[first:last] - begin] = NOT_A_CANDIDATE
+            chosen = self._contenders(scores)
+            positions = chosen + (parameter.offset + parameter.range()[0] + begin)
+            self._candidates = (self._candidates or _no_candidates()).and_these(
+                scores[chosen], positions, gradient[part][chosen], k=self.increment
             )
+
+    def _contenders(self, scores: Tensor) -> Tensor:
+        """Indices (int64, ascending) of the best of `scores` that may be among the best of this rank's so far."""
+        known = 0 if self._candidates is None else self._candidates.scores.numel()
+        if not 0 < self.increment <= known:
+            chosen = best(scores, self.increment)
+            return chosen[scores[chosen] >= 0]
+        # Most are below all that are known: to leave these out takes a fraction of the time of ranking them. With the
+        # same score, the one that comes first wins.
+        contenders = (scores >= self._candidates.scores.min()).nonzero().view(-1)  # type: ignore[union-attr]
+        return contenders[best(scores[contenders], self.increment)]
 
     def _unmask(self, weights: Mapping[str, Tensor]) -> None:
         mine = self._candidates or _no_candidates()
@@ -348,5 +362,5 @@ def _between(positions: Tensor, start: int, stop: int) -> slice:
 
 def _no_candidates() -> _Candidates:
     """For a rank none of whose weights took part."""
-    empty = torch.empty(0, device=get_accelerator().current_device_name())
+    empty = torch.empty(0, dtype=torch.float32, device=get_accelerator().current_device_name())
     return _Candidates(empty, empty.to(torch.int64), empty)
