@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import provenance
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trainer.entry import prepare_process  # noqa: E402
@@ -180,11 +182,8 @@ def train_step(engine: Any, ids: torch.Tensor, passes: list[float] | None = None
 def finish(figures: dict[str, Any], file: Path | None) -> None:
     """Print rank 0's figures with what they were measured on, write them to `file`, and leave the process group."""
     on_cpu = get_accelerator().device_name() == "cpu"
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    if "--json" in words:  # where the figures were written to says nothing about them
-        del words[words.index("--json") : words.index("--json") + 2]
     figures["environment"] = {
-        "command": " ".join(["deepspeed", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "command": provenance.command("deepspeed"),
         "date": datetime.date.today().isoformat(),
         "ranks": dist.get_world_size(),
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(),

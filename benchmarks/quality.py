@@ -1,7 +1,7 @@
 """What methods learn from one base: full fine-tuning, LISA, BAdam, LoRA on all and on random blocks, IST, and ID3.
 
     python benchmarks/quality.py --data ../shared/data/gsm8k --json quality.json
-    python benchmarks/quality.py --data ../shared/data/gsm8k --only id3 --rates 1e-2 3e-2 1e-1 --json id3.json
+    python benchmarks/quality.py --data ../shared/data/gsm8k --only id3 --json id3.json
 
 A small Llama is first trained whole on the questions, as plain text, to have a base worth adapting; then the methods
 learn to answer: each runs with every seed at every learning rate, through `launch/train.py` on one process,
@@ -29,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import provenance
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -86,7 +87,7 @@ def id3_methods(args: argparse.Namespace) -> dict[str, Method]:
 
 def weight_methods(args: argparse.Namespace) -> dict[str, Method]:
     frozen = [f"always_on.{part}=false" for part in ("embeddings", "head", "norm")]
-    each_once = f"selector.interval={max(1, args.steps // args.blocks)}"
+    each_once = f"selector.interval={-(-args.steps // args.blocks)}"
     values = {
         "full fine-tuning": ["method=full"],
         "LISA, two blocks": ["method=lisa"],
@@ -199,7 +200,7 @@ def main() -> None:
         "methods": [summary(name, method.rates, args.seeds, results) for name, method in compared.items()],
         "settings": {key: value for key, value in vars(args).items() if key not in ("json", "data", "parallel")},
         "environment": {
-            "command": "python benchmarks/quality.py",
+            "command": provenance.command(),
             "date": datetime.date.today().isoformat(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},

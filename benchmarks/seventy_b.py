@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import provenance
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -125,17 +126,8 @@ def run_one(args: argparse.Namespace, shape: str, method: str, *, deadline: floa
     figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"shape": shape, "method": method}
     file.unlink(missing_ok=True)
     if "environment" in figures:
-        figures["environment"] = {"command": command(), **figures["environment"]}
+        figures["environment"] = {"command": provenance.command(), **figures["environment"]}
     return {**figures, "outcome": outcome, "seconds": time.monotonic() - started}
-
-
-def command() -> str:
-    """How this script was called, but for where its results went."""
-    words = sys.argv[1:]
-    for option in ("--json", "--save"):
-        if option in words:
-            del words[words.index(option) : words.index(option) + 2]
-    return shlex.join(["python", "benchmarks/seventy_b.py", *words])
 
 
 def table(runs: list[dict[str, Any]]) -> str:
