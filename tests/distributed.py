@@ -29,8 +29,9 @@ def run(
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
+        end = time.monotonic() + deadline
         processes = [
-            context.Process(target=_enter, args=(worker, rank, ranks, store, results, deadline, args), daemon=True)
+            context.Process(target=_enter, args=(worker, rank, ranks, store, results, end, args), daemon=True)
             for rank in range(ranks)
         ]
         # Set before they start: `worker` is unpickled first, and DeepSpeed, which it imports, reads this once.
@@ -39,7 +40,6 @@ def run(
                 process.start()
         answers: dict[int, Any] = {}
         failures: list[str] = []
-        end = time.monotonic() + deadline
         while len(answers) + len(failures) < ranks and time.monotonic() < end:
             if results.empty():
                 if failures and all(p.exitcode is not None for p in processes):
@@ -72,10 +72,10 @@ def _enter(
     ranks: int,
     store: str,
     results: Any,
-    deadline: float,
+    end: float,
     args: tuple[Any, ...],
 ) -> None:
-    faulthandler.dump_traceback_later(max(1.0, deadline - 10))  # where each one hangs
+    faulthandler.dump_traceback_later(max(1.0, end - time.monotonic() - 5))  # where each one hangs
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
     # One ninja for all: another version would compile DeepSpeed's operators anew.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from trainer import model as models
-from trainer.accounting import banked_bytes, growing_bytes, readable
+from trainer.accounting import banked_bytes, dense_gradient_bytes, growing_bytes, readable
 from trainer.adapters import adapt, choose_merge
 from trainer.blocks import full_numel
 from trainer.build import check_hardware, check_length, offload_device, prepare_model, size_buckets
@@ -85,8 +85,10 @@ def describe(config: RunConfig, ranks: int) -> str:
 def _growth(update: Unmask, sparse: Sparse, ds: Mapping[str, Any], ranks: int) -> list[str]:
     """What comes to it in backward."""
     trained = [full_numel(p) for p in sparse.trainable_parameters()]
-    # In the weights' dtype, and in fp32 while ranks exchange it.
-    dense = max((4 + p.element_size()) * full_numel(p) for p in sparse.trainable_parameters())
+    dense = max(
+        dense_gradient_bytes(full_numel(p), ranks=ranks, weight_bytes=p.element_size())
+        for p in sparse.trainable_parameters()
+    )
     lines = [f"  {'gradient':<10}{readable(dense):>12} more in backward, of one parameter at a time"]
     candidates, accumulated = growing_bytes(
         trained, update.increment, ranks=ranks, accumulation=ds["gradient_accumulation_steps"]

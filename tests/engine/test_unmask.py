@@ -174,6 +174,7 @@ def _ties(rank: int) -> list[str]:
         wanted = scores.sort(descending=True, stable=True).indices[:k].sort().values
         found = rule._candidates
         assert found is not None
+        found.compare()
         if not torch.equal(found.positions, positions[wanted]) or not torch.equal(found.gradients, scores[wanted]):
             problems.append(f"candidates for {k}: {found.positions.tolist()}, wanted {positions[wanted].tolist()}")
     return problems
@@ -191,6 +192,7 @@ class Reference:
     masks: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     updates: int = 0
+    skipped: tuple[int, ...] = ()  # steps
 
     def run(self) -> None:
         cell = self.case.cell
@@ -201,21 +203,24 @@ class Reference:
         outside = [n for n in names if ".layers." not in n]
         if not cell.lora:
             outside = [n for n in outside if self._part(n) in cell.always_on]
-        selector, previous = make_selector(cell), set()
+        selector, previous, taken = make_selector(cell), set(), 0
         for step in range(cell.steps):
+            if step in self.skipped:
+                continue
             drawn = selector.select(step // cell.interval, 6)
             active = {n: names[n] for n in names if n in outside or any(n in blocks[i] for i in drawn)}
             if cell.bank == "discard":
                 for name in previous - active.keys():
                     self.state.pop(name, None)
             previous = set(active)
-            self._step(step, active)
+            self._step(step, taken, active)
+            taken += 1
 
     @staticmethod
     def _part(name: str) -> str:
         return {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}.get(name, "norm")
 
-    def _step(self, step: int, active: dict[str, Tensor]) -> None:
+    def _step(self, step: int, taken: int, active: dict[str, Tensor]) -> None:
         cell = self.case.cell
         self.model.zero_grad()
         for micro in range(cell.accumulation):
@@ -232,7 +237,7 @@ class Reference:
                 for gradient in gradients.values():
                     gradient.mul_(min(1.0, cell.clipping / (norm.item() + 1e-6)))
             for name, p in active.items():
-                self._adam(step, name, p, gradients[name])
+                self._adam(taken, name, p, gradients[name])
         self.updates += sum(int(self.masks[n].sum()) for n in active)
 
     def _grow(self, step: int, active: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
@@ -431,17 +436,18 @@ def _half_precision(rank: int) -> list[str]:
 def _skipped(rank: int) -> list[str]:
     """A step of infinite gradients, on one rank and while the mask grows (1) and when it is whole (4): nothing moves,
     and what it would have unmasked is made up by the next, so that the mask is whole in time."""
-    problems = []
-    for stage in (0, 3):
-        case = Case(Cell(selector="all", stage=stage), steps=3)
+    problems, skipped = [], (1, 4)
+    for stage, accumulation in ((0, 1), (3, 2)):
+        case = Case(Cell(selector="all", stage=stage, accumulation=accumulation, steps=6), steps=3)
         engine, sparse = start(case)
-        for step in range(6):
+        for step in range(case.cell.steps):
             before = full_weights(engine)
-            ids = batch(step, 0, ranks=2, rank=rank)
-            broken = step in (1, 4)
-            loss = engine(input_ids=ids, labels=ids).loss
-            engine.backward(loss * (float("inf") if broken and rank == 1 else 1.0))
-            engine.step()
+            broken = step in skipped
+            for micro in range(accumulation):
+                ids = batch(step, micro, ranks=2, rank=rank)
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss * (float("inf") if broken and (micro, rank) == (0, 1) else 1.0))
+                engine.step()
             moved = largest_difference(before, full_weights(engine)) > 0
             unmasked = sparse.update.unmasked  # type: ignore[attr-defined]
             wanted = target(1 if step < 2 else step + 1, budget=case.budget, steps=case.steps)
@@ -449,8 +455,19 @@ def _skipped(rank: int) -> list[str]:
                 problems.append(
                     f"stage {stage} step {step}: moved {moved}, applied {engine.was_step_applied()}, {unmasked}"
                 )
+            restored = case.rule()
+            restored.load_state_dict(sparse.update.state_dict())
+            if restored.increment != sparse.update.increment:  # type: ignore[attr-defined]
+                problems.append(f"stage {stage} step {step}: restored, {restored.increment} are to be unmasked next")
         if sparse.steps != 4:
             problems.append(f"stage {stage}: {sparse.steps} steps")
+        expected = Reference(build_model(case.cell), case, skipped=skipped)
+        expected.run()
+        masks, weights = masks_of(engine, sparse), {n: p.detach() for n, p in expected.model.named_parameters()}
+        problems += [f"stage {stage}: {n}" for n in masks if not torch.equal(masks[n], expected.masks[n])]
+        difference = largest_difference(full_weights(engine), weights)
+        if difference > 1e-6:
+            problems.append(f"stage {stage}: weights differ by {difference}")
         engine.destroy()
     return problems
 

@@ -10,6 +10,7 @@ from trainer.accounting.peak import Activations, Memory, StepShape, Zero, fused_
 from trainer.accounting.state import (
     ModelState,
     banked_bytes,
+    dense_gradient_bytes,
     growing_bytes,
     measured_state,
     model_state,
@@ -29,6 +30,7 @@ __all__ = [
     "banked_bytes",
     "block_shape",
     "fused_loss",
+    "dense_gradient_bytes",
     "growing_bytes",
     "measured_state",
     "memory",

@@ -97,6 +97,14 @@ def unmasked_state(
     return ModelState(weight_bytes * weights, 4 * budget, 4 * own, moments, indices=8 * budget)
 
 
+def dense_gradient_bytes(numel: int, *, ranks: int, weight_bytes: int) -> int:
+    """The most that a rank holds of the gradient of one parameter with `numel` elements before the update rule has it:
+    as backward made it and in fp32, and with several ranks its own part of their mean."""
+    if ranks == 1:
+        return 4 * numel + (weight_bytes * numel if weight_bytes != 4 else 0)
+    return (4 + weight_bytes) * numel + 4 * -(-numel // ranks)
+
+
 def growing_bytes(trained: Sequence[int], increment: int, *, ranks: int, accumulation: int) -> tuple[int, int]:
     """What a rank holds beside `unmasked_state` in backward while the mask grows: (candidates, accumulated gradients).
 

@@ -120,7 +120,7 @@ class LocalGradients:
         weights = self._registration.owned_range(parameter)
         mine = _reduce_to_owner(gradient, weights.numel())
         del gradient  # beside its fp32 copy it would be the most that backward holds
-        infinite = ~torch.isfinite(mine).all()
+        infinite = ~_largest(mine).isfinite()
         self._infinite = infinite if self._infinite is None else self._infinite | infinite
         self._rule.receive(name, mine, weights, last=self._is_last())
 
@@ -128,12 +128,18 @@ class LocalGradients:
 def _reduce_to_owner(gradient: Tensor, length: int) -> Tensor:
     """The mean over ranks of this rank's range of `gradient`: [shape] on every rank -> [length], fp32."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
+    chunk = -(-gradient.numel() // ranks)
+    assert length == max(0, min(chunk, gradient.numel() - rank * chunk))
     if ranks == 1:
         return gradient.reshape(-1).float()
-    chunk = -(-gradient.numel() // ranks)
     flat = torch.zeros(chunk * ranks, dtype=torch.float32, device=gradient.device)
     flat[: gradient.numel()] = gradient.reshape(-1)
     mine = torch.empty(chunk, dtype=torch.float32, device=gradient.device)
     dist.reduce_scatter_tensor(mine, flat)
-    assert length == max(0, min(chunk, gradient.numel() - rank * chunk))
     return mine[:length].div_(ranks)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest of |values| [n], a scalar: infinite or NaN if any is, and 0 without any. torch.isfinite would make
+    several tensors as large as `values`."""
+    return torch.linalg.vector_norm(values, float("inf")) if values.numel() else values.new_zeros(())

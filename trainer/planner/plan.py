@@ -21,6 +21,7 @@ from trainer.accounting import (
     Zero,
     banked_bytes,
     block_shape,
+    dense_gradient_bytes,
     fused_loss,
     growing_bytes,
     memory,
@@ -173,9 +174,8 @@ def _planned(
         budget = config.update.budget
         state = unmasked_state(numels, budget, stage=stage, ranks=ranks, weight_bytes=weight_bytes, local_steps=local)
         candidates, sums = growing_bytes(dense, sparse.update.increment, ranks=ranks, accumulation=accumulation)
-        # In the weights' dtype, and in fp32 while ranks exchange it.
-        reduced = (4 + weight_bytes) * max(dense) + (4 * -(-max(dense) // ranks) if ranks > 1 else 0)
-        outside = {"dense gradient": reduced, "candidates": candidates, "sums": sums}
+        gradient = dense_gradient_bytes(max(dense), ranks=ranks, weight_bytes=weight_bytes)
+        outside = {"dense gradient": gradient, "candidates": candidates, "sums": sums}
         trained = budget
     else:
         state = model_state(

@@ -50,7 +50,8 @@ class UpdateRule(ABC):
         return None
 
     def receive(self, name: str, gradient: Tensor, weights: Tensor, *, last: bool) -> None:
-        """Add one micro-batch's gradient (fp32, mean over ranks, this rank's range) to what this step has received.
+        """Add one micro-batch's gradient (fp32, mean over ranks, this rank's range) to what this step has received. It
+        is the rule's to keep and to change.
 
         `last` says that no other follows in this step; where nobody knows, it is never set. If the rule named what it
         wants, the gradient is of all those positions, and comes once for all micro-batches.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,7 @@ def d3_scores(gradient: Tensor, weights: Tensor, *, exp: float, eps: float) -> T
     infinite."""
     scores = gradient.float().abs()
     if exp:
-        scores /= weights.float().abs().add_(eps).pow_(exp)
+        scores /= weights.to(scores).abs().add_(eps).pow_(exp)
         scores.masked_fill_(scores.isnan(), torch.inf)
     return scores
 
@@ -79,21 +80,49 @@ class _Parameter:
         return (self.indices[self.own] - self.range()[0]).to(device)
 
 
-@dataclass
 class _Candidates:
-    """A rank's best masked weights of a step so far, by ascending position among all parameters."""
+    """A rank's best masked weights of a step so far, by ascending position among all parameters: `k`, and up to a
+    quarter more that are not compared with these yet."""
 
-    scores: Tensor
-    positions: Tensor
-    gradients: Tensor
+    def __init__(self, k: int) -> None:
+        device = get_accelerator().current_device_name()
+        self.scores = torch.empty(0, dtype=torch.float32, device=device)
+        self.positions = torch.empty(0, dtype=torch.int64, device=device)
+        self.gradients = torch.empty(0, dtype=torch.float32, device=device)
+        self._k = k
+        self._least: Tensor | None = None  # of scores; None while there are fewer than k
+        self._more: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def and_these(self, scores: Tensor, positions: Tensor, gradients: Tensor, *, k: int) -> _Candidates:
-        joined = torch.cat([self.positions, positions])
-        order = joined.argsort()
-        scores = torch.cat([self.scores, scores])[order]
-        chosen = best(scores, k)
-        order = order[chosen]
-        return _Candidates(scores[chosen], joined[order], torch.cat([self.gradients, gradients])[order])
+    def add(self, scores: Tensor, gradients: Tensor, *, first: int) -> None:
+        """Consider weights at the positions from `first` on with these `scores` and `gradients`, both [n]."""
+        if not self._k:
+            return
+        if self._least is None:
+            chosen = best(scores, self._k)
+            chosen = chosen[scores[chosen] != NOT_A_CANDIDATE]
+        else:
+            # Nearly all are below what is known: leaving these out takes a fraction of the time of ranking them. Of
+            # equal scores the first position wins, and backward comes to first positions last.
+            chosen = (scores >= self._least).nonzero().view(-1)
+            if chosen.numel() > self._k:
+                chosen = chosen[best(scores[chosen], self._k)]
+        if chosen.numel():
+            self._more.append((scores[chosen], chosen + first, gradients[chosen]))
+            if self._least is None or sum(scores.numel() for scores, _, _ in self._more) > self._k // 4:
+                self.compare()
+
+    def compare(self) -> None:
+        """From here on `scores`, `positions` and `gradients` are the best k."""
+        parts = [(self.scores, self.positions, self.gradients), *self._more]
+        self._more = []
+        scores, positions, gradients = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        order = positions.argsort()
+        order = order[best(scores[order], self._k)]
+        self.scores, self.positions, self.gradients = scores[order], positions[order], gradients[order]
+        self._least = self.scores.min() if self.scores.numel() == self._k else None
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for part in [(self.scores, self.positions, self.gradients), *self._more] for tensor in part]
 
 
 @dataclass(eq=False)
@@ -224,7 +253,7 @@ class Unmask(UpdateRule):
     def discard(self) -> None:
         for parameter in self._parameters.values():
             parameter.gradient = parameter.accumulated = None
-        self._candidates = None
+        self._candidates = self._norm = None
         self._skipped += 1
 
     def leave(self, name: str, *, keep: bool) -> None:
@@ -247,32 +276,20 @@ class Unmask(UpdateRule):
         assert gradient is not None
         places = parameter.places(gradient.device)
         parameter.gradient = gradient[places]
+        if self._candidates is None:
+            self._candidates = _Candidates(self.increment)
         begins = range(0, gradient.numel(), _CHUNK)
-        unmasked = torch.searchsorted(places, places.new_tensor([*begins, gradient.numel()])).tolist()
-        for begin, first, last in zip(begins, unmasked, unmasked[1:], strict=False):
+        bounds = torch.searchsorted(places, places.new_tensor([*begins, gradient.numel()])).tolist()
+        for begin, (first, last) in zip(begins, pairwise(bounds), strict=True):
             part = slice(begin, begin + _CHUNK)
-            scores = d3_scores(gradient[part], weights[part].to(gradient.device), exp=self.exp, eps=self.eps)
+            scores = d3_scores(gradient[part], weights[part], exp=self.exp, eps=self.eps)
             scores[places[first:last] - begin] = NOT_A_CANDIDATE
-            chosen = self._contenders(scores)
-            positions = chosen + (parameter.offset + parameter.range()[0] + begin)
-            self._candidates = (self._candidates or _no_candidates()).and_these(
-                scores[chosen], positions, gradient[part][chosen], k=self.increment
-            )
-
-    def _contenders(self, scores: Tensor) -> Tensor:
-        """Indices (int64, ascending) of the best of `scores` that may be among the best of this rank's so far."""
-        known = 0 if self._candidates is None else self._candidates.scores.numel()
-        if not 0 < self.increment <= known:
-            chosen = best(scores, self.increment)
-            return chosen[scores[chosen] >= 0]
-        # Most are below all that are known: to leave these out takes a fraction of the time of ranking them. With the
-        # same score, the one that comes first wins.
-        contenders = (scores >= self._candidates.scores.min()).nonzero().view(-1)  # type: ignore[union-attr]
-        return contenders[best(scores[contenders], self.increment)]
+            self._candidates.add(scores, gradient[part], first=parameter.offset + parameter.range()[0] + begin)
 
     def _unmask(self, weights: Mapping[str, Tensor]) -> None:
-        mine = self._candidates or _no_candidates()
-        self._candidates = None
+        # None on a rank of whose weights none took part.
+        mine, self._candidates = self._candidates or _Candidates(self.increment), None
+        mine.compare()
         scores, positions = best_of_all(mine.scores, mine.positions, self.increment)
         if not torch.isfinite(scores).all():
             raise ValueError(
@@ -305,7 +322,7 @@ class Unmask(UpdateRule):
     def _clip(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The norm of the gradients of all unmasked weights, before it is clipped; a scalar, the same on all ranks."""
         gradients = [g for g in (self._parameters[name].gradient for name in weights) if g is not None]
-        total = torch.zeros((), device=get_accelerator().current_device_name())
+        total = torch.zeros((), dtype=torch.float32, device=get_accelerator().current_device_name())
         for gradient in gradients:
             total += gradient.square().sum()
         dist.all_reduce(total)
@@ -330,8 +347,7 @@ class Unmask(UpdateRule):
             for key, value in (parameter.state or {}).items():
                 kinds["masters" if key == "master" else "moments"].append(value)
         if self._candidates is not None:
-            kinds["indices"] += [self._candidates.scores, self._candidates.positions]
-            kinds["gradients"].append(self._candidates.gradients)
+            kinds["indices"] += self._candidates.tensors()
         return kinds
 
     def slices(self, name: str) -> dict[str, Tensor]:
@@ -350,7 +366,7 @@ class Unmask(UpdateRule):
         return {"steps": self._taken, "skipped": self._skipped, "unmasked": self.unmasked, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._taken, self._skipped = state["steps"], state["skipped"]
+        self._taken, self._skipped = state["steps"], state.get("skipped", 0)
         self.unmasked, self.updates = state["unmasked"], state["updates"]
 
 
@@ -358,9 +374,3 @@ def _between(positions: Tensor, start: int, stop: int) -> slice:
     """Which of ascending `positions` are in [start, stop)."""
     first, last = torch.searchsorted(positions, positions.new_tensor([start, stop])).tolist()
     return slice(first, last)
-
-
-def _no_candidates() -> _Candidates:
-    """For a rank none of whose weights took part."""
-    empty = torch.empty(0, dtype=torch.float32, device=get_accelerator().current_device_name())
-    return _Candidates(empty, empty.to(torch.int64), empty)
