@@ -35,6 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_base(place)
     finished = launch(deepspeed("tiny.yaml", *ID3), place)
     assert finished.code == 0, finished.everything
+    assert f"Unmasked {BUDGET} weights of a budget of {BUDGET}." in finished.everything
     return place
 
 

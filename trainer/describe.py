@@ -160,6 +160,9 @@ def report(
             if last < first
             else f"Evaluation loss did not fall: {first:.4f} before, {last:.4f} after."
         )
+    if isinstance(sparse.update, Unmask):
+        rule = sparse.update
+        lines.append(f"Unmasked {rule.unmasked:,} weights of a budget of {rule.budget:,}.")
     lines.append("Steps in which each block trained:")
     widest = max(sparse.times_active) or 1
     for index, times in enumerate(sparse.times_active):
