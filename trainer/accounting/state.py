@@ -108,11 +108,12 @@ def dense_gradient_bytes(numel: int, *, ranks: int, weight_bytes: int) -> int:
 def growing_bytes(trained: Sequence[int], increment: int, *, ranks: int, accumulation: int) -> tuple[int, int]:
     """What a rank holds beside `unmasked_state` in backward while the mask grows: (candidates, accumulated gradients).
 
-    Score, position and gradient of as many candidates as a step unmasks, and with several micro-batches to a step the
-    fp32 sum of its share of all gradients. `trained` are elements of every parameter that may train now.
+    Score, position and gradient (16 bytes) of as many candidates as a step unmasks and a quarter more, and with several
+    micro-batches to a step the fp32 sum of its share of all gradients. `trained` are elements of every parameter that
+    may train now.
     """
     accumulated = 4 * sum(-(-n // ranks) for n in trained) if accumulation > 1 else 0
-    return 16 * increment, accumulated
+    return 20 * increment, accumulated
 
 
 def nf4_bytes(numel: int) -> int:

@@ -130,10 +130,9 @@ class Unmask(UpdateRule):
     """Unmask `budget` weights over `growth_steps` optimizer steps, and train them with Adam.
 
     With several blocks in turn the mask grows among those that train; if they have too few masked weights left, what is
-    missing is made up later, and so is what a skipped step would have unmasked,
-    unless there is no step after it. `bias_correction` says from where Adam
-    counts a weight's steps: `global`, from the start of training as in the paper, or `local`, from the weight's own
-    first.
+    missing is made up later, and so is what a skipped step would have unmasked, unless there is no step after it.
+    `bias_correction` says from where Adam counts a weight's steps: `global`, from the start of training as in the
+    paper, or `local`, from the weight's own first.
     """
 
     budget: int = 100_000
