@@ -193,11 +193,23 @@ def main() -> None:
             print(f"{name}, lr {rate}, seed {seed}: {figures['last']:.4f}", file=sys.stderr, flush=True)
             return figures
 
+        results: dict[tuple[str, float, int], dict[str, Any]] = {}
+        summaries = []
         with ThreadPoolExecutor(args.parallel) as pool:
-            results = dict(zip(jobs, pool.map(run, jobs), strict=True))
+            for job, found in zip(jobs, pool.map(run, jobs), strict=True):
+                results[job] = found
+                name = job[0]
+                if job == [other for other in jobs if other[0] == name][-1]:
+                    summaries.append(summary(name, compared[name].rates, args.seeds, results))
+                    # A run that fails ends all; what is there by then is not lost.
+                    write(args, found["first"], summaries)
+    print(json.dumps(summaries, indent=2))
+
+
+def write(args: argparse.Namespace, base_loss: float, summaries: list[dict[str, Any]]) -> None:
     figures = {
-        "base_eval_loss": next(iter(results.values()))["first"],
-        "methods": [summary(name, method.rates, args.seeds, results) for name, method in compared.items()],
+        "base_eval_loss": base_loss,
+        "methods": summaries,
         "settings": {key: value for key, value in vars(args).items() if key not in ("json", "data", "parallel")},
         "environment": {
             "command": provenance.command(),
@@ -206,7 +218,6 @@ def main() -> None:
             "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
         },
     }
-    print(json.dumps(figures, indent=2))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
