@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_as_many_weights_as_the_budget_move_and_the_loss_falls(place: Path) -> N
     assert sum(f.stat().st_size for f in (folder / "checkpoints").rglob("block-*.safetensors")) < 60_000
 
 
-def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(place: Path, tmp_path: Path) -> None:
+def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, base = str(place / "runs" / "tiny"), str(place / "base")
     trained = load_file(place / "runs" / "tiny" / "model" / "model.safetensors")
     assert main(["export", run, str(tmp_path / "whole"), "--base", base]) == 0
@@ -67,6 +70,27 @@ def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(place
     assert all(key.startswith(("indices:", "values:")) for key in delta)
     assert sum(tensor.numel() for tensor in delta.values()) == 2 * BUDGET
 
+    for key, value, words in (
+        ("dtype", "fp64", "dtype is 'fp64'"),
+        ("sha256", [], "sha256 is []"),
+        ("fingerprints", {}, "has no fingerprint of"),
+    ):
+        shutil.copytree(tmp_path / "delta", tmp_path / "edited", dirs_exist_ok=True)
+        info = json.loads((tmp_path / "delta" / "delta.json").read_text())
+        (tmp_path / "edited" / "delta.json").write_text(json.dumps({**info, key: value}))
+        assert main(["apply", base, str(tmp_path / "edited"), str(tmp_path / "wrong")]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'edited' / 'delta.json'}: was changed" in error and words in error
+    renamed = {key.replace(".0.", ".7."): tensor for key, tensor in delta.items()}
+    save_file(renamed, tmp_path / "edited" / "delta.safetensors")
+    digests = {key.replace(".0.", ".7."): value for key, value in info["sha256"].items()}
+    (tmp_path / "edited" / "delta.json").write_text(json.dumps({**info, "sha256": digests}))
+    assert main(["apply", base, str(tmp_path / "edited"), str(tmp_path / "wrong")]) == 2
+    assert ".7." in (error := capsys.readouterr().err) and "is not in the base model" in error
+    (tmp_path / "edited" / "delta.safetensors").write_bytes(b"short")
+    assert main(["apply", base, str(tmp_path / "edited"), str(tmp_path / "wrong")]) == 2
+    assert "delta.safetensors: cannot be read" in capsys.readouterr().err
+
     other = tmp_path / "other"
     shutil.copytree(base, other)
     changed = load_file(other / "model.safetensors")
@@ -74,3 +98,13 @@ def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(place
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
     assert main(["apply", str(other), str(tmp_path / "delta"), str(tmp_path / "wrong")]) == 2
     assert not (tmp_path / "wrong").exists()
+
+
+def test_infinite_scores_end_the_run_with_what_to_change(place: Path) -> None:
+    """After a warning, for the mask would be whole before every block has trained."""
+    values = ["update.exp=1.0e+300", "selector={name: cyclic, blocks: 1, interval: 2}", "bank.name=device"]
+    finished = launch(deepspeed("tiny.yaml", *ID3, *values, "output=runs/infinite"), place)
+    assert finished.code == 2, finished.everything
+    assert "the mask is whole after 5 steps (update.growth_steps)" in finished.everything
+    assert "stopped at step 1: update.eps: got 0.001 with update.exp 1e+300, for which" in finished.everything
+    assert "Traceback" not in finished.everything

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer import model as models
@@ -28,6 +28,7 @@ from trainer.weights import ModelFolder
 
 FORMAT = 1
 _INFO = "delta.json"
+_KEYS = {"base": str, "dtype": str, "blocks": str, "fingerprints": dict, "sha256": dict}
 
 
 def write_delta(run: TrainedRun, folder: Path, *, shard_size: int | str) -> None:
@@ -89,7 +90,14 @@ def apply_delta(base: Path, delta: Path, folder: Path, *, shard_size: int | str)
     source = ModelFolder(base, model)
     units = Units(model, set(info["fingerprints"]), path=info["blocks"])
     check = BaseCheck(str(base), info["fingerprints"], units)
+    lost = sorted({unit for unit, _ in units.of.values()} - info["fingerprints"].keys())
+    if lost:
+        raise ExportError(f"{delta / _INFO}: was changed: it has no fingerprint of {lost[0]}, to know the base by")
     files = _files(delta, info)
+    names = {name for piece in pieces(model) for name in piece.tensors}
+    foreign = sorted(files.keys() - names - {key for name in names for key in keys_of(name)})
+    if foreign:
+        raise ExportError(f"{files[foreign[0]]}: {foreign[0]} is not in the base model in {base}")
 
     def read(piece: Piece) -> dict[str, Tensor]:
         found = source.read(piece.tensors, dtype)
@@ -117,6 +125,10 @@ def _read_info(delta: Path) -> dict[str, Any]:
         ) from error
     if written != FORMAT:
         raise ExportError(f"{path}: format {written}; this version of Strata reads format {FORMAT}")
+    for key, kind in _KEYS.items():
+        value = info.get(key)
+        if not isinstance(value, kind) or (key == "dtype" and value not in models.DTYPES):
+            raise ExportError(f"{path}: was changed: {key} is {value!r}")
     return info
 
 
@@ -124,8 +136,11 @@ def _files(delta: Path, info: dict[str, Any]) -> dict[str, Path]:
     """Where each changed tensor lies."""
     files = {}
     for path in sorted(delta.glob("delta*.safetensors")):
-        with safe_open(path, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), path)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                files |= dict.fromkeys(opened.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise ExportError(f"{path}: cannot be read ({error})") from error
     lost = sorted(info["sha256"].keys() ^ files.keys())
     if lost:
         raise ExportError(f"{delta}: {_INFO} and the files beside it do not fit: {lost[0]} is in only one of them")

@@ -51,6 +51,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     state = plan.state
     lines = [dump(config).rstrip(), ""]
     lines += [*remarks, *saving_warning(config), *learning_warning(config, sparse, num_steps)]
+    lines += growth_warning(config, sparse)
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines.append(f"steps: {num_steps} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -93,7 +94,8 @@ def _growth(update: Unmask, sparse: Sparse, ds: Mapping[str, Any], ranks: int) -
     candidates, accumulated = growing_bytes(
         trained, update.increment, ranks=ranks, accumulation=ds["gradient_accumulation_steps"]
     )
-    while_it_grows = f"more in backward of the first {update.growth_steps} steps, in which the mask grows"
+    growing = min(update.growth_steps, update.budget)
+    while_it_grows = f"more in backward of the first {growing} steps, in which the mask grows"
     lines.append(f"  {'candidates':<10}{readable(candidates):>12} {while_it_grows}")
     if accumulated:
         lines.append(
@@ -117,6 +119,21 @@ def learning_warning(config: RunConfig, sparse: Sparse, num_steps: int) -> list[
     return [
         f"WARNING: nothing is learned of the blocks: selector.update_every is {config.selector.update_every}, "
         f"and there are {num_steps} steps. Lower it"
+    ]
+
+
+def growth_warning(config: RunConfig, sparse: Sparse) -> list[str]:
+    """A budget that may be spent before every block has had its turn."""
+    update, blocks = sparse.update, len(sparse.selector.reachable(len(sparse.blocks)))
+    if not isinstance(update, Unmask) or len(sparse.active) >= blocks:
+        return []
+    steps = config.selector.interval * math.ceil(blocks / len(sparse.active))
+    if update.growth_steps >= steps:
+        return []
+    return [
+        f"WARNING: the mask is whole after {update.growth_steps} steps (update.growth_steps), and until every block "
+        f"has trained it takes {steps} or more: blocks that come later have no weights of their own to train. Raise "
+        "update.growth_steps, or lower selector.interval"
     ]
 
 

@@ -28,7 +28,7 @@ from trainer.data import Prepared, prepare_run
 from trainer.data.batches import Batches
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
-from trainer.describe import learning_warning, one_line, report, rounding_warning, saving_warning
+from trainer.describe import growth_warning, learning_warning, one_line, report, rounding_warning, saving_warning
 from trainer.engine.attach import Sparse
 from trainer.export import Together, save
 from trainer.feed import Feed
@@ -42,6 +42,7 @@ from trainer.rank_watch import watch_ranks
 from trainer.resuming import FinishedError
 from trainer.run_folder import RunFolder, move_tensorboard, start_run_folder
 from trainer.step import StepResult, evaluate, summed_over, train_step
+from trainer.updates import UpdateError
 
 
 class StoppedError(RuntimeError):
@@ -139,7 +140,8 @@ def _train(
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
     for line in watch.start():
         progress.say(line)
-    hints = [*saving_warning(config), *learning_warning(config, sparse, num_steps), *rounding_warning(config, sparse)]
+    hints = [*learning_warning(config, sparse, num_steps), *growth_warning(config, sparse)]
+    hints = [*saving_warning(config), *hints, *rounding_warning(config, sparse)]
     for line in [*describe_data(data, config.data.max_length), *remarks, *hints]:
         progress.say(line)
     for line in resumed:
@@ -225,6 +227,8 @@ class _Loop:
         indices = self.batches.indices(step)
         try:
             result = train_step(self.engine, self.objective, self.feed.micro_batches(indices), self.interruption)
+        except UpdateError as error:
+            raise StoppedError(f"stopped at step {step + 1}: {error}; no model was written") from error
         except Exception as error:
             if "loss scale" not in str(error):  # DeepSpeed's plain Exception, at the smallest scale
                 raise

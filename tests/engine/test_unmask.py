@@ -557,7 +557,23 @@ def _resumed(rank: int, place: Path) -> list[str]:
         for file in (place / str(number)).rglob("*.safetensors"):
             with safe_open(file, framework="pt") as opened:
                 problems += [f"{file}: {key}" for key in opened.keys() if key.startswith(("weight:", "master:"))]  # noqa: SIM118
-    return problems + _another_base(rank, place / "0") + _another_rule(rank, place / "0")
+    return problems + _longer(rank, place / "0") + _another_base(rank, place / "0") + _another_rule(rank, place / "0")
+
+
+def _longer(rank: int, folder: Path) -> list[str]:
+    """Resumed with more steps for the mask to grow in: it stands still until it is as large as it should be, and grows
+    on."""
+    case = Case(Cell(selector="all", stage=3, steps=12, weight_decay=0.1), bias_correction="local", steps=15)
+    engine, sparse = start(case)
+    Checkpoints(sparse, folder, keep=1, asynchronous=False).resume(Store(folder), 3)
+    sizes = []
+    for step in range(3, case.cell.steps):
+        train_step(case.cell, engine, step, rank)
+        sizes.append(sparse.update.unmasked)  # type: ignore[attr-defined]
+    engine.destroy()
+    reached = target(3, budget=case.budget, steps=5)
+    wanted = [max(reached, target(step + 1, budget=case.budget, steps=15)) for step in range(3, case.cell.steps)]
+    return [] if sizes == wanted and wanted[1] == reached < wanted[-1] else [f"unmasked {sizes}, wanted {wanted}"]
 
 
 def _another_rule(rank: int, folder: Path) -> list[str]:

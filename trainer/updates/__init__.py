@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.updates.base import UpdateRule
+from trainer.updates.base import UpdateError, UpdateRule
 from trainer.updates.dense import Dense
 from trainer.updates.unmask import Unmask
 
@@ -16,4 +16,4 @@ def build(name: str, **settings: Any) -> UpdateRule:
     return REGISTRY[name](**settings)
 
 
-__all__ = ["Dense", "REGISTRY", "Unmask", "UpdateRule", "build"]
+__all__ = ["Dense", "REGISTRY", "Unmask", "UpdateError", "UpdateRule", "build"]

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from trainer.blocks import Block
 
 
+class UpdateError(ValueError):
+    """A step that the rule cannot take, on all ranks; the text says which setting to change."""
+
+
 class UpdateRule(ABC):
     """What is trained inside an active block, and how.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainer.blocks import Block, decays, full_numel
 from trainer.updates.adam import AdamSettings, adam_step_, zeros_like
-from trainer.updates.base import UpdateRule
+from trainer.updates.base import UpdateError, UpdateRule
 from trainer.updates.top_k import NOT_A_CANDIDATE, best, best_of_all
 
 # Scores at a time: those of a large embedding would be gigabytes.
@@ -221,8 +221,10 @@ class Unmask(UpdateRule):
         for name, own in weights.items():
             if self._parameters[name].accumulated is not None:
                 self._look_for_candidates(self._parameters[name], own)
+        # None on a rank of whose weights none took part; of a step that unmasks nothing they are not the next one's.
+        candidates, self._candidates = self._candidates, None
         if self.increment:
-            self._unmask(weights)
+            self._unmask(weights, candidates or _Candidates(self.increment))
         self._taken += 1
         self._norm = self._clip(weights)
 
@@ -286,13 +288,11 @@ class Unmask(UpdateRule):
             scores[places[first:last] - begin] = NOT_A_CANDIDATE
             self._candidates.add(scores, gradient[part], first=parameter.offset + parameter.range()[0] + begin)
 
-    def _unmask(self, weights: Mapping[str, Tensor]) -> None:
-        # None on a rank of whose weights none took part.
-        mine, self._candidates = self._candidates or _Candidates(self.increment), None
+    def _unmask(self, weights: Mapping[str, Tensor], mine: _Candidates) -> None:
         mine.compare()
         scores, positions = best_of_all(mine.scores, mine.positions, self.increment)
         if not torch.isfinite(scores).all():
-            raise ValueError(
+            raise UpdateError(
                 f"update.eps: got {self.eps} with update.exp {self.exp}, for which |gradient| / (eps + |weight|)^exp "
                 "is infinite for some weights; raise update.eps, or lower update.exp"
             )
