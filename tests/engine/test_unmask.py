@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import trainer
 from tests import distributed
@@ -31,6 +33,7 @@ from tests.engine.parity import (
 )
 from trainer.accounting import growing_bytes, measured_state, unmasked_state
 from trainer.checkpoint import CheckpointError, Checkpoints, Store
+from trainer.engine import local_gradients
 from trainer.updates import Unmask, top_k, unmask
 from trainer.updates.adam import AdamSettings
 from trainer.updates.top_k import best, best_of_all
@@ -153,6 +156,30 @@ def _top_k(rank: int, ranks: int) -> list[str]:
     return problems
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_no_tensor_as_large_as_a_gradient_is_made_to_see_whether_it_is_finite() -> None:
+    values = torch.randn(1000)
+    with Largest() as largest:
+        found = local_gradients._largest(values)
+    assert found == values.abs().max() and largest.numel == 1
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        values[7] = bad
+        assert not local_gradients._largest(values).isfinite()
+    assert local_gradients._largest(values[:0]) == 0
+
+
 def _ties(rank: int) -> list[str]:
     """A rank's candidates from gradients that come as backward makes them, last parameters first, in small chunks."""
     problems = []
@@ -167,9 +194,12 @@ def _ties(rank: int) -> list[str]:
             begin, stop = rule._parameters[name].range()
             own.append((torch.arange(begin, stop) + offset, gradient[begin:stop]))
             offset += gradient.numel()
-        with mock.patch.object(unmask, "_CHUNK", 8):
-            for name, (_, gradient) in reversed(list(zip(gradients, own, strict=True))):
-                rule.receive(name, gradient, torch.ones_like(gradient), last=True)
+        weights = [torch.ones_like(gradient) for _, gradient in own]
+        with mock.patch.object(unmask, "_CHUNK", 8), Largest() as largest:
+            for name, (_, gradient), weight in reversed(list(zip(gradients, own, weights, strict=True))):
+                rule.receive(name, gradient, weight, last=True)
+        if largest.numel > max(8, 3 * k):
+            problems.append(f"candidates for {k}: a tensor of {largest.numel}")
         positions, scores = (torch.cat(parts) for parts in zip(*own, strict=True))
         wanted = scores.sort(descending=True, stable=True).indices[:k].sort().values
         found = rule._candidates
