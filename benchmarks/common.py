@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import provenance
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.provenance import command  # noqa: E402
 from trainer.entry import prepare_process  # noqa: E402
 
 prepare_process()  # before torch is imported
@@ -183,7 +182,7 @@ def finish(figures: dict[str, Any], file: Path | None) -> None:
     """Print rank 0's figures with what they were measured on, write them to `file`, and leave the process group."""
     on_cpu = get_accelerator().device_name() == "cpu"
     figures["environment"] = {
-        "command": provenance.command("deepspeed"),
+        "command": command("deepspeed"),
         "date": datetime.date.today().isoformat(),
         "ranks": dist.get_world_size(),
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(),

@@ -29,11 +29,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import provenance
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.provenance import command  # noqa: E402
 from trainer.data.tokenizer import bytes_tokenizer  # noqa: E402
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
@@ -212,7 +212,7 @@ def write(args: argparse.Namespace, base_loss: float, summaries: list[dict[str, 
         "methods": summaries,
         "settings": {key: value for key, value in vars(args).items() if key not in ("json", "data", "parallel")},
         "environment": {
-            "command": provenance.command(),
+            "command": command(),
             "date": datetime.date.today().isoformat(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
@@ -234,10 +234,10 @@ def trained(output: Path, values: list[str], *, threads: int) -> dict[str, Any]:
     """Train as `values` say; the first and the last evaluation loss, in how many steps each block trained, and the
     importance that was learned."""
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(TRAIN), str(TRAIN.parent / "recipes" / "full.yaml"), *values, f"output={output}"]
-    finished = subprocess.run(command, env=variables, capture_output=True, text=True)
+    words = [sys.executable, str(TRAIN), str(TRAIN.parent / "recipes" / "full.yaml"), *values, f"output={output}"]
+    finished = subprocess.run(words, env=variables, capture_output=True, text=True)
     if finished.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{finished.stdout}\n{finished.stderr}")
+        raise SystemExit(f"{' '.join(words)}\n{finished.stdout}\n{finished.stderr}")
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]
     steps = [record["active_blocks"] for record in records if "active_blocks" in record]

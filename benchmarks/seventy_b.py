@@ -24,10 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import provenance
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.provenance import command  # noqa: E402
 from trainer.entry import prepare_process  # noqa: E402
 
 NOT_STARTED, STOPPED, FAILED = "not started", "stopped", "failed"
@@ -126,7 +125,7 @@ def run_one(args: argparse.Namespace, shape: str, method: str, *, deadline: floa
     figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"shape": shape, "method": method}
     file.unlink(missing_ok=True)
     if "environment" in figures:
-        figures["environment"] = {"command": provenance.command(), **figures["environment"]}
+        figures["environment"] = {"command": command(), **figures["environment"]}
     return {**figures, "outcome": outcome, "seconds": time.monotonic() - started}
 
 

@@ -14,6 +14,7 @@ from trainer.accounting import (
     BlockShape,
     ModelState,
     block_shape,
+    dense_gradient_bytes,
     growing_bytes,
     measured_state,
     model_state,
@@ -41,8 +42,11 @@ def test_the_state_of_id3_by_hand() -> None:
     assert unmasked_state(parameters, 50, stage=2, ranks=2, weight_bytes=2) == expected
     partitioned = unmasked_state(parameters, 50, stage=3, ranks=2, weight_bytes=2, local_steps=True)
     assert partitioned == ModelState(2 * 651, 4 * 50, 4 * 25, 12 * 25, indices=8 * 50)
-    assert growing_bytes(parameters, 7, ranks=2, accumulation=1) == (16 * 7, 0)
-    assert growing_bytes(parameters, 7, ranks=2, accumulation=2) == (16 * 7, 4 * 651)
+    assert growing_bytes(parameters, 7, ranks=2, accumulation=1) == (20 * 7, 0)
+    assert growing_bytes(parameters, 7, ranks=2, accumulation=2) == (20 * 7, 4 * 651)
+    assert dense_gradient_bytes(1001, ranks=2, weight_bytes=2) == (2 + 4) * 1001 + 4 * 501
+    assert dense_gradient_bytes(1001, ranks=1, weight_bytes=2) == (2 + 4) * 1001
+    assert dense_gradient_bytes(1001, ranks=1, weight_bytes=4) == 4 * 1001
 
 
 @pytest.mark.parametrize(("size", "text"), [(5, "5 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**41, "2.0 TiB")])
