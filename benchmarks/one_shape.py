@@ -259,12 +259,11 @@ def configuration(args: argparse.Namespace, length: int) -> RunConfig:
     values = [f"method={args.method[0]}", f"model.random={json.dumps(model)}", "model.tokenizer=bytes"]
     values += ["model.activation_checkpointing=true", "train.fused_loss=true", "data.train=none.jsonl"]
     values += [f"train.micro_batch_size={args.batch}", f"train.global_batch_size={args.batch}"]
-    values += [f"data.max_length={length}"]
-    values += ["data.eval_fraction=0", "eval.every=null", "checkpoint.every=null"]
-    if args.method[0] == "id3":
-        values.append(f"update.budget={args.budget}")
-    # In all of which the mask of ID3 grows.
-    values.append(f"train.steps={args.growth_steps if args.method[0] == 'id3' else 1}")
+    values += [f"data.max_length={length}", "data.eval_fraction=0", "eval.every=null", "checkpoint.every=null"]
+    if args.method[0] == "id3":  # whose mask grows in all steps
+        values += [f"update.budget={args.budget}", f"train.steps={args.growth_steps}"]
+    else:
+        values.append("train.steps=1")
     values += [f"deepspeed={'zero2_offload' if args.offload == 'always' else 'zero2'}"]
     if args.method[0] == "lisa":
         values.append(f"selector.blocks={args.gamma}")

@@ -26,6 +26,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,16 +194,14 @@ def main() -> None:
             print(f"{name}, lr {rate}, seed {seed}: {figures['last']:.4f}", file=sys.stderr, flush=True)
             return figures
 
-        results: dict[tuple[str, float, int], dict[str, Any]] = {}
         summaries = []
         with ThreadPoolExecutor(args.parallel) as pool:
-            for job, found in zip(jobs, pool.map(run, jobs), strict=True):
-                results[job] = found
-                name = job[0]
-                if job == [other for other in jobs if other[0] == name][-1]:
-                    summaries.append(summary(name, compared[name].rates, args.seeds, results))
-                    # A run that fails ends all; what is there by then is not lost.
-                    write(args, found["first"], summaries)
+            done = zip(jobs, pool.map(run, jobs), strict=True)
+            for name, runs in groupby(done, key=lambda run: run[0][0]):
+                results = dict(runs)
+                summaries.append(summary(name, compared[name].rates, args.seeds, results))
+                # A run that fails ends all; what is there by then is not lost.
+                write(args, next(iter(results.values()))["first"], summaries)
     print(json.dumps(summaries, indent=2))
 
 

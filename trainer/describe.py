@@ -50,8 +50,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     plan = Planner(on_cpu=get_accelerator().device_name() == "cpu").plan(config, ranks)
     state = plan.state
     lines = [dump(config).rstrip(), ""]
-    lines += [*remarks, *saving_warning(config), *learning_warning(config, sparse, num_steps)]
-    lines += growth_warning(config, sparse)
+    lines += [*remarks, *warnings(config, sparse, num_steps)]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines.append(f"steps: {num_steps} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -105,14 +104,23 @@ def _growth(update: Unmask, sparse: Sparse, ds: Mapping[str, Any], ranks: int) -
     return lines
 
 
-def saving_warning(config: RunConfig) -> list[str]:
+def warnings(config: RunConfig, sparse: Sparse, num_steps: int) -> list[str]:
+    """What can be said before there are weights."""
+    return [
+        *_saving_warning(config),
+        *_learning_warning(config, sparse, num_steps),
+        *_growth_warning(config, sparse),
+    ]
+
+
+def _saving_warning(config: RunConfig) -> list[str]:
     """Where checkpoints are wanted and cannot be."""
     if config.saves or config.checkpoint.every is None:
         return []
     return ["WARNING: no checkpoints: the quantised moments of optimizer.name=adamw_8bit cannot be saved yet"]
 
 
-def learning_warning(config: RunConfig, sparse: Sparse, num_steps: int) -> list[str]:
+def _learning_warning(config: RunConfig, sparse: Sparse, num_steps: int) -> list[str]:
     """A selector that measures less often than there are steps learns nothing."""
     if not sparse.selector.measures or any(sparse.selector.needs(step) for step in range(num_steps)):
         return []
@@ -122,7 +130,7 @@ def learning_warning(config: RunConfig, sparse: Sparse, num_steps: int) -> list[
     ]
 
 
-def growth_warning(config: RunConfig, sparse: Sparse) -> list[str]:
+def _growth_warning(config: RunConfig, sparse: Sparse) -> list[str]:
     """A budget that may be spent before every block has had its turn."""
     update, blocks = sparse.update, len(sparse.selector.reachable(len(sparse.blocks)))
     if not isinstance(update, Unmask) or len(sparse.active) >= blocks:

@@ -28,7 +28,7 @@ from trainer.data import Prepared, prepare_run
 from trainer.data.batches import Batches
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_tokenizer, padding_id, tokenizer_name
-from trainer.describe import growth_warning, learning_warning, one_line, report, rounding_warning, saving_warning
+from trainer.describe import one_line, report, rounding_warning, warnings
 from trainer.engine.attach import Sparse
 from trainer.export import Together, save
 from trainer.feed import Feed
@@ -140,8 +140,7 @@ def _train(
     progress.say(f"run folder {folder}: {one_line(sparse, config, num_steps)}")
     for line in watch.start():
         progress.say(line)
-    hints = [*learning_warning(config, sparse, num_steps), *growth_warning(config, sparse)]
-    hints = [*saving_warning(config), *hints, *rounding_warning(config, sparse)]
+    hints = [*warnings(config, sparse, num_steps), *rounding_warning(config, sparse)]
     for line in [*describe_data(data, config.data.max_length), *remarks, *hints]:
         progress.say(line)
     for line in resumed:

@@ -1,9 +1,9 @@
-"""ID3 through the engine against ID3 written down densely for one process from the paper's formulas."""
+"""ID3 through the engine: against the dense one, what it holds, skipped steps, and its checkpoints."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,14 +19,13 @@ from torch.utils._pytree import tree_leaves
 import trainer
 from tests import distributed
 from tests.engine import parity
+from tests.engine.dense_id3 import Case, Reference, attach, cases, compared, masks_of, start
 from tests.engine.parity import (
-    ADAM,
     Cell,
     batch,
     build_model,
     full_weights,
     largest_difference,
-    learning_rate,
     make_engine,
     make_selector,
     train_step,
@@ -35,33 +34,8 @@ from trainer.accounting import growing_bytes, measured_state, unmasked_state
 from trainer.checkpoint import CheckpointError, Checkpoints, Store
 from trainer.engine import local_gradients
 from trainer.updates import Unmask, top_k, unmask
-from trainer.updates.adam import AdamSettings
 from trainer.updates.top_k import best, best_of_all
 from trainer.updates.unmask import d3_scores, scalar_updates, target
-
-
-@dataclass(frozen=True)
-class Case:
-    """ID3 at the settings of `cell`. The mask grows in 5 of its steps."""
-
-    cell: Cell = Cell(selector="all", steps=7)
-    budget: int = 203
-    exp: float = 0.0
-    eps: float = 1e-3
-    bias_correction: str = "global"
-    steps: int = 5
-
-    def rule(self) -> Unmask:
-        return Unmask(
-            budget=self.budget,
-            growth_steps=self.steps,
-            exp=self.exp,
-            eps=self.eps,
-            bias_correction=self.bias_correction,  # type: ignore[arg-type]
-            adam=AdamSettings(ADAM["betas"], ADAM["eps"], self.cell.weight_decay),
-            gradient_clipping=self.cell.clipping,
-        )
-
 
 # --- the parts -------------------------------------------------------------------------------------------------
 
@@ -213,176 +187,6 @@ def _ties(rank: int) -> list[str]:
 # --- parity ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Reference:
-    """Dense gradients, dense moments and a mask for every weight, in one process."""
-
-    model: torch.nn.Module
-    case: Case
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    updates: int = 0
-    skipped: tuple[int, ...] = ()  # steps
-
-    def run(self) -> None:
-        cell = self.case.cell
-        names = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.masks = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in names.items()}
-        path = "base_model.model.model.layers" if cell.lora else "model.layers"
-        blocks = [[n for n in names if n.startswith(f"{path}.{i}.")] for i in range(6)]
-        outside = [n for n in names if ".layers." not in n]
-        if not cell.lora:
-            outside = [n for n in outside if self._part(n) in cell.always_on]
-        selector, previous, taken = make_selector(cell), set(), 0
-        for step in range(cell.steps):
-            if step in self.skipped:
-                continue
-            drawn = selector.select(step // cell.interval, 6)
-            active = {n: names[n] for n in names if n in outside or any(n in blocks[i] for i in drawn)}
-            if cell.bank == "discard":
-                for name in previous - active.keys():
-                    self.state.pop(name, None)
-            previous = set(active)
-            self._step(step, taken, active)
-            taken += 1
-
-    @staticmethod
-    def _part(name: str) -> str:
-        return {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}.get(name, "norm")
-
-    def _step(self, step: int, taken: int, active: dict[str, Tensor]) -> None:
-        cell = self.case.cell
-        self.model.zero_grad()
-        for micro in range(cell.accumulation):
-            for rank in range(cell.ranks):
-                ids = batch(step, micro, ranks=cell.ranks, rank=rank)
-                (self.model(input_ids=ids, labels=ids).loss / (cell.accumulation * cell.ranks)).backward()
-        gradients = {n: p.grad for n, p in active.items()}
-        with torch.no_grad():
-            self._grow(step, active, gradients)
-            for name in active:
-                gradients[name] = gradients[name] * self.masks[name]
-            if cell.clipping:
-                norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
-                for gradient in gradients.values():
-                    gradient.mul_(min(1.0, cell.clipping / (norm.item() + 1e-6)))
-            for name, p in active.items():
-                self._adam(taken, name, p, gradients[name])
-        self.updates += sum(int(self.masks[n].sum()) for n in active)
-
-    def _grow(self, step: int, active: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
-        case = self.case
-        t = min(step + 1, case.steps)
-        wanted = t * (case.budget // case.steps) + min(t, case.budget % case.steps)
-        k = wanted - sum(int(mask.sum()) for mask in self.masks.values())
-        scores = torch.cat(
-            [
-                (gradients[n].abs() / (case.eps + p.abs()) ** case.exp).masked_fill(self.masks[n], -1).view(-1)
-                for n, p in active.items()
-            ]
-        )
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        ranked = scores.sort(descending=True, stable=True).indices[:k]
-        chosen[ranked[scores[ranked] >= 0]] = True
-        for (name, p), part in zip(active.items(), chosen.split([p.numel() for p in active.values()]), strict=True):
-            self.masks[name] |= part.view_as(p)
-
-    def _adam(self, step: int, name: str, p: Tensor, gradient: Tensor) -> None:
-        cell, mask, (b1, b2) = self.case.cell, self.masks[name], ADAM["betas"]
-        s = self.state.setdefault(
-            name, {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "t": torch.zeros_like(p, dtype=torch.int64)}
-        )
-        s["t"] += mask
-        s["m"].mul_(b1).add_(gradient, alpha=1 - b1)
-        s["v"].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        t = s["t"].clamp(min=1).double() if self.case.bias_correction == "local" else torch.full_like(p, step + 1.0)
-        lr = ADAM["lr"] * learning_rate(cell, step)
-        update = (s["m"] / (1 - b1**t)) / ((s["v"] / (1 - b2**t)).sqrt() + ADAM["eps"])
-        decay = cell.weight_decay if p.dim() >= 2 else 0.0
-        p.copy_(torch.where(mask, p * (1 - lr * decay) - lr * update.to(p.dtype), p))
-
-
-def start(case: Case) -> tuple[Any, trainer.Sparse]:
-    cell = case.cell
-    return _attach(case, build_model(cell))
-
-
-def _attach(case: Case, model: torch.nn.Module) -> tuple[Any, trainer.Sparse]:
-    cell = case.cell
-    sparse = trainer.prepare(
-        model,
-        selector=make_selector(cell),
-        update=case.rule(),
-        bank=cell.bank,
-        always_on=None if cell.lora else cell.always_on,
-        substrate="adapter" if cell.lora else "full",
-    )
-    engine = make_engine(cell, model, sparse)
-    sparse.attach(engine, guard_every=1)
-    return engine, sparse
-
-
-def masks_of(engine: Any, sparse: trainer.Sparse) -> dict[str, Tensor]:
-    shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in engine.module.named_parameters()}
-    masks = {n: torch.zeros(shape, dtype=torch.bool, device=engine.device) for n, shape in shapes.items()}
-    for name in sparse._ever_outside_optimizer():
-        masks[name].view(-1)[sparse.update.moved(name)] = True
-    return masks
-
-
-def compared(rank: int, case: Case, *, tolerance: float = 1e-6) -> list[str]:
-    """What differs from the reference, and what moved that should not have."""
-    engine, sparse = start(case)
-    first = full_weights(engine)
-    before, problems = dict.fromkeys(first, False), []
-    for step in range(case.cell.steps):
-        train_step(case.cell, engine, step, rank)
-        after = masks_of(engine, sparse)
-        if not all(bool(after[n][before[n]].all()) for n in after if torch.is_tensor(before[n])):
-            problems.append(f"step {step}: the mask shrank")
-        before = after
-    weights, masks = full_weights(engine), masks_of(engine, sparse)
-    expected = Reference(build_model(case.cell), case)
-    expected.run()
-    problems += [n for n in expected.masks if not torch.equal(masks[n], expected.masks[n])]
-    difference = largest_difference(weights, {n: p.detach() for n, p in expected.model.named_parameters()})
-    if difference > tolerance:
-        problems.append(f"weights differ by {difference}")
-    problems += [f"{n} moved" for n in weights if not torch.equal(weights[n][~masks[n]], first[n][~masks[n]])]
-    rule = sparse.update
-    assert isinstance(rule, Unmask)
-    total = sum(int(mask.sum()) for mask in masks.values())
-    if not total == rule.unmasked == case.budget or rule.updates != expected.updates:
-        problems.append(f"{total} unmasked, {rule.updates} updates, expected {expected.updates}")
-    wanted = scalar_updates(budget=case.budget, steps=case.steps, total_steps=case.cell.steps)
-    if case.cell.selector == "all" and rule.updates != wanted:
-        problems.append(f"{rule.updates} updates, by the formula {wanted}")
-    engine.destroy()
-    return [f"{case}: {problem}" for problem in problems]
-
-
-def cases(ranks: int, *, every: bool) -> tuple[Case, ...]:
-    def cell(**changed: Any) -> Cell:
-        return Cell(**{"selector": "all", "steps": 7, "ranks": ranks, **changed})
-
-    first = (
-        # All weights at once, norms too, which do not decay: Adam.
-        Case(cell(stage=0, weight_decay=0.1), budget=sum(p.numel() for p in build_model(Cell()).parameters()), steps=1),
-        Case(cell(stage=1, weight_decay=0.1, accumulation=2), exp=1.0, eps=1e-2),
-        Case(cell(stage=2, selector="uniform", bank="discard", steps=8), exp=0.5, bias_correction="local"),
-        Case(cell(stage=3, weight_decay=0.1, accumulation=2, clipping=0.05, schedule="cosine")),
-    )
-    others = (
-        Case(cell(stage=2, tied=True, clipping=0.05), bias_correction="local"),
-        Case(cell(stage=3, always_on=()), budget=3),  # fewer than there are steps
-        Case(cell(stage=3, selector="uniform", bank="device", steps=10), bias_correction="local"),
-        Case(cell(stage=2, selector="uniform", bank="discard", steps=10)),
-        Case(cell(stage=3, lora=4), budget=77),
-        Case(cell(stage=2, checkpointing=True), budget=4001),
-    )
-    return first + others if every else first
-
-
 def _some_cases(rank: int) -> list[str]:
     with mock.patch.object(unmask, "_CHUNK", 300):
         problems = [problem for case in cases(2, every=False) for problem in compared(rank, case)]
@@ -508,7 +312,7 @@ def _infinite_scores(rank: int) -> str:
     model = build_model(case.cell)
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0, 0] = 0.0  # on the first rank
-    engine, _ = _attach(case, model)
+    engine, _ = attach(case, model)
     try:
         train_step(case.cell, engine, 0, rank)
     except ValueError as error:
@@ -623,7 +427,7 @@ def _another_base(rank: int, folder: Path) -> list[str]:
     model = build_model(case.cell)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] += 1.0
-    engine, sparse = _attach(case, model)
+    engine, sparse = attach(case, model)
     try:
         Checkpoints(sparse, folder, keep=1, asynchronous=False).resume(Store(folder), 3)
     except CheckpointError as error:

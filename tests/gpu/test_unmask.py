@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests import distributed
+from tests.engine.dense_id3 import Case, cases, compared, start
 from tests.engine.parity import Cell, batch
-from tests.engine.test_unmask import Case, cases, compared, start
 from tests.gpu import RANKS
 from trainer.updates import Unmask
 

@@ -366,7 +366,8 @@ class Unmask(UpdateRule):
         return {"steps": self._taken, "skipped": self._skipped, "unmasked": self.unmasked, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._taken, self._skipped = state["steps"], state.get("skipped", 0)
+        self._taken = state["steps"]
+        self._skipped = state.get("skipped", 0)  # older checkpoints have none
         self.unmasked, self.updates = state["unmasked"], state["updates"]
 
 
