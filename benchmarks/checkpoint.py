@@ -26,8 +26,9 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 import trainer
-from trainer.blocks import full_numel
-from trainer.checkpoint import Checkpoints, Store
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.store import Store
+from trainer.model.blocks import full_numel
 from trainer.selectors import All, Uniform
 
 

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.provenance import command  # noqa: E402
-from trainer.entry import prepare_process  # noqa: E402
+from trainer.cli.train import prepare_process  # noqa: E402
 
 prepare_process()  # before torch is imported
 
@@ -32,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import trainer  # noqa: E402
-from trainer.build import leave_nothing_in_shared_memory  # noqa: E402
-from trainer.config.deepspeed import size_buckets  # noqa: E402
-from trainer.engine.bank import Device  # noqa: E402
+from trainer.config.deepspeed.buckets import size_buckets  # noqa: E402
+from trainer.engine.banks.device import Device  # noqa: E402
+from trainer.run.setup import leave_nothing_in_shared_memory  # noqa: E402
 
 # Of the published IST point.
 IST_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -28,10 +28,10 @@ from common import start_process
 from deepspeed import comm as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trainer import model as models
-from trainer.blocks import find, full_numel
 from trainer.config.schema import ModelConfig
 from trainer.data.tokenizer import bytes_tokenizer
+from trainer.model import load as models
+from trainer.model.blocks import find, full_numel
 
 WAYS = ("strata", "transformers")
 # One as its weights lie in the files, one whose experts are stacked while it is loaded. In fp32.

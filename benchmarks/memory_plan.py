@@ -24,15 +24,14 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from trainer import build
-from trainer import model as models
-from trainer.adapters import adapt
 from trainer.config import RunConfig
-from trainer.config.deepspeed import resolve
+from trainer.config.deepspeed.presets import PRESET_FOLDER
+from trainer.config.deepspeed.resolve import resolve
 from trainer.data.tokenizer import bytes_tokenizer
-from trainer.loss import Objective, choose_fused
+from trainer.model.loss import Objective
 from trainer.planner import Plan, Planner
-from trainer.step import train_step
+from trainer.run import setup
+from trainer.run.step import train_step
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {
@@ -132,7 +131,7 @@ def configuration(case: Case, size: Size, ranks: int) -> RunConfig:
 
 def weights_offloaded(preset: str) -> str:
     """A file like the preset, with the weights in host memory, too."""
-    ds = json.loads((Path(__file__).resolve().parent.parent / "ds_configs" / f"{preset}.json").read_text())
+    ds = json.loads((PRESET_FOLDER / f"{preset}.json").read_text())
     ds["zero_optimization"]["offload_param"] = {"device": "cpu"}
     file = Path(tempfile.gettempdir()) / f"strata-{preset}-weights.json"
     file.write_text(json.dumps(ds))
@@ -148,17 +147,10 @@ def measured(config: RunConfig) -> int:
     before = live_bytes()  # what DeepSpeed keeps of the cases before
     torch.nn.functional.linear = torch._C._nn.linear  # which stage 3 replaces for the whole process
     ds = resolve(config, dist.get_world_size())
-    tokenizer = bytes_tokenizer()
-    base: Any = models.load(config.model, tokenizer, seed=0, deepspeed=ds)
-    model = base
-    if config.substrate.name == "adapter":
-        with models.partitioned_creation(ds):
-            model = adapt(base, config.substrate, stage=ds["zero_optimization"]["stage"]).model
-    fused = choose_fused(config.train.fused_loss, base)
-    objective = Objective(base, fused=fused, deepspeed=ds)
-    sparse = build.prepare_model(config, model, config.train.steps)
-    ds = build.size_buckets(ds, sparse, model)
-    optimizer = build.build_optimizer(config, sparse, offload=build.offload_device(ds, "optimizer") != "none")
+    built = setup.build_model(config, ds, bytes_tokenizer(), num_steps=config.train.steps, empty=False)
+    base, model, sparse, ds = built.base, built.model, built.sparse, built.ds
+    objective = Objective(base, fused=built.loss.fused, deepspeed=ds)
+    optimizer = setup.build_optimizer(config, sparse, offload=setup.offload_device(ds, "optimizer") != "none")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
     sparse.attach(engine, guard_every=0)
     engine.train()

@@ -25,14 +25,14 @@ from seventy_b import SHAPES, arguments
 
 import trainer
 from trainer.accounting import block_shape, measured_state, step_flops
-from trainer.build import initialise_process_group
 from trainer.checkpoint.contents import parameters_by_unit, unit_of_block
 from trainer.config import RunConfig, load
 from trainer.config.methods import METHODS
-from trainer.loss import Objective
+from trainer.model.loss import Objective
 from trainer.planner import Planner
+from trainer.run.setup import initialise_process_group
+from trainer.run.step import train_step
 from trainer.selectors import build
-from trainer.step import train_step
 from trainer.updates import Unmask
 
 

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.provenance import command  # noqa: E402
-from trainer.entry import prepare_process  # noqa: E402
+from trainer.cli.train import prepare_process  # noqa: E402
 
 NOT_STARTED, STOPPED, FAILED = "not started", "stopped", "failed"
 

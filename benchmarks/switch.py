@@ -37,7 +37,7 @@ from deepspeed.accelerator import get_accelerator
 
 import trainer
 from trainer.accounting import measured_state, model_state
-from trainer.blocks import full_numel
+from trainer.model.blocks import full_numel
 from trainer.selectors import Cyclic, Importance, Selector, Uniform
 
 
@@ -192,7 +192,8 @@ def timed_pass(watch: Watch, args: argparse.Namespace) -> dict[str, float | None
 def memory_pass(watch: Watch, args: argparse.Namespace, start: int) -> dict[str, float]:
     """Switch every other step, watching storages; the peak of a step is taken in one without a switch."""
     watch.memory_pass = True
-    watch.sparse.selector.interval = args.interval = 2
+    args.interval = 2
+    watch.sparse.selector = watch.sparse.selector.model_copy(update={"interval": 2})
     step_peaks = []
     number = start
     while watch.switches < 10 * math.ceil(args.switches / 10):

@@ -41,7 +41,7 @@ from torch.profiler import profile as recording
 
 import trainer
 from trainer.accounting import block_shape, step_flops
-from trainer.progress import Progress
+from trainer.run.progress import Progress
 from trainer.selectors import All, Cyclic, Selector, Uniform
 from trainer.updates import Unmask
 

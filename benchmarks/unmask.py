@@ -19,8 +19,8 @@ from common import finish, llama, random_batch, start_engine, start_process
 from deepspeed import comm as dist
 
 import trainer
-from trainer.accounting import growing_bytes, measured_state, unmasked_state
-from trainer.blocks import full_numel
+from trainer.accounting import measured_state, model_state
+from trainer.model.blocks import full_numel
 from trainer.selectors import All
 from trainer.updates import Unmask
 from trainer.updates.unmask import scalar_updates
@@ -78,13 +78,14 @@ def main() -> None:
     engine, _ = start_engine(model, sparse, stage=args.stage, batch=args.batch, dtype=args.dtype)
     rule: Any = sparse.update
     weight_bytes, ranks = 2 if args.dtype == "bf16" else 4, dist.get_world_size()
-    state = unmasked_state(numels, budget, stage=args.stage, ranks=ranks, weight_bytes=weight_bytes)
+    state = model_state(numels, [], stage=args.stage, ranks=ranks, weight_bytes=weight_bytes)
     block = weight_bytes * max(block.numel for block in sparse.blocks)
     indices = 8 * budget
     trained = [full_numel(p) for p in sparse.trainable_parameters()]
     steps = []
     for number in range(args.steps):
-        candidates, _ = growing_bytes(trained, rule.increment if rule.growing else 0, ranks=ranks, accumulation=1)
+        footprint = rule.footprint(trained, [], ranks=ranks, weight_bytes=weight_bytes, accumulation=1)
+        candidates = next((part.size for part in footprint.backward if part.name == "candidates"), 0)
         ids = random_batch(engine, number, batch=args.batch, length=args.length, vocabulary=args.vocabulary)
         most.bytes = 0
         engine.backward(engine(input_ids=ids, labels=ids).loss)

@@ -69,7 +69,7 @@ def deepspeed(*arguments: str, ranks: int = 2) -> list[str]:
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
         str(SCRIPT),
         *arguments,
     ]
@@ -81,7 +81,7 @@ def torchrun(*arguments: str, ranks: int = 2) -> list[str]:
         "--nproc_per_node",
         str(ranks),
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
         str(SCRIPT),
         *arguments,
     ]
@@ -105,7 +105,6 @@ def launch(
     command: list[str],
     folder: Path,
     *,
-    home: Path | None = None,
     deadline: float = 180,
     variables: dict[str, str] | None = None,
 ) -> Finished:
@@ -114,8 +113,6 @@ def launch(
     `variables` is its environment, instead of a user's own.
     """
     variables = environment() if variables is None else variables
-    if home is not None:  # what DeepSpeed compiled is found all the same
-        variables |= {"XDG_CACHE_HOME": str(Path.home() / ".cache"), "HOME": str(home)}
     process = start(command, folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables)
     try:
         stdout, stderr = process.communicate(timeout=deadline)
@@ -159,7 +156,7 @@ def _parent(pid: int) -> int:
     return int(match[1])
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny_model(family: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """A model of four blocks of the given transformers type, with random weights and eager attention."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family][1], **fields})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, ("", {}))[1], **fields})
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 

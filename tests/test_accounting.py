@@ -15,15 +15,14 @@ from trainer.accounting import (
     ModelState,
     block_shape,
     dense_gradient_bytes,
-    growing_bytes,
     measured_state,
     model_state,
     readable,
     step_flops,
-    unmasked_state,
 )
-from trainer.blocks import find, full_numel
+from trainer.model.blocks import find, full_numel
 from trainer.selectors import Fixed
+from trainer.updates import Dense, Footprint, Transient, Unmask, UpdateRule
 
 
 def test_the_table_of_the_design_by_hand() -> None:
@@ -38,15 +37,33 @@ def test_the_table_of_the_design_by_hand() -> None:
 
 def test_the_state_of_id3_by_hand() -> None:
     parameters = [1001, 300]
-    expected = ModelState(2 * 1301, 4 * 50, 4 * 25, 8 * 25, indices=8 * 50)
-    assert unmasked_state(parameters, 50, stage=2, ranks=2, weight_bytes=2) == expected
-    partitioned = unmasked_state(parameters, 50, stage=3, ranks=2, weight_bytes=2, local_steps=True)
-    assert partitioned == ModelState(2 * 651, 4 * 50, 4 * 25, 12 * 25, indices=8 * 50)
-    assert growing_bytes(parameters, 7, ranks=2, accumulation=1) == (20 * 7, 0)
-    assert growing_bytes(parameters, 7, ranks=2, accumulation=2) == (20 * 7, 4 * 651)
+    rule = Unmask(budget=50, growth_steps=7)  # 8 weights in the first step
+    found = rule.footprint(parameters, [], ranks=2, weight_bytes=2, accumulation=2)
+    gradient = Transient("dense gradient", (2 + 4) * 1001 + 4 * 501, ", of one parameter at a time")
+    growing = " of the first 7 steps, in which the mask grows"
+    sums = Transient("sums", 4 * 651, f"{growing}: all gradients, over micro-batches; none without accumulation")
+    assert found == Footprint(
+        trained=50,
+        gradients=4 * 50,
+        masters=4 * 25,
+        moments=8 * 25,
+        indices=8 * 50,
+        backward=(gradient, Transient("candidates", 20 * 8, growing), sums),
+        saved=24 * 50,
+    )
+    local = Unmask(budget=50, growth_steps=7, bias_correction="local")
+    counted = local.footprint(parameters, [], ranks=2, weight_bytes=2, accumulation=1)
+    assert (counted.moments, counted.saved, len(counted.backward)) == (12 * 25, 28 * 50, 2)
     assert dense_gradient_bytes(1001, ranks=2, weight_bytes=2) == (2 + 4) * 1001 + 4 * 501
     assert dense_gradient_bytes(1001, ranks=1, weight_bytes=2) == (2 + 4) * 1001
     assert dense_gradient_bytes(1001, ranks=1, weight_bytes=4) == 4 * 1001
+
+
+def test_the_footprint_of_a_rule_that_says_nothing_of_its_own() -> None:
+    assert Dense().footprint([], [], ranks=2, weight_bytes=2, accumulation=1) == Footprint()
+    found = UpdateRule.footprint(Dense(), [101, 50], [20], ranks=2, weight_bytes=2, accumulation=1)
+    assert (found.trained, found.masters, found.moments, found.kept) == (151, 4 * 76, 8 * 76, 12 * 10)
+    assert found.saved == 24 * (151 + 20) and sum(part.size for part in found.backward) == 6 * 101 + 4 * 51 + 4 * 76
 
 
 @pytest.mark.parametrize(("size", "text"), [(5, "5 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**41, "2.0 TiB")])

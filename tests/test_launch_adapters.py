@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.launching import SCRIPT, deepspeed, launch, metrics, write_inputs
+from tests import forked
+from tests.launching import metrics, write_inputs
 from tests.models import tiny_llama
-from tests.test_launch import Run, evaluation_samples, loss_by_hand
+from tests.run.whole_runs import Run, evaluation_samples, loss_by_hand
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.selectors import build
 
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     place = tmp_path_factory.mktemp("ist")
     write_inputs(place)
     write_base(place)
-    return Run(place, launch(deepspeed("tiny.yaml", *IST), place))
+    return Run(place, forked.run(["tiny.yaml", *IST], place))
 
 
 def test_the_run_leaves_an_adapter_a_merged_model_and_a_picture(run: Run) -> None:
@@ -97,7 +97,7 @@ def test_another_run_goes_on_from_the_adapter(run: Run) -> None:
     """On one rank under ZeRO-2, all blocks."""
     values = ["method=lora", "model.random=null", "model.path=base", "substrate.adapter=runs/tiny/adapter"]
     more = ["output=runs/more", "deepspeed=zero2"]
-    finished = launch([sys.executable, str(SCRIPT), "tiny.yaml", *values, *more], run.place)
+    finished = forked.run(["tiny.yaml", *values, *more], run.place, ranks=1)
     assert finished.code == 0, finished.everything
     evaluations = [line["eval_loss"] for line in metrics(run.folder) if "eval_loss" in line]
     again = [line["eval_loss"] for line in metrics(run.place / "runs" / "more") if "eval_loss" in line]
@@ -109,7 +109,7 @@ def test_another_run_goes_on_from_the_adapter(run: Run) -> None:
 def test_importance_of_whole_blocks(run: Run) -> None:
     """Full weights: suppression scales the residual contribution of a block."""
     values = ["method=lisa", "selector.name=importance", "selector.active_share=0.5", "selector.update_every=2"]
-    finished = launch([sys.executable, str(SCRIPT), "tiny.yaml", *values, "output=runs/full"], run.place)
+    finished = forked.run(["tiny.yaml", *values, "output=runs/full"], run.place, ranks=1)
     assert finished.code == 0, finished.everything
     learned = [line["importance"] for line in metrics(run.place / "runs" / "full") if "importance" in line]
     assert len(learned) == 3 and all(math.isfinite(value) for values in learned for value in values)
@@ -120,7 +120,7 @@ def test_a_base_in_four_bits(run: Run) -> None:
     """bitsandbytes has kernels for the CPU as well."""
     values = [v for v in IST if "merge" not in v]
     more = ["model.quantization=nf4", "model.dtype=bf16", "deepspeed=zero2", "output=runs/nf4"]
-    finished = launch(deepspeed("tiny.yaml", *values, *more), run.place)
+    finished = forked.run(["tiny.yaml", *values, *more], run.place)
     assert finished.code == 0, finished.everything
     evaluations = [line["eval_loss"] for line in metrics(run.place / "runs" / "nf4") if "eval_loss" in line]
     assert evaluations[-1] < evaluations[0]
@@ -139,13 +139,13 @@ def test_a_base_in_four_bits(run: Run) -> None:
         (["substrate.peft={r: 8, peft_type: null}"], "substrate.peft"),
         (["substrate.adapter=base"], "substrate.peft, substrate.adapter: both given"),
         (["always_on.head=true"], "always_on.head: true, but with adapters"),
-        (["model.path=adapter"], "model.path: 'adapter' holds an adapter"),
+        (["model.path=adapter"], "model.path: 'adapter' contains an adapter"),
         (
             ["model.quantization=nf4", "substrate.merge=false"],
             "model.quantization is nf4: ZeRO-3 would cut packed weights apart",
         ),
         (["model.quantization=nf4", "deepspeed=zero2", "method=lisa"], "four bits cannot be trained"),
-        (["model.quantization=nf4", "deepspeed=zero2"], "substrate.merge: true, but weights of four bits"),
+        (["model.quantization=nf4", "deepspeed=zero2"], "substrate.merge: true, but merging into four bits"),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else "",
 )
@@ -153,7 +153,7 @@ def test_mistakes_are_named_before_anything_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[str], words: str
 ) -> None:
     from trainer.config import ConfigError, load
-    from trainer.config.deepspeed import resolve
+    from trainer.config.deepspeed.resolve import resolve
 
     write_inputs(tmp_path)
     write_base(tmp_path)

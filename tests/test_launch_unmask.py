@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.launching import deepspeed, launch, metrics, write_inputs
+from tests import forked
+from tests.launching import metrics, write_inputs
 from tests.test_launch_adapters import write_base
-from trainer.__main__ import main
+from trainer.cli.main import main
 
 BUDGET = 157
 ID3 = [
@@ -34,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("id3")
     write_inputs(place)
     write_base(place)
-    finished = launch(deepspeed("tiny.yaml", *ID3), place)
+    finished = forked.run(["tiny.yaml", *ID3], place)
     assert finished.code == 0, finished.everything
     assert f"Unmasked {BUDGET} weights of a budget of {BUDGET}." in finished.everything
     return place
@@ -71,8 +72,8 @@ def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(
     assert sum(tensor.numel() for tensor in delta.values()) == 2 * BUDGET
 
     for key, value, words in (
-        ("dtype", "fp64", "dtype is 'fp64'"),
-        ("sha256", [], "sha256 is []"),
+        ("dtype", "fp64", "dtype: Input should be 'bf16', 'fp16' or 'fp32', got 'fp64'"),
+        ("sha256", [], "sha256: Input should be an object, got '[]'"),
         ("fingerprints", {}, "has no fingerprint of"),
     ):
         shutil.copytree(tmp_path / "delta", tmp_path / "edited", dirs_exist_ok=True)
@@ -102,9 +103,9 @@ def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(
 
 def test_infinite_scores_end_the_run_with_what_to_change(place: Path) -> None:
     """After a warning, for the mask would be whole before every block has trained."""
-    values = ["update.exp=1.0e+300", "selector={name: cyclic, blocks: 1, interval: 2}", "bank.name=device"]
-    finished = launch(deepspeed("tiny.yaml", *ID3, *values, "output=runs/infinite"), place)
+    values = ["update.exp=1.0e+30", "selector={name: cyclic, blocks: 1, interval: 2}", "bank.name=device"]
+    finished = forked.run(["tiny.yaml", *ID3, *values, "output=runs/infinite"], place)
     assert finished.code == 2, finished.everything
-    assert "the mask is whole after 5 steps (update.growth_steps)" in finished.everything
-    assert "stopped at step 1: update.eps: got 0.001 with update.exp 1e+300, for which" in finished.everything
+    assert "the mask is complete after 5 steps (update.growth_steps)" in finished.everything
+    assert "stopped at step 1: update.eps: got 0.001 with update.exp 1e+30, for which" in finished.everything
     assert "Traceback" not in finished.everything

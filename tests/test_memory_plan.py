@@ -17,7 +17,8 @@ def _compare(rank: int) -> list[tuple[str, float]]:
     from memory_plan import CASES as ALL
     from memory_plan import Size, compare
 
-    return [(case.name, compare(case, Size())["ratio"]) for case in ALL if case.name in CASES]
+    size = Size(blocks=4, vocabulary=1024, length=128)  # as exact as the benchmark's, in half the time
+    return [(case.name, compare(case, size)["ratio"]) for case in ALL if case.name in CASES]
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import sys
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
-from trainer.selectors import REGISTRY, build
+from trainer.selectors import REGISTRY, Selector, build
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "uniform": {"blocks": 3, "interval": 5},
@@ -61,15 +62,69 @@ def test_cyclic_orders() -> None:
     ("name", "settings", "words"),
     [
         ("uniform", {"blocks": 9}, "selector.blocks: 9; allowed: 1 to 8"),
-        ("cyclic", {"blocks": 0}, "selector.blocks: 0; allowed: 1 to 8"),
-        ("cyclic", {"order": "upwards"}, "selector.order: 'upwards'; allowed: ascending, descending, reshuffled"),
+        ("cyclic", {"blocks": 0}, "blocks\n .*greater than or equal to 1 .*input_value=0"),
+        ("cyclic", {"order": "upwards"}, "order\n .*'ascending', 'descending' or 'reshuffled' .*input_value='upwards'"),
         ("fixed", {"blocks": [8]}, "allowed: distinct indices from -8 to 7"),
         ("fixed", {"blocks": [0, -8]}, "distinct"),
         ("fixed", {"blocks": []}, "at least one"),
-        ("uniform", {"interval": 0}, "selector.interval: 0; allowed: 1 or more"),
+        ("uniform", {"interval": 0}, "interval\n .*greater than or equal to 1 .*input_value=0"),
+        ("uniform", {"block": 2}, "block\n .*not permitted"),
         ("gradient", {}, "unknown selector 'gradient'; allowed: uniform, cyclic, fixed, all, importance"),
     ],
 )
 def test_wrong_settings_are_refused_by_key(name: str, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("[", r"\[")):
         build(name, seed=0, **settings).num_active(8)
+
+
+def test_settings_do_not_change_and_other_attributes_may() -> None:
+    selector = build("uniform", blocks=3, seed=1)
+    with pytest.raises(ValueError, match="frozen"):
+        selector.blocks = 4
+    selector.seen = [1]
+    assert selector.seen == [1] and selector.select(0, 8) == build("uniform", blocks=3, seed=1).select(0, 8)
+
+
+def test_a_seeded_copy_draws_from_its_seed_and_has_learned_nothing() -> None:
+    learned = build("importance", interval=5)
+    learned.load_state_dict({"dispensability": [5.0, 0.0, 0.0, 0.0]})
+    copy = learned.seeded(7)
+    assert (copy.seed, copy.interval, copy.importance()) == (7, 5, None)
+    assert learned.importance() == (-5.0, 0.0, 0.0, 0.0) and "seed" not in copy.model_dump()
+
+
+def test_any_seed_of_a_run_and_numbers_of_numpy_are_accepted() -> None:
+    assert build("uniform", seed=2**62, blocks=2).seeded(2**63 - 1).select(0, 8) != ()
+    given = build("uniform", seed=np.int64(3), blocks=np.int64(3))
+    assert [given.select(i, 8) for i in range(5)] == [build("uniform", seed=3, blocks=3).select(i, 8) for i in range(5)]
+    assert build("fixed", blocks=np.array([0, -1])).select(0, 8) == (0, 7)
+
+
+class Listed(Selector):
+    """Written before selectors were settings: attributes of its own, before and after the base's."""
+
+    measures = True
+
+    def __init__(self, *blocks: int) -> None:
+        self.blocks = blocks
+        super().__init__(interval=2, seed=5)
+        self.seen = 0
+
+    def num_active(self, num_blocks: int) -> int:
+        return 1
+
+    def select(self, interval: int, num_blocks: int) -> tuple[int, ...]:
+        self.seen += 1
+        return (self.blocks[interval % len(self.blocks)],)
+
+
+def test_a_selector_with_attributes_of_its_own_works() -> None:
+    selector = Listed(3, 1)
+    assert [selector.select(i, 8) for i in range(3)] == [(3,), (1,), (3,)]
+    assert (selector.interval, selector.seed, selector.seen, selector.measures) == (2, 5, 3, True)
+
+
+def test_neither_numpy_nor_torch_is_imported_before_a_command_has_set_its_threads_up() -> None:
+    code = "import sys, trainer.cli.train; print({'numpy', 'torch'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "set()\n"

@@ -4,10 +4,15 @@
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.api import prepare
+    from trainer.engine.sparse import Sparse
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"prepare": "trainer.engine.attach", "Sparse": "trainer.engine.attach"}
+_PUBLIC = {"prepare": "trainer.api", "Sparse": "trainer.engine.sparse"}
 
 __all__ = ["Sparse", "__version__", "prepare"]
 

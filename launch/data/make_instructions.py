@@ -1,4 +1,4 @@
-"""Writes instructions.jsonl beside this file: about 1200 short questions with answers, the same on every machine.
+"""Write instructions.jsonl beside this file: about 1200 short questions with answers, the same on every machine.
 
 The tasks are small enough for a model of a few hundred thousand parameters to learn within minutes on two CPU cores.
 Nothing is drawn at random: rows are chosen and ordered by a hash of the question. Usage: python make_instructions.py
@@ -53,7 +53,7 @@ Pair = tuple[str, str]
 
 
 def pairs(text: str) -> list[Pair]:
-    """Reads "key value,key value" with values of one word."""
+    """Read "key value,key value" with values of one word."""
     return [(pair.rsplit(" ", 1)[0], pair.rsplit(" ", 1)[1]) for pair in text.split(",")]
 
 
@@ -177,7 +177,7 @@ def by_hash(pair: Pair) -> str:
 
 
 def rows() -> list[dict[str, str]]:
-    """All rows in their final order; each question once, so that an evaluation split shares none with training."""
+    """Return all rows in their final order. No question is repeated: evaluation and training share none."""
     chosen = [pair for task in TASKS for pair in sorted(dict(task()).items(), key=by_hash)[:ROWS_PER_TASK]]
     return [{"question": question, "answer": answer} for question, answer in sorted(dict(chosen).items(), key=by_hash)]
 

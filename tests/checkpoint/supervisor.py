@@ -2,28 +2,25 @@
 
     python tests/checkpoint/supervisor.py FOLDER RUN RECIPE.yaml [key=value ...] --kills 10 --seed 0
 
-starts `deepspeed launch/train.py RECIPE.yaml ...` in FOLDER, where RUN is its run folder, and says for each start what
-was killed and when.
+starts two ranks of `launch/train.py RECIPE.yaml ...` in FOLDER, where RUN is its run folder, and says for each start
+what was killed and when.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from tests.launching import deepspeed, launch, metrics, rank_process, start
-from trainer.checkpoint.listing import main as list_checkpoints
-
-RANKS = 2
+from tests import forked
+from tests.launching import metrics
+from trainer.cli.checkpoints import main as list_checkpoints
 
 
 def supervise(folder: Path, run: Path, arguments: Sequence[str], *, kills: int, steps: int, seed: int) -> list[str]:
@@ -35,21 +32,25 @@ def supervise(folder: Path, run: Path, arguments: Sequence[str], *, kills: int, 
     done = []
     for target in sorted(chance.sample(range(1, steps), kills)):
         victims = chance.choice([[0], [1], [0, 1]])
-        process = start(deepspeed(*arguments, ranks=RANKS), folder, stdout=-3, stderr=-3)
-        after_step(run, target, process)
+        ranks = forked.start(arguments, folder)
+        after_step(run, target, ranks)
         time.sleep(chance.random() * 0.2)  # in the middle of whatever is going on
-        for pid in [rank_process(process.pid, rank) for rank in victims]:
-            os.kill(pid, signal.SIGKILL)
-        assert process.wait(60) != 0
+        for rank in victims:
+            ranks.processes[rank].kill()
+        assert ranks.wait(deadline=60).code != 0
         done.append(f"killed ranks {victims} after step {target}")
         if (run / "checkpoints").exists() and list((run / "checkpoints").glob("step-*.json")):
             assert list_checkpoints([str(run)]) == 0, done
-    finished = launch(deepspeed(*arguments, ranks=RANKS), folder, deadline=1800)
+    finished = forked.start(arguments, folder).wait(deadline=1800)
     assert finished.code == 0, finished.everything
     return done
 
 
-def after_step(run: Path, step: int, process: Any, deadline: float = 300) -> None:
+class Process(Protocol):
+    def poll(self) -> int | None: ...
+
+
+def after_step(run: Path, step: int, process: Process, deadline: float = 300) -> None:
     """Wait until the run has recorded `step`."""
     end = time.monotonic() + deadline
     while time.monotonic() < end and process.poll() is None:

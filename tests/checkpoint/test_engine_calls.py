@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests import distributed
 from tests.engine.parity import Cell, full_weights, start, train_step
-from trainer.checkpoint import CheckpointError
+from trainer.checkpoint.store import CheckpointError
+from trainer.config import load
+from trainer.run.folder import take_folder
 
 CELL = Cell(stage=1, bank="cpu", schedule="cosine", steps=8)
+RUN = ["method=lisa", "train.steps=1", "train.global_batch_size=1", "data.train=x.jsonl", "model.path=/x"]
 STOP = 5  # in the middle of an interval of two
 
 
@@ -77,8 +82,14 @@ def test_engine_checkpoints_go_on_exactly(tmp_path: Path) -> None:
         assert answers["best"] == answers["back"] and answers["back"][0] == STOP
         assert answers["last"] == str(tmp_path / "last") and answers["overwritten"] == STOP
         messages = answers["messages"]
-        assert "One that DeepSpeed wrote holds the optimizer state of one active set only" in messages["DeepSpeed's"]
+        assert "that DeepSpeed wrote contains the optimizer state of one active set only" in messages["DeepSpeed's"]
         assert "without load_module_only" in messages["weights alone"]
         assert "client_state cannot be saved" in messages["no JSON"]
     assert (tmp_path / "latest").read_text() == f"global_step{STOP}"
-    assert not list(tmp_path.rglob("*.pt.partial"))
+    assert not list(tmp_path.rglob("*.partial"))
+    # A run of `trainer train` does not resume them, and says who does.
+    for resume in (tmp_path, tmp_path / "last", tmp_path / "best" / "checkpoints"):
+        with pytest.raises(CheckpointError, match="resume: .*engine.save_checkpoint"), ExitStack() as leaving:
+            config = load(None, [*RUN, f"output={tmp_path}/run", f"resume={resume}"], check_files=False)
+            take_folder(config, (), leaving)
+    assert not (tmp_path / "run").exists()

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests import distributed
+from tests import distributed, forked
 from tests.checkpoint.supervisor import after_step
 from tests.engine import parity
 from tests.engine.parity import Cell, train_step
-from tests.launching import deepspeed, start, write_inputs
-from trainer.checkpoint import CheckpointError, Checkpoints, Store
+from tests.launching import write_inputs
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.store import CheckpointError, Store
 
 MIB = 2**20
 
@@ -72,12 +73,12 @@ def test_a_full_disk_ends_a_save_and_leaves_the_last_good_one(small_disk: Path) 
     for found in distributed.run(_fill, small_disk, ranks=2):
         assert found["first"] == ""
         assert re.match(
-            r"the checkpoint after step 2 was not written: it takes [\d.]+ MiB, and .* has 0\.0 MiB free; the one "
-            r"after step 1 is whole\. Make room, lower checkpoint\.keep \(2 here\)",
+            r"the checkpoint after step 2 was not written: it needs [\d.]+ MiB, but .* has 0\.0 MiB free; the one "
+            r"after step 1 is intact\. Make room, lower checkpoint\.keep \(2 here\)",
             found["known"],
         )
         assert "step 3 was not written: rank" in found["unknown"] and "No space left on device" in found["unknown"]
-        assert "the one after step 1 is whole" in found["unknown"]
+        assert "the one after step 1 is intact" in found["unknown"]
         assert found["steps"] == [1] and found["left"] == [], "what is of no use only takes room"
         assert found["then"] == "" and found["problems"] == []
 
@@ -90,23 +91,21 @@ def test_a_run_whose_disk_is_full_stops_or_goes_on_as_it_was_told(
 ) -> None:
     write_inputs(tmp_path)
     run = small_disk / "runs" / "tiny"
-    values = ["train.steps=150", "checkpoint.every=5", f"checkpoint.on_failure={choice}", f"output={run}"]
-    with open(tmp_path / "out", "w+") as out:
-        process = start(deepspeed("tiny.yaml", *values), tmp_path, stdout=out, stderr=out)
-        after_step(run, 10, process)
-        space = os.statvfs(small_disk)
-        filler = small_disk / "filler"
-        filler.write_bytes(bytes(space.f_bavail * space.f_frsize - 200_000))  # what else a run writes has room
-        if choice == "continue":
-            after_step(run, 60, process)
-            filler.unlink()
-        code = process.wait(120)
-        out.seek(0)
-        said = out.read()
-    full = r"the checkpoint after step \d+ was not written: it takes [\d.]+ MiB, and .* the one after step \d+ is whole"
+    values = ["train.steps=40", "checkpoint.every=5", f"checkpoint.on_failure={choice}", f"output={run}"]
+    ranks = forked.start(["tiny.yaml", *values, "eval.every=null"], tmp_path)
+    after_step(run, 10, ranks)
+    space = os.statvfs(small_disk)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(space.f_bavail * space.f_frsize - 200_000))  # what else a run writes has room
+    if choice == "continue":
+        after_step(run, 25, ranks)
+        filler.unlink()
+    finished = ranks.wait()
+    code, said = finished.code, finished.everything
+    full = r"the checkpoint after step \d+ was not written: it needs [\d.]+ MiB, but .* one after step \d+ is intact"
     if choice == "continue":
         assert code == 0 and re.search(f"WARNING: {full}", said), said
-        assert (run / "model").exists() and 150 in Store(run).steps()
+        assert (run / "model").exists() and 40 in Store(run).steps()
     else:
         assert code == 2 and re.search(full, said), said
         assert "Traceback" not in said and not (run / "model").exists()

@@ -11,7 +11,8 @@ import torch
 from tests import distributed
 from tests.checkpoint.test_resume import STEPS, largest_difference, resumed, start, train_step, undisturbed
 from tests.engine.parity import Cell
-from trainer.checkpoint import Checkpoints, staging
+from trainer.checkpoint import staging
+from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.staging import Staging
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from trainer.checkpoint import disk
 from trainer.checkpoint.contents import Contents
-from trainer.checkpoint.listing import main as list_checkpoints
 from trainer.checkpoint.store import CheckpointError, Manifest, Store
+from trainer.cli.checkpoints import main as list_checkpoints
 
 
 def save(
@@ -28,7 +28,7 @@ def save(
             store.write(
                 step,
                 f"{unit}-r{rank}",
-                {f"weight:{unit}": torch.full((5,), value)},
+                {f"weight:{unit}": torch.full((5,), float(value))},
                 {"ranges": json.dumps({unit: [5 * rank, 5 * rank + 5]}), "scalars": "{}"},
             )
             for rank in range(2)
@@ -147,6 +147,26 @@ def test_going_back_leaves_what_came_later_behind(tmp_path: Path) -> None:
     assert store.steps() == [20, 10] and values(store, 20) == {"a": 10.0, "b": 5.0}
 
 
+def test_what_killed_saves_left_is_removed_when_nobody_saves(tmp_path: Path) -> None:
+    """Before and after the newest checkpoint; not what one that was left behind refers to, which may be put back."""
+    store, pool = Store(tmp_path), tmp_path / "checkpoints" / "pool"
+    manifest = save(store, 20, {"b": 2.0}, save(store, 10, {"a": 1.0}))
+    later = save(store, 30, {"a": 3.0}, manifest)
+    store.abandon_after(20)
+    store.write(40, "a-r0", {"weight:a": torch.ones(5)}, {})
+    store.announce(20, "r0", {})
+    (pool / ".00000040-r0.json.0123456789abcdef.partial").touch()
+    (pool / "mine.txt").touch()
+    kept = {file.name for each in (manifest, later) for file in each.files} | {"mine.txt"}
+    assert {path.name for path in pool.iterdir()} > kept
+    store.remove_leftovers()
+    assert {path.name for path in pool.iterdir()} == kept
+    (tmp_path / "checkpoints" / "step-00000020.json").write_text("{")
+    store.announce(20, "r0", {})
+    store.remove_leftovers()
+    assert len(list(pool.iterdir())) == len(kept) + 1, "while a manifest cannot be read"
+
+
 def test_nothing_is_removed_while_a_manifest_cannot_be_read(tmp_path: Path) -> None:
     store = Store(tmp_path)
     first = save(store, 10, {"a": 1.0})
@@ -174,7 +194,7 @@ def link(path: Path) -> None:
     ("damage", "words"),
     [
         (cut, "bytes instead of"),
-        (flip, "its checksum does not fit"),
+        (flip, "its checksum does not match"),
         (Path.unlink, "missing"),
         (link, "a link, which is never followed"),
     ],
@@ -200,7 +220,7 @@ def test_a_damaged_file_is_found_and_named(
     ("change", "words"),
     [
         (lambda text: text[:-20], "cannot be read"),
-        (lambda text: text.replace('"step": 10', '"step": 11'), "its checksum does not fit"),
+        (lambda text: text.replace('"step": 10', '"step": 11'), "its checksum does not match"),
         (lambda text: "[]", "cannot be read"),
         (lambda text: "{}", "cannot be read"),
     ],

@@ -1,8 +1,9 @@
-"""trainer/cluster/doctor.py and node.py on this machine; tests/slurm has the nodes."""
+"""trainer/cluster/doctor.py and node.py on this machine; several nodes are tested in tests/slurm."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def test_what_the_compiler_says_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.mark.slow
 def test_this_machine(tmp_path: Path) -> None:
-    """Whole, as a user has it. That a busy machine is still compiling is no failure."""
+    """Run the whole command as a user does. It is no failure if a busy machine is still compiling."""
     variables = environment() | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     done = launch(["python", "-m", "trainer", "doctor"], tmp_path, variables=variables | {"PYTHONPATH": os.getcwd()})
     assert done.code == 0, done.everything
@@ -118,3 +119,56 @@ def test_this_machine(tmp_path: Path) -> None:
         assert f"  {name} " in done.stdout
     assert "FAIL" not in done.stdout and done.stdout.endswith("All fit.\n")
     assert list(tmp_path.iterdir()) == [], "the doctor leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "0"], "argument --nodes: got '0'; allowed: integer >= 1"),
+        (["--nodes", "two"], "argument --nodes: got 'two'; allowed: integer >= 1"),
+        (["--gpus", "-1"], "--gpus"),
+        (["--partition", "a\nb"], r"argument --partition: got 'a\nb'; allowed: text without control characters"),
+        (["--account", ""], "argument --account: got ''; allowed: text"),
+        (["--folder", "~no-such-user-here/x"], "argument --folder: got '~no-such-user-here/x': no such home folder"),
+        (["--folder", "a" * 300], ": File name too long; name another"),
+    ],
+)
+def test_values_that_no_cluster_has_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(["--on-cluster", *words])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--nodes", "2"], ["--gpus", "8"], ["--partition", "x"], ["--account", "x"]])
+def test_options_that_would_do_nothing_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(words)
+    message = f"argument {words[0]}: got {words[1]}, which is for --on-cluster; leave it out"
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_job_needs_no_job_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(["--on-cluster"])
+    assert ended.value.code == 2 and "argument --on-cluster: this is a job already" in capsys.readouterr().err
+
+
+def test_a_node_whose_variables_are_damaged_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "some")
+    assert doctor.main(["--node"]) == doctor.EXIT_UNFIT
+    found = from_line(capsys.readouterr().out)
+    assert found is not None and found[1].name == "launch" and "SLURM_STEP_NUM_TASKS: got 'some'" in found[1].said
+    lines, failures = doctor._report({found[0]: {"launch": found[1]}}, 1)
+    assert failures and any(line.startswith("FAIL  launch         SLURM_STEP_NUM_TASKS") for line in lines)
+
+
+def test_what_nodes_say_is_not_obeyed_by_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    finding = Finding("disk", "FAIL", "\x1b[2J", "\x1b]0;x\x07")
+    code = f"print({as_line('a', finding)!r}); print('\\x1b[31mred')"
+    found = doctor._collect([sys.executable, "-c", code], deadline=60)
+    assert found == {"a": {"disk": finding}} and capsys.readouterr().err == "\\x1b[31mred\n"

@@ -1,10 +1,10 @@
-"""trainer/cluster/ranks.py: what srun says of its tasks, and launches that could train only by mistake."""
+"""trainer/cluster/ranks.py: ranks from srun's variables, and launches that could train only by mistake."""
 
 from __future__ import annotations
 
 import pytest
 
-from trainer.cluster.ranks import LaunchError, take_rank
+from trainer.cluster.ranks import LaunchError, first_of_all, in_step, take_rank
 
 # As Slurm 22.05 sets them in the last of three tasks, two on node07 and one on node09.
 LAST_OF_THREE = {
@@ -24,7 +24,7 @@ RANK = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "
 
 
 def test_a_task_of_srun_is_a_rank() -> None:
-    """With the address given; the real scontrol says it in tests/slurm."""
+    """The address is given; tests/slurm uses the real scontrol."""
     environment = LAST_OF_THREE | {"MASTER_ADDR": "node07"}
     take_rank(environment)
     assert environment == LAST_OF_THREE | RANK | {"MASTER_ADDR": "node07", "MASTER_PORT": "20017"}
@@ -96,6 +96,16 @@ def test_everything_else_stays_as_it_is(environment: dict[str, str]) -> None:
             id="gpus-bound-to-tasks",
         ),
         pytest.param(LAST_OF_THREE, r"`scontrol show hostnames node\[07,09\]` names no host", id="no-scontrol"),
+        pytest.param({"RANK": "first"}, "RANK: got 'first'; allowed: integer >= 0", id="no-number"),
+        pytest.param({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE: got '-1'; allowed: integer >= 0", id="below-zero"),
+        pytest.param({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: got '0'; allowed: integer >= 1", id="of-none"),
+        pytest.param({"RANK": "3", "WORLD_SIZE": "2"}, "RANK is 3, but WORLD_SIZE is 2", id="rank-too-high"),
+        pytest.param({"SLURM_NTASKS": "many"}, "SLURM_NTASKS: got 'many'; allowed: integer", id="no-number-of-tasks"),
+        pytest.param(
+            LAST_OF_THREE | {"SLURM_NODEID": "7", "MASTER_ADDR": "x"},
+            "SLURM_NODEID is 7, but .* names fewer",
+            id="node",
+        ),
         pytest.param(
             {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "SLURM_STEP_NUM_TASKS": "2"},
             "mpirun started 2 processes, but RANK and WORLD_SIZE are not set",
@@ -109,3 +119,28 @@ def test_a_launch_that_can_be_no_run_is_refused(
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(LaunchError, match=message):
         take_rank(dict(environment))
+
+
+JOB_SHELL = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment", [JOB_SHELL, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}, {"SLURM_JOB_NUM_NODES": "2"}]
+)
+def test_a_dry_run_is_one_process_wherever_it_is_typed(environment: dict[str, str]) -> None:
+    """In the shell of a job it returns what must precede the command to train."""
+    before = dict(environment)
+    said = take_rank(environment, dry_run=True)
+    assert environment == before and said is not None and said.startswith("put srun before the command")
+
+
+def test_a_dry_run_refuses_the_tasks_that_a_run_refuses() -> None:
+    with pytest.raises(LaunchError, match="where the job has 8 GPUs"):
+        take_rank(dict(LAST_OF_THREE | {"SLURM_GPUS_ON_NODE": "8"}), dry_run=True)
+    assert take_rank(dict(LAST_OF_THREE | {"MASTER_ADDR": "x"}), dry_run=True) is None
+
+
+def test_who_speaks_before_ranks_are_known() -> None:
+    assert first_of_all({}) and first_of_all({"RANK": "0", "SLURM_PROCID": "3"}) and first_of_all(JOB_SHELL)
+    assert not first_of_all({"RANK": "1"}) and not first_of_all({"SLURM_PROCID": "3"})
+    assert not in_step(JOB_SHELL) and in_step(LAST_OF_THREE) and not in_step({"SLURM_STEP_NUM_TASKS": "x"})

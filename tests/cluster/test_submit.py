@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import SCRIPT, write_inputs
-from trainer.__main__ import main
+from trainer.cli.main import main
 from trainer.cluster.submit import _seconds
 
 TEMPLATE = (SCRIPT.parent / "slurm.sbatch").read_text()
@@ -31,7 +31,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_the_job_is_the_file_to_read_with_values_filled_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Options that nobody gave are left out, and nothing else is different."""
+    """Options that were not given are left out, and nothing else differs."""
     script = printed(capsys, *JOB, "--partition", "gpu", "selector.blocks=1", "--sbatch=--exclusive")
     changes = [line for line in difflib.ndiff(TEMPLATE.splitlines(), script.splitlines()) if line[0] in "+-"]
     assert [line[2:] for line in changes if line[0] == "+"] == [
@@ -80,6 +80,11 @@ def test_the_file_is_a_script(place: Path) -> None:
         pytest.param(["--gpus", "0"], "argument --gpus: got '0'; allowed: integer >= 1", id="gpus"),
         pytest.param(["--time", "soon"], "argument --time: got 'soon'; allowed: hours:minutes:seconds", id="time"),
         pytest.param(["--time", "6"], "--notice: got 300 seconds, .* leaves nothing of --time 6", id="notice"),
+        pytest.param(["--gpus", "٣"], "argument --gpus: got '٣'; allowed: integer >= 1", id="other-digits"),
+        pytest.param(["--gpus", "9" * 5000], "argument --gpus: got '999.*; allowed: integer >= 1", id="huge"),
+        pytest.param(
+            ["--time", "١:٠٠:٠٠"], "argument --time: got '١:٠٠:٠٠'; allowed: hours", id="time-in-other-digits"
+        ),
         pytest.param(["--nodse", "3"], "unrecognized arguments: --nodse", id="unknown-option"),
     ],
 )
@@ -106,6 +111,98 @@ def test_values_with_spaces_are_one_value(place: Path, capsys: pytest.CaptureFix
     assert main(["submit", "tiny.yaml", *JOB, "output=runs/my run", "--print"]) == 0
     said = capsys.readouterr().out
     assert "#SBATCH --output='runs/my run-%j.log'" in said and "#SBATCH --job-name='my run'" in said
+
+
+def _submitted(*words: str) -> int:
+    try:
+        return main(["submit", "tiny.yaml", *JOB, *words, "--print"])
+    except SystemExit as error:  # of argparse
+        return int(str(error))
+
+
+@pytest.mark.parametrize(
+    "character", ["\n", "\r", "\t", "\v", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\0", "\udcff"]
+)
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        pytest.param(["--partition", "gpu{}#SBATCH --wrap=x"], "--partition: got", id="partition"),
+        pytest.param(["--account", "a{}b"], "--account: got", id="account"),
+        pytest.param(["--qos", "a{}b"], "--qos: got", id="qos"),
+        pytest.param(["--mem", "1{}b"], "--mem: got", id="mem"),
+        pytest.param(["--sbatch=--exclusive{}#SBATCH --x"], "exclusive", id="sbatch"),
+        pytest.param(["output=runs/a{}b"], "output", id="output"),
+        pytest.param(["data.train=[{}train.jsonl]"], "data.train", id="setting"),
+        pytest.param(["model.random.a{}b=1"], "model.random", id="key"),
+    ],
+)
+def test_no_value_becomes_a_line_of_the_job(
+    words: list[str], named: str, character: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The terminal does not receive it unescaped either."""
+    assert _submitted(*(word.format(character) if "{}" in word else word for word in words)) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and named in said.err
+    assert all(letter.isprintable() or letter == "\n" for letter in said.err)
+    assert character == "\n" or character not in said.err
+    assert "\n#SBATCH" not in said.err
+
+
+def test_nor_does_the_name_of_the_recipe_or_of_the_current_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = place / "a\n#SBATCH --wrap=x"
+    folder.mkdir()
+    (folder / "tiny.yaml").write_bytes((place / "tiny.yaml").read_bytes())
+    assert main(["submit", f"{folder}/tiny.yaml", *JOB, "data.train=train.jsonl", "--print"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "contains control characters" in said.err and "\n#SBATCH" not in said.err
+    monkeypatch.chdir(folder)
+    assert main(["submit", "tiny.yaml", *JOB, f"data.train={place}/train.jsonl", "--print"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "the current folder: got" in said.err and "\n#SBATCH" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--partition", ""], "--partition: got nothing; leave the option out"),
+        (["--partition", "a\\b"], "would not read the backslash as such"),
+        (["output=runs/a\\b"], "output: got 'a\\\\b', in which sbatch would not read the backslash"),
+        (["output=runs/my-HetJob"], "output: got 'my-HetJob', in which sbatch reads hetjob or packjob"),
+        (["--sbatch=exclusive"], "--sbatch: got 'exclusive'; allowed: an option as sbatch has it"),
+    ],
+)
+def test_values_that_sbatch_would_read_otherwise(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _submitted(*words) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err
+
+
+def test_values_are_quoted_as_sbatch_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Test its comment sign, both kinds of quotes, and a percent sign before the job's number."""
+    assert _submitted("--account", "a#b", 'output=runs/it\'s "5%"') == 0
+    said = capsys.readouterr().out
+    assert "\n#SBATCH --account='a#b'\n" in said
+    assert """\n#SBATCH --output='runs/it'"'"'s "5%%"-%j.log'\n""" in said
+
+
+def test_the_job_reads_its_words_as_submit_does(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the job, a file whose name looks like a setting would be one."""
+    (place / "a=b.yaml").write_bytes((place / "tiny.yaml").read_bytes())
+    assert main(["submit", "a=b.yaml", *JOB, "--print"]) == 2
+    assert "RECIPE.yaml: missing; 'a=b.yaml' is a setting" in capsys.readouterr().err
+    assert main(["submit", "./a=b.yaml", *JOB, "--print"]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("output", [".", "..", "runs/.."])
+def test_an_output_without_a_name_of_its_own(output: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _submitted(f"output={output}") == 0
+    expected = (place / output).resolve()
+    assert f"#SBATCH --output={expected}-%j.log" in capsys.readouterr().out
 
 
 def test_without_slurm_there_is_nothing_to_submit_to(

@@ -1,4 +1,4 @@
-"""trainer/cluster/together.py over real processes; tests/slurm has the nodes."""
+"""trainer/cluster/together.py with real processes; several nodes are tested in tests/slurm."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Tokenising holds no process group waiting: however long it takes, nothing that could time out has begun."""
+"""While data is tokenised there is no process group, so nothing can time out, however long it takes."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,28 +10,36 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from tests.launching import launch, start, torchrun, write_inputs
+from tests import forked
+from tests.launching import free_port, write_inputs
 
 
-def _ranks(launcher: int) -> list[psutil.Process]:
-    below = psutil.Process(launcher).children(recursive=True)
-    return [process for process in below if "RANK" in process.environ()]
+def _notice_soon(rank: int) -> None:
+    """Print the notice that another process tokenises after 1 second instead of 30."""
+    import trainer.data.cache
+
+    trainer.data.cache.LOCK_NOTICE_SECONDS = 1
 
 
 @pytest.mark.slow
-def test_ranks_that_wait_for_the_data_have_no_connection_yet(tmp_path: Path) -> None:
-    """The test tokenises very slowly: it holds the lock of the cache, as the one who comes first does."""
+def test_ranks_that_wait_for_the_data_have_no_group_yet(tmp_path: Path) -> None:
+    """The test tokenises very slowly: it holds the lock of the cache, as the process that builds it does."""
     write_inputs(tmp_path)
-    prepared = launch(["python", "-m", "trainer", "prepare", "tiny.yaml"], tmp_path)
+    prepared = forked.command(["prepare", "tiny.yaml"], tmp_path)
     assert prepared.code == 0, prepared.everything
     (lock,) = (tmp_path / "runs" / "cache").glob("*.lock")
-    out = tmp_path / "out"
-    with out.open("w") as file, FileLock(lock):
+    port = free_port()
+    with FileLock(lock):
         shutil.rmtree(lock.with_suffix(""))
-        process = start(torchrun("tiny.yaml"), tmp_path, stdout=file, stderr=subprocess.STDOUT)
+        ranks = forked.start(["tiny.yaml"], tmp_path, variables={"MASTER_PORT": str(port)}, before=_notice_soon)
         end = time.monotonic() + 180
-        while out.read_text().count("waiting for another process to tokenise the data") < 2:  # said after 30 s
-            assert process.poll() is None and time.monotonic() < end, out.read_text()
+        while ranks.said.count("waiting for another process to tokenise the data") < 4:  # each rank twice
+            assert ranks.poll() is None and time.monotonic() < end, ranks.said
             time.sleep(0.2)
-        assert [rank.net_connections() for rank in _ranks(process.pid)] == [[], []]
-    assert process.wait(180) == 0, out.read_text()
+        for process in ranks.processes:  # has the store in which ranks report their end, and no other connection
+            connections = psutil.Process(process.pid).net_connections()
+            assert connections, ranks.said
+            for connection in connections:
+                assert port in (connection.laddr.port, *(address.port for address in filter(None, [connection.raddr])))
+    finished = ranks.wait()
+    assert finished.code == 0, finished.everything

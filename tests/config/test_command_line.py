@@ -1,9 +1,9 @@
-"""trainer/command_line.py: arguments of launch/train.py, launchers' arguments, help."""
+"""trainer/config/command_line.py: arguments of launch/train.py, launchers' arguments, help."""
 
 import pytest
 
 from trainer.config import METHODS, Command, ConfigError, RunConfig, help_text, load, parse_command_line
-from trainer.config.deepspeed import presets
+from trainer.config.deepspeed.presets import presets
 from trainer.config.keys import keys
 
 
@@ -29,8 +29,11 @@ def test_a_path_may_hold_an_equals_sign() -> None:
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_option(option: str) -> None:
-    assert parse_command_line([option]).show_help
+@pytest.mark.parametrize("before", [[], ["--no-such-option", "a.yaml", "b.yaml"], ["--show"], ["train.steps=0"]])
+def test_help_option(option: str, before: list[str]) -> None:
+    """Wherever it stands, and whatever else is wrong."""
+    assert parse_command_line([*before, option]).show_help
+    assert parse_command_line([option, *before]).show_help
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,7 @@ def test_deepspeed_config_names_the_json(given: list[str]) -> None:
         ),
         (["--zzz"], "--zzz: unknown option; allowed: --dry-run, --help"),
         (["--deepspeed_config"], "--deepspeed_config: a value is missing"),
+        (["--show=²"], "--show=²: unknown option"),
         (["--local_rank", "--dry-run"], "--local_rank: a value is missing"),
         (["a.yaml", "steps"], "one recipe at a time: got 'a.yaml', 'steps'; settings are written key=value"),
     ],
@@ -67,6 +71,12 @@ def test_refused(argv: list[str], message: str) -> None:
         parse_command_line(argv)
     (found,) = error.value.problems
     assert found.startswith(message)
+
+
+@pytest.mark.parametrize("number", ["²", "٣", "0", "-1", "9" * 5000])
+def test_numbers_of_options_are_plain_digits(number: str) -> None:
+    with pytest.raises(ConfigError, match="--show: got .*; allowed: integer >= 1"):
+        parse_command_line([f"--show={number}"], options=("--show",))
 
 
 def test_all_problems_of_the_command_line_at_once() -> None:

@@ -1,43 +1,19 @@
-"""trainer/config/deepspeed.py: presets, "auto", contradictions, refusals, sizes."""
+"""trainer/config/deepspeed/: presets, "auto", contradictions, refusals, sizes."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trainer.config import ConfigError, RunConfig, deepspeed_keys
-from trainer.config.deepspeed import PRESET_FOLDER, presets, read, resolve, size_buckets
+from tests.config.deepspeed_runs import config, problems, resolve_json
+from trainer.config import ConfigError, RunConfig
+from trainer.config.deepspeed import keys as deepspeed_keys
+from trainer.config.deepspeed.buckets import size_buckets
+from trainer.config.deepspeed.presets import PRESET_FOLDER, presets, read
+from trainer.config.deepspeed.resolve import resolve
 
 SIZES = {"largest_parameter": 4097, "largest_group": 20_000, "largest_block": 20_000, "hidden": 64}
-
-
-def config(deepspeed: str = "zero3", *, dtype: str = "fp32", output: str = "runs/x", **train: Any) -> RunConfig:
-    return RunConfig(
-        model={"path": "owner/name", "dtype": dtype},
-        train={"steps": 3, "global_batch_size": 8, **train},
-        data={"train": "train.jsonl"},
-        deepspeed=deepspeed,
-        output=output,
-    )
-
-
-def write(folder: Path, values: dict[str, Any]) -> str:
-    file = folder / "ds.json"
-    file.write_text(json.dumps(values))
-    return str(file)
-
-
-def resolve_json(folder: Path, values: dict[str, Any], *, ranks: int = 2, **run: Any) -> dict[str, Any]:
-    values.setdefault("zero_optimization", {"stage": 2})
-    return resolve(config(write(folder, values), **run), ranks)
-
-
-def problems(folder: Path, values: dict[str, Any], **run: Any) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        resolve_json(folder, values, **run)
-    return error.value.problems
 
 
 # --- presets ---
@@ -98,7 +74,7 @@ def test_a_second_copy_of_the_weights_on_each_of_several_machines(monkeypatch: p
 def test_nvme_is_the_machines_own_place_for_what_is_temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     offload = resolve(config("zero3_nvme"), 2)["zero_optimization"]["offload_optimizer"]
-    assert offload["nvme_path"] == str(tmp_path / "strata" / "x")
+    assert offload["nvme_path"] == str(tmp_path) and list(tmp_path.iterdir()) == []
 
 
 def test_a_preset_is_the_same_for_every_run() -> None:
@@ -242,7 +218,7 @@ def test_blocks_that_are_switched_off_are_no_matter(tmp_path: Path) -> None:
         ),
         (
             {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}},
-            'zero_optimization.offload_optimizer.device is "nvme" in ds.json but the stage is 2, where DeepSpeed',
+            'zero_optimization.offload_optimizer.device is "nvme" in ds.json but the stage is 2, for which DeepSpeed',
         ),
         (
             {"stage": 2, "offload_param": {"device": "cpu"}},
@@ -290,57 +266,6 @@ def test_fp32_accumulation_of_bf16_is_refused_where_deepspeed_takes_another_opti
 def test_auto_without_a_value_is_refused(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, {"communication_data_type": "auto"})
     assert found.startswith('deepspeed: communication_data_type is "auto" in ds.json, but the run has no value for it')
-
-
-# --- files ---
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{\n "zero_optimization": {,}\n}', "is not valid JSON: line 2, column 24"),
-        (b'{"bf16": {}, "bf16": {}}', "gives key 'bf16' twice"),
-        (b"[]", "holds a list"),
-        (b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
-        (b'{"bf16": true}', "bf16 is true in ds.json; it must be an object"),
-        (b'{"zero_optimization": null}', "zero_optimization is null in ds.json; it must be an object"),
-    ],
-)
-def test_unreadable_files(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "ds.json").write_bytes(content)
-    with pytest.raises(ConfigError) as error:
-        read(str(tmp_path / "ds.json"))
-    assert message in error.value.problems[0]
-
-
-def test_missing_files(tmp_path: Path) -> None:
-    (tmp_path / "zero.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no such file: '.*/zeor.json'; nearest: 'zero.json'"):
-        read(str(tmp_path / "zeor.json"))
-    with pytest.raises(ConfigError, match="got 'zero3_ofload'; allowed: zero0 .*; nearest: 'zero3_offload'"):
-        read("zero3_ofload")
-    with pytest.raises(ConfigError, match="cannot read"):
-        read(f"{tmp_path}/")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"train_batchsize": 3}, "train_batchsize in ds.json: unknown key; nearest: 'train_batch_size'"),
-        ({"zero_optimization": {"stag": 1}}, "zero_optimization.stag in ds.json: unknown key; nearest: 'stage'"),
-        (
-            {"zero_optimization": {"offload_optimizer": {"devise": 1}}},
-            "zero_optimization.offload_optimizer.devise in ds.json",
-        ),
-        ({"bf16": {"enable": True}}, "bf16.enable in ds.json: unknown key; nearest: 'enabled'"),
-        ({"zzzzz": 1}, "zzzzz in ds.json: unknown key"),
-    ],
-)
-def test_unknown_keys(tmp_path: Path, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        read(write(tmp_path, values))
-    (found,) = error.value.problems
-    assert found.startswith(f"deepspeed: {message}")
 
 
 # --- sizes ---

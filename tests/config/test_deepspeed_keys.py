@@ -1,11 +1,11 @@
-"""trainer/config/deepspeed_keys.py: every table agrees with the installed DeepSpeed."""
+"""trainer/config/deepspeed/keys.py: every table agrees with the installed DeepSpeed."""
 
 from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
 
-from trainer.config import deepspeed_keys
+from trainer.config.deepspeed import keys as deepspeed_keys
 
 
 class Recorder(dict):

@@ -1,54 +1,17 @@
 """trainer/config/: loading, methods, overrides, and every kind of user error."""
 
-import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from trainer.config import METHODS, ConfigError, RunConfig, dump, load
+from tests.config.settings import config, problems, settings, write
+from trainer.config import METHODS, ConfigError, dump, load
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory of the test, with a training file and an evaluation file."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    (tmp_path / "eval.jsonl").write_text('{"question": "c", "answer": "d"}\n')
-    return tmp_path
-
-
-VALID = {
-    "model.random": "{model_type: llama, hidden_size: 64}",
-    "train.steps": "100",
-    "train.global_batch_size": "8",
-    "data.train": "train.jsonl",
-}
-
-
-def settings(*overrides: str, without: tuple[str, ...] = ()) -> list[str]:
-    return [f"{key}={value}" for key, value in VALID.items() if key not in without] + list(overrides)
-
-
-def config(*overrides: str, without: tuple[str, ...] = ()) -> RunConfig:
-    return load(None, settings(*overrides, without=without))
-
-
-def problems(*overrides: str, without: tuple[str, ...] = (), path: str | None = None) -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        load(path, settings(*overrides, without=without))
-    return error.value.problems
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text)
-    return str(path)
 
 
 # --- what a valid configuration holds ---
@@ -56,7 +19,7 @@ def write(path: Path, text: str) -> str:
 
 def test_imports_nothing_slow() -> None:
     code = (
-        "import sys, trainer, trainer.config, trainer.config.deepspeed\n"
+        "import sys, trainer, trainer.config, trainer.config.deepspeed.resolve, trainer.config.deepspeed.buckets\n"
         "slow = {'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)\n"
         "print(sorted(slow), trainer.__version__)"
     )
@@ -152,143 +115,6 @@ def test_dump_loads_back_the_fixed_selector(folder: Path) -> None:
     assert load(write(folder / "config.yaml", dump(original)), []) == original
 
 
-# --- paths ---
-
-
-def test_paths_of_a_file_point_into_the_current_directory_first_and_its_own_folder_second(folder: Path) -> None:
-    recipes = folder / "recipes"
-    (recipes / "llama").mkdir(parents=True)
-    (recipes / "llama" / "config.json").write_text("{}")
-    (recipes / "llama" / "model.safetensors").write_bytes(b"")
-    for place in (recipes, folder):
-        (place / "both.jsonl").write_text("{}\n")
-    (recipes / "only.jsonl").write_text("{}\n")
-    (recipes / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    text = "data: {train: both.jsonl, eval: only.jsonl}\nmodel: {path: llama}\ndeepspeed: ds.json\n"
-    path = write(recipes / "run.yaml", text)
-    loaded = load(path, settings(without=("data.train", "model.random")))
-    assert [source.path for source in loaded.data.train] == [str(folder / "both.jsonl")]
-    assert [source.path for source in loaded.data.eval] == [str(recipes / "only.jsonl")]
-    assert loaded.model.path == str(recipes / "llama")
-    assert loaded.deepspeed == str(recipes / "ds.json")
-    # An override was typed in the current directory.
-    found = problems("data.train=only.jsonl", without=("data.train", "model.random"), path=path)
-    assert found == [f"data.train: no such file: 'only.jsonl'; nearest: {str(recipes / 'only.jsonl')!r}"]
-
-
-@pytest.mark.usefixtures("folder")
-def test_a_hub_name_is_left_to_the_hub() -> None:
-    assert config("model.path=owner/name", without=("model.random",)).model.path == "owner/name"
-
-
-@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "~/nowhere", "models/of/mine"])
-@pytest.mark.usefixtures("folder")
-def test_a_model_path_that_is_no_hub_name_must_exist(path: str) -> None:
-    (found,) = problems(f"model.path={path}", without=("model.random",))
-    assert found.startswith(f"model.path: no such folder: {path!r}") and "hub name" in found
-
-
-def test_a_model_folder_needs_a_config_and_weights(folder: Path) -> None:
-    (folder / "weights").mkdir()
-    (found,) = problems("model.path=weights", without=("model.random",))
-    assert "weights' has no config.json" in found
-    (folder / "weights" / "config.json").write_text("{}")
-    (found,) = problems("model.path=weights", without=("model.random",))
-    assert "weights' has no weights (*.safetensors or *.bin)" in found
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (folder / "weights" / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "weights" / "model-1.safetensors").write_bytes(b"")
-    (found,) = problems("model.path=weights", without=("model.random",))
-    assert "weights' lacks 1 of 2 weight files, such as model-2.safetensors" in found
-    (found,) = problems("model.path=train.jsonl", without=("model.random",))
-    assert "is a file" in found
-    (found,) = problems("model.tokenizer=./toknizer")
-    assert found.startswith("model.tokenizer: no such folder")
-    assert config("model.tokenizer=bytes").model.tokenizer == "bytes"
-
-
-def test_data_files(folder: Path) -> None:
-    (folder / "empty.jsonl").touch()
-    (folder / "sub").mkdir()
-    found = problems("data.train=trian.jsonl", "data.eval=empty.jsonl")
-    assert found == [
-        "data.train: no such file: 'trian.jsonl'; nearest: 'train.jsonl'",
-        f"data.eval: {str(folder / 'empty.jsonl')!r} is empty; it must hold rows",
-    ]
-    assert "is a folder" in problems("data.train=sub")[0]
-    (unchecked,) = load(None, settings("data.train=nowhere.jsonl"), check_files=False).data.train
-    assert unchecked.path == "nowhere.jsonl"
-
-
-def test_every_source_of_a_mix_is_looked_for(folder: Path) -> None:
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "b.csv").write_text("question,answer\n")
-    (folder / "notes.txt").write_text("x")
-    sources = "[train.jsonl, {path: b.csv, format: qa}, owner/name, 'owner/name:test[:10%]']"
-    path = write(folder / "recipes" / "run.yaml", f"data: {{train: {sources}}}\n")
-    loaded = load(path, settings(without=("data.train",)))
-    assert [(source.path, source.format, source.split) for source in loaded.data.train] == [
-        (str(folder / "train.jsonl"), "auto", None),
-        (str(folder / "recipes" / "b.csv"), "qa", None),
-        ("owner/name", "auto", None),
-        ("owner/name", "auto", "test[:10%]"),
-    ]
-    assert load(write(folder / "saved.yaml", dump(loaded)), []) == loaded
-    assert problems("data.train=[train.jsonl, notes.txt, data/gone.jsonl]") == [
-        f"data.train[1]: {str(folder / 'notes.txt')!r} is no data file by its name; allowed: "
-        ".jsonl | .json | .csv | .parquet | .arrow",
-        f"data.train[2]: no such file: 'data/gone.jsonl' (looked in {folder / 'data'})",
-    ]
-    assert load(None, settings("data.train=recipes")).data.train[0].path == str(folder / "recipes")
-
-
-def test_a_data_file_that_cannot_be_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path_open = Path.open
-
-    def refuse(
-        self: Path, *arguments: Any, **options: Any
-    ) -> Any:  # Root may read everything: permissions show nothing.
-        if self.name == "train.jsonl":
-            raise PermissionError(13, "Permission denied")
-        return path_open(self, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", refuse)
-    assert problems() == [f"data.train: cannot read {str(folder / 'train.jsonl')!r}: Permission denied"]
-
-
-@pytest.mark.parametrize("key", ["output", "data.cache"])
-@pytest.mark.usefixtures("folder")
-def test_a_folder_to_write_cannot_be_a_file(key: str) -> None:
-    assert problems(f"{key}=train.jsonl")[0].startswith(f"{key}: 'train.jsonl' cannot be a folder")
-    assert problems(f"{key}=train.jsonl/run")[0].startswith(f"{key}: 'train.jsonl/run' cannot be a folder")
-
-
-# --- files that cannot be read ---
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"seed: 1\ntrain: [3\n", "line 3: not valid YAML"),
-        (b"seed: 1\nseed: 2\n", "line 2: not valid YAML: key 'seed' given twice"),
-        (b"seed: 1\noutput: \xff\n", "line 2: not UTF-8 text (byte 0xff)"),
-        (b"- seed\n", "holds a list"),
-        (b"a\x00b: 1\n", "not valid YAML"),
-        (b"train: {on: 3}\n", "key True is not text"),
-    ],
-)
-def test_unreadable_yaml(folder: Path, content: bytes, message: str) -> None:
-    (folder / "run.yaml").write_bytes(content)
-    (found,) = problems(path="run.yaml")
-    assert found.startswith("run.yaml") and message in found
-
-
-def test_missing_recipe(folder: Path) -> None:
-    write(folder / "lisa.yaml", "")
-    assert problems(path="lsia.yaml") == ["configuration file: no such file: 'lsia.yaml'; nearest: 'lisa.yaml'"]
-    assert "cannot read" in problems(path=str(folder))[0]
-
-
 @pytest.mark.parametrize("override", ["seed", "=3", "train..steps=3", "train.=3", "a b =3"])
 @pytest.mark.usefixtures("folder")
 def test_malformed_overrides(override: str) -> None:
@@ -337,7 +163,10 @@ def test_an_override_that_is_no_yaml() -> None:
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: got 1.0; allowed: list of 2, each number >= 0 and < 1"),
         ("optimizer.lr_always_on=0", "optimizer.lr_always_on: got 0; allowed: number > 0 | null"),
         ("data.eval_fraction=1", "data.eval_fraction: got 1; allowed: number >= 0 and < 1"),
-        ("data.train=", "data.train: got null; allowed: text | {path, format, subset, split, weight} | list of these"),
+        (
+            "data.train=",
+            "data.train: got null; allowed: text | {path, format, subset, split, ignore, weight} | list of these",
+        ),
         ("data.train=[]", "data.train: got an empty list; name at least one source"),
         ("data.train=[train.jsonl, 5]", "data.train[1]: got 5; allowed: text | {path, "),
         ("data.train={path: train.jsonl, wait: 2}", "data.train[0].wait: unknown key; nearest: 'data.train[0].weight'"),
@@ -357,7 +186,7 @@ def test_an_override_that_is_no_yaml() -> None:
         ),
         ("data.packing=1", "data.packing: got 1; allowed: true | false"),
         ("seed=-1", "seed: got -1; allowed: integer >= 0"),
-        ("selector={name: fixed, blocks: [1, 1]}", "selector.blocks: got [1, 1]; each block at most once"),
+        ("selector={name: fixed, blocks: [1, 1]}", "selector.blocks: got [1, 1]; name each block at most once"),
         ("selector={name: fixed, blocks: []}", "selector.blocks: got an empty list"),
         ("selector={name: fixed}", "selector.blocks: missing; allowed: list, each integer"),
         ("model.random={hidden_size: 3}", "model.random: got keys ['hidden_size'] without model_type"),
@@ -412,7 +241,7 @@ def test_id3_is_its_published_point_and_says_what_it_cannot_do() -> None:
         ("model.dtype=fp16", "model.dtype: fp16, but gradients of fp16 are scaled"),
         ("bank.name=cpu", "bank.name: cpu, but the state of update.name=unmask is small"),
         ("optimizer.name=adamw_8bit", "optimizer.name: adamw_8bit, but the state of update.name=unmask is small"),
-        ("optimizer.lr_always_on=1e-3", "optimizer.lr_always_on: 0.001, but with update.name=unmask all weights"),
+        ("optimizer.lr_always_on=1e-3", "optimizer.lr_always_on: 0.001, but update.name=unmask trains all weights"),
     ):
         found = problems("method=id3", override)
         assert found and all(problem.startswith(message) for problem in found[:1]), found
@@ -424,7 +253,7 @@ def test_missing_keys_are_named_in_full() -> None:
         load(None, [])
     assert error.value.problems == [
         "train.global_batch_size: missing; allowed: integer >= 1",
-        "data.train: missing; allowed: text | {path, format, subset, split, weight} | list of these",
+        "data.train: missing; allowed: text | {path, format, subset, split, ignore, weight} | list of these",
         "model.path, model.random: neither given; set exactly one of them",
         "train.steps, train.epochs: neither given; set exactly one of them",
     ]

@@ -1,4 +1,4 @@
-"""trainer/run_size.py: batch, steps and warm-up as they follow from the configuration."""
+"""trainer/config/run_size.py: batch, steps and warm-up as they follow from the configuration."""
 
 from typing import Any
 

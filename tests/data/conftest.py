@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSource, TrainSource
-from trainer.data import Prepared, prepare
-from trainer.data.rows import Row, read_rows
+from trainer.data.cache import Prepared, prepare
+from trainer.data.formats.base import Row
+from trainer.data.rows import read_rows
 from trainer.data.sources import open_source
 from trainer.data.tokenizer import bytes_tokenizer
 
@@ -23,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Writes rows (objects, or bytes as they are) to a JSONL file."""
+    """Write rows (objects, or bytes as they are) to a JSONL file."""
 
     def write(*rows: Any, name: str = "train.jsonl") -> Path:
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from tests.data.conftest import rows_of
-from trainer.data import DataError, Report
-from trainer.data.encode import encode
+from trainer.data.encode import Report, encode
+from trainer.data.errors import DataError
 from trainer.data.tokenizer import bytes_tokenizer
 
 USER = {"role": "user", "content": "hi"}
@@ -23,7 +25,7 @@ def samples_of(path, tokenizer, max_length=1000, overflow="truncate"):
 
 
 def texts(path, tokenizer):
-    """The whole text of the only sample, and its targets, each run of them apart."""
+    """Return the whole text of the only sample, and each run of its targets."""
     ((sample,), _) = samples_of(path, tokenizer)
     ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
@@ -71,7 +73,7 @@ def test_a_message_that_opts_out_is_no_target_and_its_neighbours_are(write, toke
 
 
 def test_neighbours_with_nothing_between_them_are_told_apart(write):
-    """A mask of tokens shows one run here, and cannot tell where one message ends."""
+    """A mask of tokens would show one run here, without the end of each message."""
     tokenizer = bytes_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
@@ -88,10 +90,10 @@ def test_a_template_that_marks_messages_in_pieces_cannot_opt_out(write):
     tokenizer = bytes_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{% generation %}.{% endgeneration %}{% endif %}{% endfor %}"
+        "{% generation %}.{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     fine = {"messages": [USER, assistant("one"), assistant("two")]}
-    assert texts(write(fine), tokenizer)[1] == ["ne.two."]
+    assert texts(write(fine), tokenizer)[1] == ["one.two."]
     with pytest.raises(DataError, match=r"train\.jsonl:2: train: false .* marks 4 spans in 2 assistant messages"):
         samples_of(write(fine, {"messages": [USER, assistant("one"), assistant("two", train=False)]}), tokenizer)
 
@@ -146,7 +148,7 @@ def test_a_template_without_a_place_for_tools_is_refused(write):
 
 def test_every_sample_masked_out_is_an_error(write):
     tokenizer = bytes_tokenizer()
-    tokenizer.chat_template = "{{ messages[0].content }}{% generation %}{% endgeneration %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
     path = write(
         *[{"messages": [USER, assistant("x")]}] * 2, {"messages": [{**USER, "content": "long"}, assistant("x")]}
     )
@@ -154,3 +156,49 @@ def test_every_sample_masked_out_is_an_error(write):
         samples_of(path, tokenizer)
     with pytest.raises(DataError, match=r"2 have no token to train on .*all are masked.*1 are longer .*=drop"):
         samples_of(path, tokenizer, max_length=3, overflow="drop")
+
+
+# Rows that a template refuses
+
+
+def test_refused_rows_are_named_up_to_ten_across_chunks(write, tokenizer, monkeypatch):
+    monkeypatch.setattr(sys.modules[encode.__module__], "ROWS_PER_CHUNK", 2)
+    good, critic = (
+        {"messages": [USER, assistant("b")]},
+        {"messages": [USER, assistant("b"), {**USER, "role": "critic"}]},
+    )
+    path = write(good, critic, good, critic, critic, good)
+    with pytest.raises(DataError) as few:
+        samples_of(path, tokenizer)
+    refused = "the tokenizer's chat template refuses the row: unknown role 'critic'"
+    assert [problem.partition("; ")[0] for problem in few.value.problems] == [
+        f"{path}:{n}: {refused}" for n in (2, 4, 5)
+    ]
+    with pytest.raises(DataError) as many:
+        samples_of(write(*[critic] * 30), tokenizer)
+    assert len(many.value.problems) == 11 and many.value.problems[-1] == f"{path}: stopped after 10 problems"
+
+
+# Tokenizers with several templates
+
+
+def templates(**named):
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = {name: mark + tokenizer.chat_template for name, mark in named.items()}
+    return tokenizer
+
+
+def test_rows_with_tools_go_through_the_template_for_tools(write):
+    """It is the template that transformers uses for them."""
+    tokenizer = templates(default="D", tool_use="T")
+    rows = [{"messages": [USER, assistant("b")], "tools": tools} for tools in ([], [TOOL])]
+    whole = [tokenizer.decode(sample["input_ids"]) for sample in samples_of(write(*rows), tokenizer)[0]]
+    assert [text[0] for text in whole] == ["D", "T"] and "add" in whole[1]
+
+
+def test_a_tokenizer_without_a_default_template_is_told_which_it_has(write):
+    path = write({"messages": [USER, assistant("b")]})
+    with pytest.raises(
+        DataError, match=r"chat templates called rag, tool_use, but none called default.*chat_template\.jinja"
+    ):
+        samples_of(path, templates(rag="R", tool_use="T"))

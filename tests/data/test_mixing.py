@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections import Counter
 
 import pytest
 
 from tests.data.conftest import prepared
-from trainer.data import Batches, DataError
+from trainer.data.batches import Batches
+from trainer.data.errors import DataError
+from trainer.data.tokenizer import bytes_tokenizer
 
 SIZES, WEIGHTS = [10, 3, 40], [0.5, 0.3, 0.2]
 
@@ -75,7 +79,7 @@ def test_a_mix_does_not_depend_on_the_number_of_ranks(weights):
 
 
 def test_the_order_of_a_mix_stays_what_it_was():
-    """Resuming relies on it: a change here breaks the checkpoints of others."""
+    """Resuming relies on it: a change here breaks existing checkpoints."""
     assert stream(2) == [9, 10, 27, 7, 5, 11, 6, 21, 12, 8, 1, 11, 25, 2, 4, 12]
 
 
@@ -100,20 +104,138 @@ def test_what_comes_after_a_stop_is_what_would_have_come_on_any_number_of_ranks(
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("change", "problem"),
     [
-        ({"sizes": [10, 3, 41]}, "sizes"),
-        ({"weights": [0.5, 0.2, 0.3]}, "weights"),
-        ({"weights": None}, "weights"),
-        ({"seed": 1}, "seed"),
-        ({"size": 16}, "global_batch_size"),
-        ({"fingerprint": "y"}, "data"),
+        ({"sizes": [10, 3, 41]}, r"samples of each source of data\.train: \[10, 3, 40\] .*, \[10, 3, 41\] now"),
+        (
+            {"weights": [0.5, 0.2, 0.3]},
+            r"data\.train\[\]\.weight: \[0\.5, 0\.3, 0\.2\] in the .*, \[0\.5, 0\.2, 0\.3\]",
+        ),
+        ({"weights": None}, r"data\.train\[\]\.weight: \[0\.5, 0\.3, 0\.2\] in the checkpoint, None now"),
+        ({"seed": 1}, "seed: 0 in the checkpoint, 1 now"),
+        ({"size": 16}, r"train\.global_batch_size: 8 in the checkpoint, 16 now"),
+        ({"fingerprint": "y"}, r"data\.train: not the samples of the run to resume"),
     ],
 )
-def test_a_position_in_other_data_is_refused(change, name):
-    with pytest.raises(DataError, match=rf"data position: {name} was .* when it was saved and is .* now") as error:
+def test_a_position_in_other_data_is_refused(change, problem):
+    with pytest.raises(DataError, match=rf"^{problem}.*; change it back, or start anew with resume=never") as error:
         batches(**change).resume(batches().state(5))
     assert len(error.value.problems) == 1
+
+
+# Which key changed
+
+
+def batches_of(data, **changes):
+    return Batches(
+        data.sizes,
+        seed=0,
+        global_batch_size=2,
+        micro_batch_size=1,
+        rank=0,
+        ranks=1,
+        weights=data.weights,
+        **{
+            "fingerprint": data.fingerprint,
+            "made_of": data.made_of,
+            "earlier_fingerprint": data.earlier_fingerprint,
+            **changes,
+        },
+    )
+
+
+def other_template(tokenizer):
+    other = bytes_tokenizer()
+    other.chat_template += " "
+    return other
+
+
+def other_end(tokenizer):
+    other = bytes_tokenizer()
+    other.eos_token = "<|pad|>"
+    return other
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"max_length": 63}, r"data\.max_length: 64 in the checkpoint, 63 now"),
+        ({"overflow": "drop"}, r"data\.overflow: 'truncate' in the checkpoint, 'drop' now"),
+        ({"packing": True}, r"data\.packing: False in the checkpoint, True now"),
+        ({"eval_fraction": 0.2}, r"data\.eval_fraction: 0\.0 in the checkpoint, 0\.2 now"),
+        ({"tokenizer": other_template}, "the tokenizer's chat template: it is not the same as in the checkpoint"),
+        ({"tokenizer": other_end}, r"model\.tokenizer: it is not the same as in the checkpoint"),
+        ({"format": "text"}, r"data\.train\[0\]\.format: 'auto' in the checkpoint, 'text' now"),
+        ({"ignore": ["note"]}, r"data\.train\[0\]\.ignore: \[\] in the checkpoint, \['note'\] now"),
+        ({"edited": True}, r"data\.train\[0\]\.path: its content is not the same as in the checkpoint"),
+        ({"more": True}, r"data\.train\[1\]: not in the checkpoint"),
+    ],
+)
+def test_what_changed_in_the_data_is_named_by_its_key(write, tmp_path, tokenizer, changes, problem):
+    rows = [{"text": f"text {n}", "note": ""} for n in range(9)]
+    path = write(*rows)
+    before = batches_of(prepared(tmp_path, tokenizer, path))
+    state = json.loads(json.dumps(before.state(5)))
+    assert before.resume(state) == 5 and before.not_recorded(state) == []
+    source = {"path": str(path), **{key: changes[key] for key in ("format", "ignore") if key in changes}}
+    sources = [source, *([str(write(*rows, name="more.jsonl"))] if "more" in changes else [])]
+    if "edited" in changes:
+        write({"text": "other"}, *rows[1:])
+    if "ignore" in changes:
+        write(*({**row, "note": "x"} for row in rows), name="noted.jsonl").rename(path)
+    settings = {key: changes[key] for key in ("max_length", "overflow", "packing", "eval_fraction") if key in changes}
+    tokenizer = changes["tokenizer"](tokenizer) if "tokenizer" in changes else tokenizer
+    with pytest.raises(DataError) as error:
+        batches_of(prepared(tmp_path, tokenizer, *sources, **settings)).resume(state)
+    assert any(re.match(problem, line) for line in error.value.problems), error.value.problems
+    assert all("resume=never" in line and "[0].path" not in line for line in error.value.problems) or (
+        "edited" in changes or "ignore" in changes
+    )
+
+
+def fingerprint_of_678ef04(path, tokenizer):
+    """Compute the fingerprint as that version did, for a file and the settings of `prepared`."""
+
+    def digest(value):
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    del core["truncation"], core["padding"]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = {"template": tokenizer.chat_template, "patched_by": None}
+    source = {
+        "version": 2,
+        "files": [[".jsonl", hashlib.sha256(path.read_bytes()).hexdigest()]],
+        "source": ["auto", None, None],
+        "split": None,
+        "tokenizer": {"core": digest(core), "special": special, **template},
+        "max_length": 64,
+        "overflow": "truncate",
+        "packed_by": None,
+    }
+    return digest([digest(source)[:32]])[:32]
+
+
+def test_positions_of_an_earlier_version_are_taken_up_if_nothing_changed(write, tmp_path, tokenizer):
+    """Checkpoints of 678ef04 have a fingerprint, and no `made_of`."""
+    path = write(*[{"question": f"{n}?", "answer": str(n)} for n in range(9)])
+    tokenizer = bytes_tokenizer()
+    now = batches_of(prepared(tmp_path, tokenizer, path))
+    state = {**now.state(5), "data": fingerprint_of_678ef04(path, tokenizer)}
+    del state["made_of"]
+    assert now.resume(state) == 5
+    assert "does not record what its samples were made of" in now.not_recorded(state)[0]
+    with pytest.raises(DataError, match=r"^data\.train: not the samples .* data\.max_length, .*does not record which"):
+        batches_of(prepared(tmp_path, tokenizer, path, max_length=63)).resume(state)
+    # Of a folder, whose files are not read through a table any more, only the number of samples is known.
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path.rename(folder / "train.jsonl")
+    now = batches_of(prepared(tmp_path, tokenizer, folder))
+    assert now.resume(state) == 5
+    assert "only the number of samples was checked" in now.not_recorded(state)[0]
+    with pytest.raises(DataError, match="samples of each source"):
+        now.resume({**state, "sizes": [8]})
 
 
 # From files

@@ -10,8 +10,8 @@ import torch
 
 from tests.data.conftest import prepared
 from tests.models import tiny_llama
-from trainer.data import collate, count_targets, count_tokens
-from trainer.loss import summed_loss
+from trainer.data.batches import collate, count_targets, count_tokens
+from trainer.model.loss import summed_loss
 
 LENGTHS = (7, 2, 30, 12, 18, 3, 25, 9)
 PAD = 9
@@ -35,7 +35,7 @@ ROWS = [pack(SAMPLES[:4]), pack(SAMPLES[4:6]), pack(SAMPLES[6:])]  # of differen
 
 
 def loss_and_gradients(model, batches):
-    """Summed over batches: the loss, and the gradient of every parameter."""
+    """Return the loss and the gradients of all parameters, summed over batches."""
     model = copy.deepcopy(model)
     total = 0.0
     for batch in batches:
@@ -46,7 +46,7 @@ def loss_and_gradients(model, batches):
     return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-@pytest.fixture(params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
 def model(request):
     model = tiny_llama(layers=3)
     model.set_attn_implementation(request.param)
@@ -56,18 +56,24 @@ def model(request):
     return model
 
 
+@pytest.fixture(scope="module")
+def alone(model):
+    """Compute loss and gradients of the samples, each in a batch of its own."""
+    return loss_and_gradients(model, [collate([sample], pad_id=PAD) for sample in SAMPLES])
+
+
 @pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
 @pytest.mark.parametrize("pad_to", [None, 16])
-def test_packed_loss_and_gradients_equal_those_of_the_samples_alone(model, flat, pad_to):
-    loss, gradients = loss_and_gradients(model, [collate([sample], pad_id=PAD) for sample in SAMPLES])
+def test_packed_loss_and_gradients_equal_those_of_the_samples_alone(model, alone, flat, pad_to):
+    loss, gradients = alone
     packed, packed_gradients = loss_and_gradients(model, [collate(ROWS, pad_id=PAD, pad_to=pad_to, flat=flat)])
     assert packed == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(packed_gradients, gradients, rtol=1e-4, atol=1e-5 * float(gradients.abs().max()))
 
 
-def test_samples_that_see_each_other_have_another_loss(model):
-    """What the test above would find, were samples only put one after another, with or without their positions."""
-    loss, _ = loss_and_gradients(model, [collate([sample], pad_id=PAD) for sample in SAMPLES])
+def test_samples_that_see_each_other_have_another_loss(model, alone):
+    """The test above would notice samples that are only concatenated, with or without their positions."""
+    loss, _ = alone
     joined = [{name: row[name] for name in ("input_ids", "labels")} for row in ROWS]
     together, _ = loss_and_gradients(model, [collate(joined, pad_id=PAD)])
     assert abs(together / loss - 1) > 1e-2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.data.conftest import rows_of
-from trainer.data import DataError
+from trainer.data.errors import DataError
 from trainer.data.rows import detect
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -45,6 +47,75 @@ def test_sharegpt_becomes_messages(write):
     assert row.tools == (TOOL,) and row.trains == (True, True)
 
 
+def test_sharegpt_with_calls_in_values(write):
+    """As LLaMA-Factory writes them."""
+    call, pair = {"name": "add", "arguments": {"a": 1}}, [{"name": "add", "arguments": {"a": i}} for i in (2, 3)]
+    turns = [
+        ("human", "h"),
+        ("function_call", json.dumps(call)),
+        ("observation", "1"),
+        ("function_call", json.dumps(pair)),
+        ("observation", ""),
+        ("gpt", "g"),
+    ]
+    row = only(write, {"conversations": [{"from": who, "value": what} for who, what in turns], "tools": [TOOL]})
+    assert [message["role"] for message in row.messages] == "user assistant tool assistant tool assistant".split()
+    calls = [[call["function"] for call in message.get("tool_calls", [])] for message in row.messages]
+    assert calls == [[], [call], [], pair, [], []] and row.messages[1]["content"] == ""
+    assert row.trains == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"value": "add(1)"}, r"conversations\[1\]\.value: string .*, but a call {name, arguments}, or a list of them"),
+        ({"value": "3"}, r"conversations\[1\]\.value: string"),
+        ({"value": '{"arguments": {}}'}, r"conversations\[1\]\.tool_calls\[0\]: "),
+        ({"value": '["add"]'}, r"conversations\[1\]\.tool_calls\[0\]: "),
+        ({"value": '{"name": "add"}', "tool_calls": [CALL]}, "a call, and others in tool_calls"),
+    ],
+)
+def test_what_is_no_call_is_refused(write, message, words):
+    with pytest.raises(DataError, match=words):
+        turns = [{"from": "human", "value": "h"}, {"from": "function_call", **message}]
+        only(write, {"conversations": turns})
+
+
+def test_prompts_and_completions_may_be_conversations(write):
+    """As in TRL; only the completion trains."""
+    row = only(write, {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT], "system": "s", "tools": [TOOL]})
+    assert row.messages == ({"role": "system", "content": "s"}, USER, ASSISTANT, USER, ASSISTANT)
+    assert row.trains == (False, True) and row.tools == (TOOL,) and not row.prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"prompt": [USER], "completion": "hello"},
+            "prompt: list .*, and completion: string .*; both must be texts, or",
+        ),
+        ({"prompt": "hi", "completion": [ASSISTANT]}, "both must be texts, or both lists of messages"),
+        ({"prompt": [USER], "completion": [USER]}, "completion: no message with role 'assistant'"),
+        ({"prompt": [], "completion": [ASSISTANT]}, "prompt: empty list, but a non-empty list"),
+        ({"prompt": [{"role": "user"}], "completion": [ASSISTANT]}, r"prompt\[0\]: {role}, but {role, content}"),
+        (
+            {"prompt": [USER], "completion": [{**ASSISTANT, "train": False}]},
+            "completion: no message of the assistant is",
+        ),
+        (
+            {"prompt": [{"role": "system", "content": "a"}], "completion": [ASSISTANT], "system": "b"},
+            r"prompt\[0\]: a s",
+        ),
+        ({"prompt": "hi", "completion": "hello", "tools": [TOOL]}, r"has {tools}, which would not be in the sample"),
+        ({"prompt": "hi", "completion": "hello", "system": "s"}, r"has {system}, which would not be in the sample"),
+    ],
+)
+def test_conversations_in_prompts_are_checked(write, row, words):
+    with pytest.raises(DataError, match=words):
+        only(write, row)
+
+
 @pytest.mark.parametrize("tools", [[TOOL], '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'])
 def test_openai_messages_with_tools(write, tools):
     messages = [
@@ -78,21 +149,21 @@ def test_a_message_can_opt_out(write, out):
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([{**ASSISTANT, "train": False}], r"no message of the assistant is a target, so nothing to train on"),
+        ([{**ASSISTANT, "train": False}], r"no message of the assistant is a target, so there is nothing to train on"),
         ([USER, {**ASSISTANT, "train": 1}], r"messages\[1\]\.train: number 1; allowed: true \| false"),
         ([USER, {**ASSISTANT, "weight": 0.5}], r"messages\[1\]\.weight: number 0\.5; allowed: 0 \| 1"),
         ([{**USER, "train": True}, ASSISTANT], r"messages\[0\]\.train: boolean true on a message of role 'user'"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT],
-            r"messages\[0\]\.content\[0\]: {type} where",
+            r"messages\[0\]\.content\[0\]: {type}, but",
         ),
-        ([{"role": "user", "content": []}, ASSISTANT], r"messages\[0\]\.content: empty list where a string"),
-        ([{**ASSISTANT, "tool_calls": "add"}], r"messages\[0\]\.tool_calls: string \"add\" where a list"),
-        ([{**ASSISTANT, "tool_calls": [{}]}], r"messages\[0\]\.tool_calls\[0\]: {} where {type, function"),
+        ([{"role": "user", "content": []}, ASSISTANT], r"messages\[0\]\.content: empty list, but a non-empty string"),
+        ([{**ASSISTANT, "tool_calls": "add"}], r"messages\[0\]\.tool_calls: string \"add\", but a list"),
+        ([{**ASSISTANT, "tool_calls": [{}]}], r"messages\[0\]\.tool_calls\[0\]: {}, but {type, function"),
         ([{**USER, "tool_calls": [CALL]}, ASSISTANT], r"messages\[0\]\.tool_calls: in a message of role 'user'"),
         (
             [{**ASSISTANT, "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}],
-            r"messages\[0\]\.tool_calls\[0\]\.function\.arguments: string \"x\" where an object is needed",
+            r"messages\[0\]\.tool_calls\[0\]\.function\.arguments: string \"x\", but an object is needed",
         ),
     ],
 )
@@ -102,7 +173,7 @@ def test_bad_messages_are_named(write, messages, problem):
 
 
 @pytest.mark.parametrize(
-    ("tools", "problem"), [("x", r"tools: string \"x\" where"), ([3], r"tools\[0\]: number 3 where")]
+    ("tools", "problem"), [("x", r"tools: string \"x\", but"), ([3], r"tools\[0\]: number 3, but")]
 )
 def test_bad_tools_are_named(write, tools, problem):
     with pytest.raises(DataError, match=problem):
@@ -112,7 +183,7 @@ def test_bad_tools_are_named(write, tools, problem):
 def test_bad_conversations_are_named_by_their_own_keys(write):
     with pytest.raises(DataError, match=r"conversations\[0\]\.from: got 'bot'; allowed: human \| user \| gpt"):
         only(write, {"conversations": [{"from": "bot", "value": "x"}]})
-    with pytest.raises(DataError, match=r"conversations\[0\]: {role, content} where {from, value} is needed"):
+    with pytest.raises(DataError, match=r"conversations\[0\]: {role, content}, but {from, value} is needed"):
         only(write, {"conversations": [USER, ASSISTANT]})
 
 
@@ -141,7 +212,7 @@ def test_columns_name_the_format(columns, format):
 def test_columns_that_name_none_or_several_are_refused(write):
     with pytest.raises(DataError, match=r"train\.jsonl:1: .*format: alpaca \| text}"):
         only(write, ALPACA_WITH_TEXT)
-    with pytest.raises(DataError, match=r"data\.train\[\]\.format=auto\): the row has {q, a}; known are {instruction"):
+    with pytest.raises(DataError, match=r"\(format: auto\): the row has {q, a}; known are {instruction"):
         only(write, {"q": "x", "a": "y"})
 
 

@@ -1,8 +1,17 @@
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
-from trainer.data import DataError
-from trainer.data.tokenizer import bytes_tokenizer, load_tokenizer, padding_id
+from trainer.config.schema import ModelConfig
+from trainer.data.errors import DataError
+from trainer.data.tokenizer import (
+    bytes_tokenizer,
+    load_run_tokenizer,
+    load_tokenizer,
+    padding_id,
+    tokenizer_identity,
+)
 
 TEXTS = [
     "plain",
@@ -87,7 +96,7 @@ def test_a_hub_name_that_cannot_be_had_is_named_without_long_retries(monkeypatch
         raise OSError(f"no route to the hub for {name} within {timeout} s")
 
     monkeypatch.setattr(HfApi, "model_info", refuse)  # the suite must not depend on a network being there or not
-    with pytest.raises(DataError, match=r"'nobody/nothing' is no folder here.*no route to the hub for nobody/nothing"):
+    with pytest.raises(DataError, match=r"'nobody/nothing' is not a local folder.*no route to the hub"):
         load_tokenizer("nobody/nothing")
 
 
@@ -99,3 +108,72 @@ def test_the_padding_id_falls_back_to_the_end_of_text():
     tokenizer.eos_token = None
     assert padding_id(tokenizer) == 0
     assert tokenizer.pad_token is None
+
+
+def merging(merges=(("a", "b"),), **options):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "<s>": 5}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges))), bos_token="<s>", **options
+    )
+
+
+def test_the_identity_of_a_tokenizer_is_that_of_what_it_does(tmp_path):
+    identity = tokenizer_identity(bytes_tokenizer())
+    assert json.loads(json.dumps(identity)) == identity
+    bytes_tokenizer().save_pretrained(tmp_path)
+    assert tokenizer_identity(load_tokenizer(str(tmp_path))) == identity
+    used = bytes_tokenizer()
+    used("a", truncation=True, max_length=4, padding="max_length")
+    assert tokenizer_identity(used) == identity
+
+    different = [bytes_tokenizer() for _ in range(3)]
+    different[0].chat_template += " "
+    different[1].eos_token = "<|pad|>"
+    different[2].split_special_tokens = True  # Python's own; the backend does not save it
+    others = [merging(), merging(merges=[("b", "c")]), *different]
+    assert len({json.dumps(tokenizer_identity(other)) for other in [bytes_tokenizer(), *others]}) == 6
+
+
+def test_python_tokenizers_that_share_a_vocabulary_are_told_apart(tmp_path):
+    from transformers import BertJapaneseTokenizer, ByT5Tokenizer
+
+    assert tokenizer_identity(ByT5Tokenizer()) == tokenizer_identity(ByT5Tokenizer())
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "A"]))
+    found = [
+        tokenizer_identity(
+            BertJapaneseTokenizer(
+                str(tmp_path / "vocab.txt"), word_tokenizer_type="basic", subword_tokenizer_type="character",
+                do_lower_case=lower,
+            )
+        )
+        for lower in (False, True, True)
+    ]  # fmt: skip
+    assert found[0]["core"] == found[1]["core"] and found[0] != found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (
+            {"path": "nobody/nothing"},
+            "model.path: 'nobody/nothing' .*; set model.tokenizer to .*; or give another model.path",
+        ),
+        (
+            {"path": "x/y", "tokenizer": "nobody/nothing"},
+            "model.tokenizer: 'nobody/nothing' .*; give a folder, a Hub name",
+        ),
+        ({"path": "./missing"}, "model.path: no such folder: 'missing'; set model.tokenizer to a folder"),
+    ],
+)
+def test_the_key_that_the_user_set_is_named(monkeypatch, model, problem):
+    from huggingface_hub import HfApi
+
+    def refuse(self, name, *, timeout):
+        raise OSError("no route")
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    with pytest.raises(DataError, match=f"^{problem}"):
+        load_run_tokenizer(ModelConfig(**model))

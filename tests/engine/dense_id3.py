@@ -17,6 +17,7 @@ from tests.engine.parity import (
     full_weights,
     largest_difference,
     learning_rate,
+    make_bank,
     make_engine,
     make_selector,
     train_step,
@@ -65,7 +66,7 @@ class Reference:
         names = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.masks = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in names.items()}
         path = "base_model.model.model.layers" if cell.lora else "model.layers"
-        blocks = [[n for n in names if n.startswith(f"{path}.{i}.")] for i in range(6)]
+        blocks = [[n for n in names if n.startswith(f"{path}.{i}.")] for i in range(cell.depth)]
         outside = [n for n in names if ".layers." not in n]
         if not cell.lora:
             outside = [n for n in outside if self._part(n) in cell.always_on]
@@ -73,11 +74,11 @@ class Reference:
         for step in range(cell.steps):
             if step in self.skipped:
                 continue
-            drawn = selector.select(step // cell.interval, 6)
+            drawn = selector.select(step // cell.interval, cell.depth)
             active = {n: names[n] for n in names if n in outside or any(n in blocks[i] for i in drawn)}
-            if cell.bank == "discard":
-                for name in previous - active.keys():
-                    self.state.pop(name, None)
+            if cell.bank == "discard" and taken % cell.interval == 0 and selector.changes(cell.depth):
+                kept = outside if cell.redrawn == "reset" else [n for n in active if n in previous]
+                self.state = {name: state for name, state in self.state.items() if name in kept}
             previous = set(active)
             self._step(step, taken, active)
             taken += 1
@@ -149,7 +150,7 @@ def attach(case: Case, model: torch.nn.Module) -> tuple[Any, trainer.Sparse]:
         model,
         selector=make_selector(cell),
         update=case.rule(),
-        bank=cell.bank,
+        bank=make_bank(cell),
         always_on=None if cell.lora else cell.always_on,
         substrate="adapter" if cell.lora else "full",
     )
@@ -161,13 +162,13 @@ def attach(case: Case, model: torch.nn.Module) -> tuple[Any, trainer.Sparse]:
 def masks_of(engine: Any, sparse: trainer.Sparse) -> dict[str, Tensor]:
     shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in engine.module.named_parameters()}
     masks = {n: torch.zeros(shape, dtype=torch.bool, device=engine.device) for n, shape in shapes.items()}
-    for name in sparse._ever_outside_optimizer():
+    for name in sparse._slots.trained_by_rule(range(len(sparse.blocks))):
         masks[name].view(-1)[sparse.update.moved(name)] = True
     return masks
 
 
 def compared(rank: int, case: Case, *, tolerance: float = 1e-6) -> list[str]:
-    """What differs from the reference, and what moved that should not have."""
+    """Return what differs from the reference, and what moved that should not have."""
     engine, sparse = start(case)
     first = full_weights(engine)
     before, problems = dict.fromkeys(first, False), []
@@ -182,7 +183,7 @@ def compared(rank: int, case: Case, *, tolerance: float = 1e-6) -> list[str]:
     expected.run()
     problems += [n for n in expected.masks if not torch.equal(masks[n], expected.masks[n])]
     difference = largest_difference(weights, {n: p.detach() for n, p in expected.model.named_parameters()})
-    if difference > tolerance:
+    if not difference <= tolerance:
         problems.append(f"weights differ by {difference}")
     problems += [f"{n} moved" for n in weights if not torch.equal(weights[n][~masks[n]], first[n][~masks[n]])]
     rule = sparse.update

@@ -14,8 +14,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import trainer
+from tests.comparing import largest_difference  # noqa: F401 - for the tests around this
 from tests.models import FAMILIES, tiny_llama, tiny_model
-from trainer.model import DTYPES
+from trainer.engine import banks
+from trainer.engine.banks import Bank
+from trainer.model.load import DTYPES
 from trainer.selectors import build
 
 # Adam's eps is large and the rate small, so that a changed summation order stays at 1e-7 (measured: 6e-5 at lr 1e-2).
@@ -32,20 +35,22 @@ class Cell:
     selector: str = "uniform"
     blocks: Any = 2
     interval: int = 2
-    steps: int = 16
+    steps: int = 8
     bank: str = "discard"
+    redrawn: str = "reset"  # of bank discard
     accumulation: int = 1
     clipping: float = 0.0
     weight_decay: float = 0.0
     schedule: str | None = None
     offload: bool = False
     hidden: int = 32
+    depth: int = 4  # blocks
     tied: bool = False
     checkpointing: bool = False
     always_on: tuple[str, ...] = ("embeddings", "head", "norm")
     dtype: str = "fp32"
     evaluate: bool = False
-    family: str | None = None  # of tests.models.FAMILIES; None: a Llama of six blocks
+    family: str | None = None  # of tests.models.FAMILIES; None: a Llama of `depth` blocks
     reward_rate: float = 10.0  # of selector importance
     dora: bool = False
     lora: int = 0  # rank of adapters, which then train in place of the weights; the head is in PEFT's modules_to_save
@@ -59,27 +64,32 @@ class Cell:
 
 
 def make_selector(cell: Cell) -> Any:
+    # Of four blocks, 55 draws all within four intervals, never the same twice, and one that left again in the third.
     settings = {} if cell.selector == "all" else {"blocks": cell.blocks}
     if cell.selector == "importance":  # probes at every other step
         settings = {"active_share": 0.4, "update_every": 2, "reward_rate": cell.reward_rate}
-    return build(cell.selector, seed=7, interval=cell.interval, **settings)
+    return build(cell.selector, seed=55, interval=cell.interval, **settings)
+
+
+def make_bank(cell: Cell) -> Bank:
+    return banks.build(cell.bank, **({"redrawn": cell.redrawn} if cell.bank == "discard" else {}))
 
 
 def batch(step: int, micro: int, *, ranks: int, rank: int, vocab: int = 64) -> Tensor:
-    """[2, SEQUENCE] token ids; a step's global batch is 4 sequences per accumulation step, whatever the ranks."""
+    """Return [2, SEQUENCE] token ids; a step's global batch is 4 sequences per accumulation step on any ranks."""
     generator = torch.Generator().manual_seed(1000 * step + micro)
     whole = torch.randint(vocab, (4, SEQUENCE), generator=generator).to(get_accelerator().current_device_name())
     return whole.chunk(ranks)[rank] if ranks <= 4 else whole
 
 
 def probe_batch(number: int, *, ranks: int, rank: int) -> Tensor:
-    """This rank's token ids of a probe: of three sequences, so that ranks weigh differently."""
+    """Return this rank's token ids of a probe: of three sequences, so that ranks weigh differently."""
     generator = torch.Generator().manual_seed(777_000 + number)
     return torch.randint(64, (3, SEQUENCE), generator=generator)[rank::ranks]
 
 
 def summed_loss(module: torch.nn.Module, ids: Tensor) -> tuple[Tensor, int]:
-    """(cross-entropy summed over the tokens that are predicted, their number)."""
+    """Return (cross-entropy summed over the tokens that are predicted, their number)."""
     logits = module(input_ids=ids).logits
     targets = ids[:, 1:]
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum")
@@ -88,8 +98,8 @@ def summed_loss(module: torch.nn.Module, ids: Tensor) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def plain_probe(model: torch.nn.Module, trials: Any, factor: float, number: int) -> tuple[float, ...]:
-    """The loss for each trial on the whole probe batch: the scaling of LoRA multiplied by hand, and without adapters
-    what each layer adds."""
+    """Return the loss for each trial on the whole probe batch: the scaling of LoRA multiplied by hand, and without
+    adapters what each layer adds."""
     losses = []
     ids = torch.cat([probe_batch(number, ranks=3, rank=rank) for rank in range(3)])
     adapted = hasattr(model, "base_model") and hasattr(model, "peft_config")
@@ -119,7 +129,7 @@ def _turned_down(forward: Any, factor: float, hidden: Tensor, *args: Any, **kwar
 
 
 def learning_rate(cell: Cell, step: int) -> float:
-    """Multiplier of the base rate at `step`."""
+    """Return the multiplier of the base rate at `step`."""
     return 0.5 * (1 + math.cos(math.pi * step / cell.steps)) if cell.schedule == "cosine" else 1.0
 
 
@@ -127,7 +137,7 @@ def build_model(cell: Cell) -> torch.nn.Module:
     if cell.family is not None:
         model = tiny_model(cell.family).to(DTYPES[cell.dtype])
     else:
-        model = tiny_llama(hidden=cell.hidden, tied=cell.tied, dtype=DTYPES[cell.dtype])
+        model = tiny_llama(layers=cell.depth, hidden=cell.hidden, tied=cell.tied, dtype=DTYPES[cell.dtype])
     if cell.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
@@ -148,7 +158,7 @@ def build_model(cell: Cell) -> torch.nn.Module:
 
 
 def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
-    """Weights after training in one process with per-parameter Adam state, and the active set of each step."""
+    """Return the weights after training in one process with Adam state by parameter, and each step's active set."""
     model = build_model(cell)
     names = {n: p for n, p in model.named_parameters() if p.requires_grad}
     path = "base_model.model." * bool(cell.lora) + FAMILIES[cell.family or "llama"][0]
@@ -171,10 +181,11 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
         drawn = selector.select(step // cell.interval, len(layers))
         draws.append(drawn)
         active = {n: p for i in drawn for n, p in layers[i].items()} | on
-        if cell.bank == "discard":
-            for name in previous - active.keys():
-                state.pop(name, None)
-                step_counts.pop(name, None)
+        if cell.bank == "discard" and step % cell.interval == 0 and selector.changes(len(layers)):
+            # As published: a block that is drawn twice in a row starts anew as well; what is always on goes on.
+            kept = on.keys() if cell.redrawn == "reset" else active.keys() & previous
+            for name in state.keys() - kept:
+                del state[name], step_counts[name]
         previous = set(active)
         for name, p in names.items():
             p.requires_grad_(name in active)
@@ -207,7 +218,7 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
 
 
 def _scores(selector: Any) -> dict[str, Tensor]:
-    """As at the usual reward rate, which multiplies the rounding of the losses as well."""
+    """Compare as at the usual reward rate, which multiplies the rounding of the losses as well."""
     learned = selector.importance()
     return {} if learned is None else {"importance": torch.tensor(learned) * 10.0 / selector.reward_rate}
 
@@ -251,7 +262,7 @@ def make_engine(cell: Cell, model: torch.nn.Module, sparse: trainer.Sparse) -> A
     groups = sparse.param_groups(weight_decay=cell.weight_decay)
     if cell.offload:
         optimizer = DeepSpeedCPUAdam(groups, **ADAM)
-    else:  # fused where trainer/build.py has it
+    else:  # fused where trainer/run/setup.py has it
         optimizer = torch.optim.AdamW(groups, fused=get_accelerator().device_name() == "cuda", **ADAM)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(cell, step))
     config = deepspeed_config(cell, micro_batch=4 // cell.ranks)
@@ -262,7 +273,7 @@ def make_engine(cell: Cell, model: torch.nn.Module, sparse: trainer.Sparse) -> A
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
-    """Every parameter's full weights (fp32 copies), gathered; frozen ones too."""
+    """Return every parameter's full weights (fp32 copies), gathered; frozen ones too."""
     import deepspeed
 
     engine.empty_partition_cache()
@@ -281,12 +292,12 @@ def train_step(cell: Cell, engine: Any, step: int, rank: int) -> None:
 
 
 def start(cell: Cell, rank: int) -> tuple[Any, trainer.Sparse]:
-    """The cell's engine with its model attached, in each rank."""
+    """Return the cell's engine with its model attached, in each rank."""
     model = build_model(cell)
     sparse = trainer.prepare(
         model,
         selector=make_selector(cell),
-        bank=cell.bank,
+        bank=make_bank(cell),
         always_on=None if cell.lora else cell.always_on,
         substrate="adapter" if cell.lora else "full",
     )
@@ -298,7 +309,7 @@ def start(cell: Cell, rank: int) -> tuple[Any, trainer.Sparse]:
 
 
 def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
-    """The same through `prepare` and `attach`; runs in each rank."""
+    """Train the same through `prepare` and `attach`; runs in each rank."""
     engine, sparse = start(cell, rank)
     draws = []
     for step in range(cell.steps):
@@ -312,8 +323,3 @@ def strata(rank: int, cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ..
     weights = full_weights(engine) | _scores(sparse.selector)
     engine.destroy()
     return weights, draws
-
-
-def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[n].float() - b[n].float()).abs().max()) for n in a)

@@ -14,13 +14,13 @@ from tests import distributed
 from tests.engine import parity
 from tests.engine.parity import Cell, largest_difference, reference, strata
 from tests.models import FAMILIES, tiny_llama, tiny_model
-from trainer.engine.registration import RegistrationError
+from trainer.engine.zero.errors import RegistrationError
 
 TOLERANCE = 1e-6
 
 
 def _families(rank: int, families: tuple[str, ...], tied: bool) -> dict[str, float]:
-    """The largest difference of any weight from the plain loop, by family and stage, after two switches."""
+    """Return the largest difference of any weight from the plain loop, by family and stage, after two switches."""
     differences = {}
     parity.tiny_model = lambda family: tiny_model(family, tie_word_embeddings=tied)
     for family in families:
@@ -46,7 +46,7 @@ def test_every_family_trains_as_in_a_plain_loop(tied: bool) -> None:
 
 
 class RoutedExperts(nn.Module):
-    """Each token goes to one of 16 experts, by its id: a choice of the weights would turn rounding into another
+    """Send each token to one of 16 experts, by its id: a choice of the weights would turn rounding into another
     model. An expert without tokens is not called, which is so for other ones on each rank."""
 
     def __init__(self, embedding: nn.Module) -> None:

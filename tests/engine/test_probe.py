@@ -14,6 +14,7 @@ import trainer
 from tests import distributed
 from tests.engine.parity import Cell, batch, full_weights, make_engine, probe_batch, summed_loss
 from tests.models import tiny_llama
+from trainer.engine.probe import Prober
 from trainer.selectors import Importance, Measurement
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -97,8 +98,46 @@ def _compared(rank: int, stage: int, method: str, raising: int) -> tuple[bool, b
     [(2, "LORA", 0), (2, "IA3", 0), (3, "LORA", 0), (3, "IA3", 0), (3, "IA3", 2)],
 )
 def test_the_next_step_is_that_of_a_run_without_probes(stage: int, method: str, raising: int) -> None:
-    """Also where the loss function raises at the `raising`th loss, and the loop goes on."""
+    """Check it also if the loss function raises at the `raising`th loss and the loop continues."""
     for same_weights, same_noise, orders, plain_orders in distributed.run(_compared, stage, method, raising, ranks=2):
         assert same_weights and same_noise
         assert orders == plain_orders
         assert all(order for order in orders[2:]) == (stage == 3), "ZeRO-3 prefetches along a recorded order"
+
+
+# Going on after probes of an earlier process
+
+
+class Numbered:
+    """Numbers from 0 on that count how many were made."""
+
+    def __init__(self) -> None:
+        self.next, self.made = 0, 0
+
+    def __iter__(self) -> Numbered:
+        return self
+
+    def __next__(self) -> int:
+        self.next, self.made = self.next + 1, self.made + 1
+        return self.next - 1
+
+
+class Positioned(Numbered):
+    def go_to(self, number: int) -> None:
+        self.next = number
+
+
+@pytest.mark.parametrize(("kind", "made"), [(Numbered, 1000), (Positioned, 0)])
+def test_batches_of_the_past_are_only_made_if_there_is_no_other_way(kind: type[Numbered], made: int) -> None:
+    batches = kind()
+    prober = Prober(None, (), suppress=None, batches=batches, loss_function=None)  # type: ignore[arg-type]
+    prober.skip(1000)
+    assert (prober.taken, batches.made, next(batches)) == (1000, made, 1000)
+
+
+def test_an_engine_that_was_used_goes_back_to_the_probe_of_its_checkpoint() -> None:
+    batches = Positioned()
+    prober = Prober(None, (), suppress=None, batches=batches, loss_function=None)  # type: ignore[arg-type]
+    prober.skip(7)
+    prober.skip(3)
+    assert (prober.taken, next(batches)) == (3, 3)

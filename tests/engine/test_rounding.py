@@ -9,8 +9,8 @@ import trainer
 from tests import distributed
 from tests.engine.parity import Cell, build_model, make_engine, train_step
 from trainer.config import load
-from trainer.describe import rounding_warning
 from trainer.engine.rounding import RoundingLoss, half_unit
+from trainer.run.remarks import rounding_warning
 from trainer.selectors import Cyclic
 
 
@@ -81,4 +81,4 @@ def test_a_run_that_would_lose_nearly_everything_is_warned_about(lr: float, bank
     lines = rounding_warning(config, sparse)
     assert bool(lines) == warned
     if warned:
-        assert "optimizer.lr=1e-07 a weight moves by 2.0e-06" in lines[0] and "bank.name=cpu" in lines[0]
+        assert "optimizer.lr=1e-07 a weight moves by at most 2.0e-06" in lines[0] and "bank.name=cpu" in lines[0]

@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def adapted(method: str, **more: Any) -> Any:
-    """A Llama of six blocks with adapters that do something."""
+    """Build a Llama of six blocks with adapters that do something."""
     config = PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", **METHODS[method], **more)
     model = get_peft_model(tiny_llama(), config).eval()
     generator = torch.Generator().manual_seed(1)

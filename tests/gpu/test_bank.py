@@ -20,8 +20,8 @@ from tests.engine.parity import (
     reference,
 )
 from tests.gpu import RANKS
-from trainer.engine.bank import Cpu
-from trainer.engine.registration import Slice
+from trainer.engine.banks.cpu import Cpu
+from trainer.engine.zero.slices import Slice
 
 pytestmark = pytest.mark.gpu
 

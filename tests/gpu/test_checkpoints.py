@@ -12,8 +12,9 @@ from tests import distributed
 from tests.engine.parity import Cell, batch, full_weights, start, train_step
 from tests.gpu import RANKS
 from tests.gpu.test_half_precision import state_of
-from trainer.checkpoint import Checkpoints, Store
+from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.staging import Staging
+from trainer.checkpoint.store import Store
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import trainer
 from tests import distributed
 from tests.engine.parity import Cell, batch, build_model, full_weights, make_engine, make_selector
-from tests.engine.test_switching import start
+from tests.engine.switching import start
 from tests.gpu import RANKS
 
 pytestmark = pytest.mark.gpu

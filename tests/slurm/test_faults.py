@@ -50,7 +50,7 @@ def undisturbed(cluster: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_went_on(job: Job, place: Path, undisturbed: Path) -> None:
     """From a checkpoint, to the same weights, in the same folder and log."""
-    assert re.search(r"going on after step \d+, from ", job.said()), job.said()
+    assert re.search(r"resuming after step \d+, from ", job.said()), job.said()
     assert difference(place / "runs" / "strata", undisturbed) == 0.0
     assert {entry.name for entry in (place / "runs").iterdir() if entry.is_dir()} == {"strata", "cache"}
     steps = [line["step"] for line in metrics(place / "runs" / "strata") if "loss" in line]
@@ -120,7 +120,7 @@ def test_a_time_limit_saves_and_the_job_goes_on(lab: Lab, place: Path, undisturb
     steps = saved + 10
     (place / "small.yaml").write_text(text.replace("steps: 8", f"steps: {steps}"))
     done = job.wait("COMPLETED", restarts=1, deadline=300)
-    assert done["Restarts"] == "1" and f"going on after step {saved}, from " in job.said()
+    assert done["Restarts"] == "1" and f"resuming after step {saved}, from " in job.said()
     assert f"Saved before its time was over: job {job.number} goes back into the queue." in job.said()
     other = place / "other"
     other.mkdir()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.comparing import largest_difference
 from tests.launching import metrics
 from tests.slurm.lab import Lab, thorough
 
@@ -50,8 +51,7 @@ def write_inputs(place: Path) -> None:
 def difference(ours: Path, theirs: Path) -> float:
     """The largest of any weight of two run folders' models."""
     first, second = (load_file(folder / "model" / "model.safetensors") for folder in (ours, theirs))
-    assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
+    return largest_difference(first, second)
 
 
 def test_four_ranks_of_two_nodes_train_what_four_of_one_do(lab: Lab, place: Path) -> None:

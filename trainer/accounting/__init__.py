@@ -1,7 +1,7 @@
-"""Bytes and FLOPs of a run by formula, from shapes alone.
+"""Compute bytes and FLOPs of a run by formula, from shapes alone.
 
-One set of formulas behind the dry run, the planner and the benchmarks: `state` (what stays on a rank between steps),
-`flops`, `peak` (what a step needs at its highest moment), `communication` (what ranks send each other).
+The dry run, the planner and the benchmarks share these formulas: `state` (what stays on a rank between steps),
+`flops`, `peak` (what a step needs at its peak), `communication` (what ranks send each other).
 """
 
 from trainer.accounting.communication import Volume, step_volume
@@ -11,12 +11,10 @@ from trainer.accounting.state import (
     ModelState,
     banked_bytes,
     dense_gradient_bytes,
-    growing_bytes,
     measured_state,
     model_state,
     nf4_bytes,
     readable,
-    unmasked_state,
 )
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
     "block_shape",
     "dense_gradient_bytes",
     "fused_loss",
-    "growing_bytes",
     "measured_state",
     "memory",
     "model_state",
@@ -39,5 +36,4 @@ __all__ = [
     "readable",
     "step_flops",
     "step_volume",
-    "unmasked_state",
 ]

@@ -1,4 +1,4 @@
-"""What ranks send each other in a step, by formula: the analytic volume of each ZeRO stage."""
+"""The analytic communication volume of a step under each ZeRO stage."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes of the messages of one optimizer step on one rank, by collective, at full size: of an all-gather what it
-    gives, of a reduce-scatter and an all-reduce what goes in. `within_machine`: gathers that stay inside (hpZ)."""
+    """Bytes of the messages of one optimizer step on one rank, by collective: outputs of all-gathers, inputs of
+    reduce-scatters and all-reduces. `within_machine`: outputs of gathers inside one machine (hpZ)."""
 
     all_gather: int
     reduce_scatter: int
@@ -16,8 +16,8 @@ class Volume:
     within_machine: int = 0
 
     def sent(self, ranks: int) -> float:
-        """Bytes that leave a rank with ring algorithms (Thakur et al. 2005), those within its machine under hpZ apart:
-        (n - 1) / n of what is gathered or scattered, twice that of what is reduced for all."""
+        """Return the bytes that a rank sends with ring algorithms (Thakur et al. 2005), without `within_machine`:
+        (n - 1) / n of what is gathered or scattered, twice that of what is all-reduced."""
         return (self.all_gather + self.reduce_scatter + 2 * self.all_reduce) * (ranks - 1) / ranks
 
 
@@ -33,7 +33,7 @@ def step_volume(
     micro_batches: int = 1,
     machine_copies: bool = False,
 ) -> Volume:
-    """Of one optimizer step of `micro_batches` forwards and backwards.
+    """Return the volume of one optimizer step of `micro_batches` forwards and backwards.
 
     `trained`: elements that train; under stage 3 `forward` and `backward` are the elements that either pass gathers:
     all partitioned weights, and those down to the lowest trainable parameter.

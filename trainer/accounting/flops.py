@@ -1,4 +1,4 @@
-"""FLOPs of a step by formula, from shapes alone."""
+"""Compute the FLOPs of a step by formula, from shapes alone."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.blocks import Block, full_shape
+from trainer.model.blocks import Block, full_shape
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What the products of a block's forward depend on: `linear`, the sum of in x out over the weights that a token
-    meets, and `attention`, heads x head dimension.
+    """Sizes that determine the FLOPs of a block: `linear`, the sum of in x out over the weights that a token is
+    multiplied with, and `attention`, heads x head dimension.
 
-    With LoRA also `adapter`, the sum of rank x (in + out), and what backward is spared where the block's input needs no
+    With LoRA also `adapter`, the sum of rank x (in + out), and what backward skips if the block's input needs no
     gradient: `entry`, the part of `linear` that reads that input, and `adapter_entry`, rank x in of its adapters.
     """
 
@@ -26,10 +26,10 @@ class BlockShape:
 
 
 def block_shape(block: Block, config: Any, *, entry: Collection[str] = ()) -> BlockShape:
-    """From the shapes of a block's weights and a transformers configuration.
+    """Return the sizes of `block`, from the shapes of its weights and a transformers configuration.
 
-    Matrices are met by every token. Weights of three dimensions are stacked experts [experts, ...], of which a token
-    meets `config.num_experts_per_tok`. An attention layer is assumed wherever the configuration has heads. `entry`
+    Every token is multiplied with all matrices. Weights of three dimensions are stacked experts [experts, ...]; a token
+    uses `config.num_experts_per_tok` of them. Every block is assumed to have an attention layer. `entry`
     names the layers that read the block's input through a norm (q_proj, k_proj, v_proj of a Llama); only adapters, with
     which norms are frozen, make a difference there.
     """
@@ -65,20 +65,20 @@ def step_flops(
     checkpointing: bool,
     attention_backward: float = 2.0,
 ) -> int:
-    """The least FLOPs of one forward and backward over `batch` sequences of `length` tokens, product by product.
+    """Return the minimum FLOPs of one forward and backward over `batch` sequences of `length` tokens.
 
     `head` is hidden size x vocabulary; `active` are the blocks whose weights all train, or with LoRA their adapters.
     Forward runs through all. Gradients of activations are needed down to the lowest active block, or through all blocks
-    if the embeddings train; gradients of weights for what trains; recomputation, where backward goes. A multiplication
-    and an addition count as two. `attention_backward` is 2 for eager attention and 2.5 for fused kernels, which compute
-    the scores again.
+    if the embeddings train; gradients of weights for what trains; recomputation for the blocks that backward passes. A
+    multiplication and an addition count as two. `attention_backward` is 2 for eager attention, and 2.5 for fused
+    kernels, which compute the scores again.
     """
     tokens = batch * length
     linear = [2 * tokens * (block.linear + block.adapter) for block in blocks]
     trained = [2 * tokens * (block.adapter or block.linear) for block in blocks]
     attention = [4 * tokens * length * block.attention for block in blocks]
     passed = range(0 if embeddings else min(active), len(blocks))
-    total = sum(linear) + sum(attention) + 2 * tokens * head
+    total: float = sum(linear) + sum(attention) + 2 * tokens * head
     total += sum(linear[i] + attention_backward * attention[i] for i in passed) + 2 * tokens * head
     lowest = blocks[passed[0]]
     if lowest.adapter and not embeddings:

@@ -1,6 +1,6 @@
-"""What a rank holds at the highest moments of a step, beside what stays: activations, loss, gathered weights, buckets.
+"""Compute the peaks of a step on a rank: activations, loss, gathered weights and buckets, besides resident state.
 
-As DeepSpeed 0.19.8 does it. The device's context and the allocator's slack are not in these figures.
+Models DeepSpeed 0.19.8. The device's context and the allocator's slack are not in these figures.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 from trainer.accounting.state import ModelState
 
-# Of TRL's fused head (`trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py` 1.16): tokens and entries of a tile.
+# A tile of TRL's fused head (`trl/kernels/chunked_logprob.py`, `trl/trainer/utils.py` 1.16): tokens and entries.
 _TILE = (4096, 32768)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes beside weights. `saved`: what forward leaves for backward, its output included and its input not; `peak`:
-    the most that is alive beside the input at any moment of forward and backward, `saved` and one weight's gradient at
-    a time included; `forward`: the same without gradients, as in evaluation and in a checkpointed forward."""
+    """Bytes besides weights. `saved`: what forward keeps for backward, including its output but not its input; `peak`:
+    the most that is alive besides the input during forward and backward, including `saved` and one weight's gradient at
+    a time; `forward`: the same without gradients, as in evaluation and in a checkpointed forward."""
 
     saved: int
     peak: int
@@ -27,12 +27,12 @@ class Activations:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step's transient bytes follow from.
+    """The sizes that determine a step's transient bytes.
 
-    `active` and `passed`: a block that trains, and one that only passes gradients on, `depth` blocks in all of which
-    `num_active` train; `loss`: final norm, head and loss; bytes of `evaluation`, a forward without gradients (0: none),
-    and of `embedded`, a hidden state. `largest`: elements of the largest parameter that trains, `embeddings` of the
-    input embeddings if they train, `total` of the model, `groups` of the optimizer's groups.
+    `active` and `passed`: a block that trains, and one that only passes gradients on; backward passes `depth` blocks,
+    of which `num_active` train. `loss`: final norm, head and loss. In bytes: `evaluation`, a forward without gradients
+    (0: none), and `embedded`, a hidden state. In elements: `largest`, the largest parameter that trains; `embeddings`,
+    the input embeddings if they train; `total`, the model; `groups`, the optimizer's groups.
     """
 
     active: Activations
@@ -47,13 +47,13 @@ class StepShape:
     embeddings: int
     total: int
     groups: tuple[int, ...]
-    # Of a sparse update rule: what it holds in backward beside its state, by part.
-    sparse: Mapping[str, int] = field(default_factory=dict)
+    # Bytes that the update rule needs in backward besides its state, by part.
+    rule: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Zero:
-    """Settings of ZeRO that bytes follow from; sizes are elements, as in DeepSpeed's configuration."""
+    """Settings of ZeRO that determine bytes; sizes are elements, as in DeepSpeed's configuration."""
 
     stage: int
     ranks: int
@@ -64,17 +64,17 @@ class Zero:
     max_live: int = 0
     offload: bool = False
     offload_param: bool = False
-    # With optimizer state on NVMe: host buffers, each of the largest group's part in fp32, that it passes through.
+    # With optimizer state on NVMe: number of host buffers, each as large as the largest group's part in fp32.
     nvme_buffers: int = 0
-    machine_ranks: int = 0  # hpZ: over which each machine cuts a copy of its own
-    # AdamW of torch without fusing, as on a CPU, computes beside its state; fused and DeepSpeed's do not.
+    machine_ranks: int = 0  # hpZ: ranks over which each machine partitions its own copy
+    # Unfused AdamW of torch, as on a CPU, allocates temporaries; fused AdamW and DeepSpeed's do not.
     temporaries: bool = False
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. `resident` stays; `moments` are what comes on top of it at each of a step's high moments, by
-    part; `host` lies in host memory, `disk` on NVMe."""
+    """Bytes on one rank. `resident` remains throughout; `moments` are added to it at each possible peak of a step, by
+    part; `host` is in host memory, `disk` on NVMe."""
 
     resident: dict[str, int]
     moments: dict[str, dict[str, int]]
@@ -83,12 +83,12 @@ class Memory:
 
     @property
     def highest(self) -> str:
-        """The moment at which most is held."""
+        """Return the moment with the most bytes."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def parts(self) -> dict[str, int]:
-        """What is held at that moment, by part."""
+        """Return the bytes at that moment, by part."""
         return {k: v for k, v in {**self.resident, **self.moments[self.highest]}.items() if v}
 
     @property
@@ -103,19 +103,19 @@ class Memory:
 def fused_loss(
     *, tokens: int, hidden: int, vocabulary: int, weight_bytes: int, trains: bool, tiles: int
 ) -> Activations:
-    """Of TRL's fused head: a tile of logits, fp32 gradients of hidden states and, if the head `trains`, of the head,
-    and their copies in the weights' type. `tiles`: fp32 copies of a tile that are made where Triton is not (7 on a
-    CPU, else 0)."""
+    """Return the bytes of TRL's fused head: a tile of logits, fp32 gradients of hidden states and, if the head
+    `trains`, of the head, and their copies in the weights' type. `tiles`: number of fp32 copies of a tile, which are
+    made without Triton only (7 on a CPU, else 0)."""
     rows, columns = min(tokens, _TILE[0]), min(vocabulary, _TILE[1])
     tile_bytes = rows * (weight_bytes * _TILE[1] + 4 * tiles * columns)  # the buffer is as wide for any vocabulary
-    inputs = 2 * tokens * hidden * weight_bytes  # normed, and the rows that are targets
+    inputs = 2 * tokens * hidden * weight_bytes  # normed hidden states, and the rows that are targets
     gradients = (4 + weight_bytes) * (tokens * hidden + trains * hidden * vocabulary)
     return Activations(saved=inputs, peak=inputs + tile_bytes + gradients, forward=inputs + tile_bytes)
 
 
 def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str, int], banked: int = 0) -> Memory:
-    """Of one optimizer step of `shape` under `zero`, with the model state `state`. `host` is held there besides, and
-    `banked` beside the state on the device."""
+    """Return the memory of one optimizer step of `shape` under `zero`, with the model state `state`. `host` is added in
+    host memory, and `banked` on the device."""
     resident = {"weights": state.weights} | ({"full bank": banked} if banked else {})
     on_host = {k: v for k, v in host.items() if v}
     on_disk: dict[str, int] = {}
@@ -124,7 +124,7 @@ def memory(state: ModelState, shape: StepShape, zero: Zero, *, host: Mapping[str
     for kind in ("gradients", "masters", "moments", *(["indices"] if state.indices else [])):
         to_disk = zero.nvme_buffers and kind in ("masters", "moments")
         (on_disk if to_disk else on_host if state.offload else resident)[kind] = getattr(state, kind)
-    if zero.nvme_buffers:  # the fp32 gradient travels with its master
+    if zero.nvme_buffers:  # the fp32 gradient is swapped with its master
         on_disk["gradients"] = state.masters
         on_host["gradients"] -= state.masters
         on_host["NVMe buffers"] = 4 * zero.nvme_buffers * -(-max(shape.groups) // zero.ranks)
@@ -153,7 +153,7 @@ def _moments(shape: StepShape, zero: Zero, bucket: int) -> dict[str, dict[str, i
             "gathered": gathered,
             "buckets": reduction,
             "whole gradients": gradients,
-            **shape.sparse,
+            **shape.rule,
         },
         "embeddings": {
             "activations": shape.embedded,
@@ -161,7 +161,7 @@ def _moments(shape: StepShape, zero: Zero, bucket: int) -> dict[str, dict[str, i
             "gathered": gathered,
             "buckets": reduction,
             "whole gradients": gradients,
-            **shape.sparse,
+            **shape.rule,
         },
         "optimizer step": _optimizer_step(shape, zero),
         "evaluation": {"evaluation": shape.evaluation, "gathered": gathered},
@@ -173,7 +173,7 @@ def _peak(activations: Activations) -> int:
 
 
 def _saved(shape: StepShape) -> int:
-    """What all blocks' forward leaves behind, with the hidden state that goes into the first of them."""
+    """Return what forward keeps of all blocks, including the input of the first of them."""
     if shape.checkpointing:
         return shape.embedded * (shape.depth + 1)
     passed = shape.depth - shape.num_active
@@ -181,15 +181,15 @@ def _saved(shape: StepShape) -> int:
 
 
 def _gathered(shape: StepShape, zero: Zero) -> int:
-    """Prefetching goes on until so many elements are gathered, by whole parameters. A single rank has them in place,
-    unless they lie in host memory."""
+    """Return the bytes of gathered weights: prefetching stops at `max_live` elements, but gathers whole parameters. A
+    single rank has all weights in place, unless they are in host memory."""
     if zero.stage < 3 or (zero.ranks == 1 and not zero.offload_param):
         return 0
     return zero.weight_bytes * min(shape.total, zero.max_live + shape.largest)
 
 
 def _reduction(shape: StepShape, zero: Zero, bucket: int) -> int:
-    """Stage 3 makes a copy of a full bucket to scatter it, stages 1 and 2 have their buckets during backward."""
+    """Return the bytes of reduction in backward: of the copy of a full bucket in stage 3, of the buckets in 1 and 2."""
     if zero.stage == 0:
         return 0
     if zero.stage == 3:
@@ -198,7 +198,7 @@ def _reduction(shape: StepShape, zero: Zero, bucket: int) -> int:
 
 
 def _whole_gradients(shape: StepShape, zero: Zero) -> int:
-    """Gradients that backward gathers: all of them below stage 2, this rank's part of them under stage 2."""
+    """Return the bytes of accumulated gradients: all of them below stage 2, this rank's part under stage 2."""
     elements = sum(shape.groups)
     if zero.stage == 3 or (zero.stage == 2 and zero.offload):
         return 0
@@ -208,7 +208,7 @@ def _whole_gradients(shape: StepShape, zero: Zero) -> int:
 
 
 def _optimizer_step(shape: StepShape, zero: Zero) -> dict[str, int]:
-    """Gradients in fp32, group by group, and what the optimizer computes with."""
+    """Return the bytes of gradients in fp32, group by group, and of what the optimizer allocates."""
     if zero.offload:
         return {"step": 0}
     part = -(-max(shape.groups, default=0) // zero.ranks)

@@ -1,4 +1,4 @@
-"""What stays on a rank between steps: weights, gradients, masters, moments and banks, by formula and as measured."""
+"""What a rank stores between steps: weights, gradients, masters, moments and banks, by formula and as measured."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelState:
-    """Bytes on one rank, measured after a step: weights, resident gradients, fp32 masters, Adam's two moments, and of a
-    sparse update rule the indices of what it trains.
+    """Bytes on one rank, measured after a step: weights, resident gradients, fp32 masters, Adam's two moments, and the
+    indices of a sparse update rule.
 
-    With `offload` masters, moments and gradients lie in host memory.
+    With `offload`, masters, moments and gradients are in host memory.
     """
 
     weights: int
@@ -49,14 +49,14 @@ def model_state(
     moment_bytes: int = 8,
     offload: bool = False,
 ) -> ModelState:
-    """The minimum that ZeRO `stage` holds on a rank.
+    """Return the minimum that ZeRO `stage` stores on a rank.
 
-    `parameters`: elements of every parameter of the model; `groups`: of those that the optimizer holds, by group.
+    `parameters`: elements of every parameter of the model; `groups`: of those in the optimizer, by group.
     `weight_bytes` is 2 (bf16, fp16) or 4 (fp32); `gradient_bytes`, those of an accumulated gradient, default to it;
     `moment_bytes` are both of Adam's together, 2 for an 8-bit Adam, whose scales of blocks are not counted.
 
-    Stages 1 and 2 replicate weights, cut each group into equal parts, and free gradients within the step. Stage 3
-    cuts each parameter, keeps a partition of the gradients, and uses fp32 weights as their own masters. Stage 0 is
+    Stages 1 and 2 replicate weights, split each group into equal parts, and free gradients within the step. Stage 3
+    splits each parameter, keeps a partition of the gradients, and uses fp32 weights as their own masters. Stage 0 is
     plain fp32 training: no extra masters, gradients freed after the step.
     """
     held = [numel for group in groups for numel in group]
@@ -77,59 +77,28 @@ def model_state(
     )
 
 
-def unmasked_state(
-    parameters: Sequence[int],
-    budget: int,
-    *,
-    stage: int,
-    ranks: int,
-    weight_bytes: int,
-    local_steps: bool = False,
-) -> ModelState:
-    """What a rank holds while `budget` unmasked weights train (update rule `unmask`), before activations.
-
-    Master and moments (12 bytes, and 4 more for `local_steps`) of those that the rank owns, if they are spread evenly;
-    gradient and index (4 and 8 bytes) of all of them. `parameters` are elements of every parameter of the model.
-    """
-    weights = sum(-(-n // ranks) for n in parameters) if stage == 3 else sum(parameters)
-    own = -(-budget // ranks)
-    moments = (12 if local_steps else 8) * own
-    return ModelState(weight_bytes * weights, 4 * budget, 4 * own, moments, indices=8 * budget)
-
-
 def dense_gradient_bytes(numel: int, *, ranks: int, weight_bytes: int) -> int:
-    """The most that a rank holds of the gradient of one parameter with `numel` elements before the update rule has it:
-    as backward made it and in fp32, and with several ranks its own part of their mean."""
+    """Return the largest size of the gradient of one parameter with `numel` elements before the update rule receives
+    it: as computed by backward and in fp32, and with several ranks also this rank's part of their mean."""
     if ranks == 1:
         return 4 * numel + (weight_bytes * numel if weight_bytes != 4 else 0)
     return (4 + weight_bytes) * numel + 4 * -(-numel // ranks)
 
 
-def growing_bytes(trained: Sequence[int], increment: int, *, ranks: int, accumulation: int) -> tuple[int, int]:
-    """What a rank holds beside `unmasked_state` in backward while the mask grows: (candidates, accumulated gradients).
-
-    Score, position and gradient (16 bytes) of as many candidates as a step unmasks and a quarter more, and with several
-    micro-batches to a step the fp32 sum of its share of all gradients. `trained` are elements of every parameter that
-    may train now.
-    """
-    accumulated = 4 * sum(-(-n // ranks) for n in trained) if accumulation > 1 else 0
-    return 20 * increment, accumulated
-
-
 def nf4_bytes(numel: int) -> int:
-    """A matrix in NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3): four bits for a weight, a byte for
-    the scale of 64 of them, and four for the scale of 256 such scales."""
+    """Return the bytes of a matrix in NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3): four bits per
+    weight, a byte per scale of 64 weights, and four bytes per scale of 256 such scales."""
     scales = -(-numel // 64)
     return -(-numel // 2) + scales + 4 * -(-scales // 256)
 
 
 def banked_bytes(blocks: Iterable[int], *, ranks: int) -> int:
-    """What a bank keeps on a rank of blocks of so many elements: fp32 masters and Adam's two moments."""
+    """Return what a bank stores on a rank for blocks of so many elements: fp32 masters and Adam's two moments."""
     return sum(12 * -(-numel // ranks) for numel in blocks)
 
 
 def measured_state(held: Mapping[str, Iterable[Tensor]], *, offload: bool = False) -> ModelState:
-    """The same figures from live tensors by kind (`Sparse.held()`), each storage counted once, under its first kind."""
+    """Measure live tensors by kind (`Sparse.held()`); each storage is counted once, under its first kind."""
     seen: set[int] = set()
     totals = {}
     for kind in ("weights", "gradients", "masters", "moments", "indices"):
@@ -140,7 +109,7 @@ def measured_state(held: Mapping[str, Iterable[Tensor]], *, offload: bool = Fals
 
 
 def readable(num_bytes: float) -> str:
-    """1536 -> "1.5 KiB"."""
+    """Format bytes: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""A checksum of a model's weights that does not depend on ranks or ZeRO stage, and needs no gathering.
+"""Compute a checksum of a model's weights that does not depend on ranks or ZeRO stage, and needs no gathering.
 
-Checkpoints leave out what was never trained: it is the base's. The checksum tells whether the base that a run is
-resumed on, exported with, or that a delta is applied to, is the one that it began with.
+Checkpoints leave to the base model what was never trained. When a run is resumed or exported, or a delta is applied,
+the checksum tells whether the base model is the one that the run began with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from trainer.engine.attach import Sparse
+    from trainer.engine.sparse import Sparse
 
 # A sum over elements of (bits x a number that depends on name and position), modulo two primes below 2**31, so that
 # partial sums of ranks add up to the sum over the whole.
@@ -31,30 +31,30 @@ class Fingerprint:
         self.sums = tuple(value % prime for value, prime in zip(sums, _PRIMES, strict=True))
 
     def add(self, name: str, weights: Tensor, start: int = 0) -> None:
-        """Elements [start, start + numel) of the flat tensor `name`."""
+        """Add elements [start, start + numel) of the flat tensor `name`."""
         sums = zip(self.sums, _PRIMES, strict=True)
         self.sums = tuple((value + _checksum(weights, name, start, prime)) % prime for value, prime in sums)
 
     def __str__(self) -> str:
-        """16 hexadecimal digits."""
+        """Return 16 hexadecimal digits."""
         return "".join(f"{value:08x}" for value in self.sums)
 
 
 @torch.no_grad()
 def fingerprints(sparse: Sparse, units: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, str]:
-    """For each unit of a live engine its `Fingerprint`, the same on every rank. Collective."""
-    found = [Fingerprint() for _ in units]
-    for fingerprint, parameters in zip(found, units.values(), strict=True):
+    """Return the `Fingerprint` of each unit of a live engine, the same on every rank. Collective."""
+    shares = [Fingerprint() for _ in units]
+    for fingerprint, parameters in zip(shares, units.values(), strict=True):
         for name, parameter in parameters.items():
             start, weights = sparse.owned(parameter)
             fingerprint.add(name, weights, start)
-    total = torch.tensor([fingerprint.sums for fingerprint in found], dtype=torch.int64, device=sparse.device)
+    total = torch.tensor([fingerprint.sums for fingerprint in shares], dtype=torch.int64, device=sparse.device)
     dist.all_reduce(total)
     return {unit: str(Fingerprint(sums)) for unit, sums in zip(units, total.tolist(), strict=True)}
 
 
 def _checksum(weights: Tensor, name: str, start: int, prime: int) -> int:
-    """Of elements [start, ...) of the flat parameter `name`."""
+    """Return the sum, modulo `prime`, over elements [start, start + numel) of the flat parameter `name`."""
     salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=3).digest(), "little")
     bits = weights.detach().reshape(-1).view(_INTEGERS[weights.element_size()])
     total = 0

@@ -1,12 +1,13 @@
-"""One writer: which job a run folder belongs to while it trains there.
+"""Let one job at a time write to a run folder.
 
-The lease is a file in the run folder that names its holder. A holder that lives shows it by the file's time, so that
-a job on another machine can tell. The same SLURM job, requeued, takes the lease over at once; whoever held it before
-cannot publish a checkpoint any more, should one of its processes still live (a node that was cut off and comes back).
+The lease is a file in the run folder that names its holder. A living holder updates the file's time, so that a job on
+another machine can tell. A requeued SLURM job takes over the lease of its earlier attempt at once. A stale process of
+that attempt, for example on a disconnected node, can no longer publish checkpoints.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,18 +19,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from trainer.checkpoint import disk
 from trainer.checkpoint.store import CheckpointError
 
 FILE = "lease.json"
-# What is locked while the lease is looked at; it goes with the run.
+# Locked while the lease is examined; removed with it.
 LOCK = ".lease.lock"
 _BEAT_SECONDS = 2.0
-# How many looks, a beat apart, must find a lease as it was until its holder, of which nothing else is known, counts as
-# dead: half a minute in which this process could look, whatever the file system did meanwhile.
+# A holder that can only be judged by its lease counts as dead after so many looks, a beat apart, that find the lease
+# unchanged: half a minute, not counting looks that the file system refused.
 _SILENT_LOOKS = 15
-# For the lock around a look at the lease and what follows from it: both take milliseconds.
+# Time limit for the lock; what it protects takes milliseconds.
 _LOCK_SECONDS = 10.0
 
 
@@ -39,22 +43,29 @@ class LeaseError(CheckpointError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who trains in a run folder: a job, which attempt of it, and rank 0's process."""
+    """Identify who trains in a run folder: a job, its attempt, and rank 0's process."""
 
     job: str
     restart: int
     place: str  # host and PID namespace
     process: int
-    started: str  # when the process did: boot and clock ticks since then
-    token: str  # of this start of training
+    started: str  # when the process started: ID of the boot, and clock ticks since then
+    token: str  # unique to this start of training
 
     def __str__(self) -> str:
+        if self == UNKNOWN:
+            return f"an unknown run ({FILE} is empty)"
         attempt = f", restart {self.restart}" if self.restart else ""
         return f"{self.job}{attempt} (process {self.process} on {self.place.split()[0]})"
 
 
+# The holder of a lease that is empty or full of NULs, as after a power cut.
+UNKNOWN = Holder("", 0, "", 0, "", "")
+_HOLDER = TypeAdapter(Holder)
+
+
 def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
-    """The holder that this process would be: its SLURM job where it has one."""
+    """Return the holder that this process would be: its SLURM job, if it has one."""
     process = os.getpid()
     place = _place()
     slurm = environment.get("SLURM_JOB_ID")
@@ -64,34 +75,37 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
 
 
 class Lease:
-    """Held from `take` to `release`, by rank 0 for all ranks of a run."""
+    """A claim to a run folder, from `take` to `release`; rank 0 has it for all ranks of a run."""
 
     def __init__(self, folder: Path, holder: Holder) -> None:
         self.folder = folder
         self.holder = holder
         self._path = folder / FILE
+        self._inode = 0
+        self._taken = False
         self._released = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
 
-    @classmethod
-    def take(cls, folder: Path, holder: Holder) -> Lease:
-        """The lease of `folder` for `holder`; raises `LeaseError` where another job that lives has it."""
-        lease = cls(folder, holder)
-        before = read(folder)
-        if before is not None and lives(folder, before, holder):
-            raise LeaseError(
-                f"output: another run trains in {folder}: {before}. Wait for its end, or set another output"
-            )
-        with _locked(folder):
-            if read(folder) != before:
-                raise LeaseError(f"output: another run began in {folder} at this moment: {read(folder)}")
-            disk.publish(lease._path, json.dumps(asdict(holder)).encode())
-        lease._beats.start()
-        return lease
+    def take(self) -> Self:
+        """Take the folder for the holder, and return this lease. Raises `LeaseError` if another job that lives has it.
+
+        If a signal raises an exception in between, `release` undoes what was done so far.
+        """
+        before = refuse_taken(self.folder, self.holder)
+        with _locked(self.folder):
+            if read(self.folder) != before:
+                raise LeaseError(f"output: another run just began in {self.folder}: {read(self.folder)}")
+            self._taken = True
+            disk.publish(self._path, json.dumps(asdict(self.holder)).encode())
+            self._inode = self._path.stat().st_ino
+        self._beats.start()
+        return self
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While inside, nobody else can take the lease; raises `LeaseError` where somebody has."""
+        """Keep others from taking the lease while inside. Raises `LeaseError` if another job already has."""
+        if not self._taken:
+            raise LeaseError(f"{self.folder} was not taken for {self.holder}")
         with _locked(self.folder):
             now = read(self.folder)
             if now != self.holder:
@@ -99,12 +113,14 @@ class Lease:
             yield
 
     def check(self) -> None:
-        """Raise `LeaseError` where somebody else has it."""
+        """Raise `LeaseError` if another job has taken the lease."""
         with self.held():
             pass
 
     def release(self) -> bool:
-        """The folder is free; False, and nothing happens, where it belongs to somebody else by now."""
+        """Free the folder. Returns False, and leaves it, if it belongs to another job or cannot be freed."""
+        if not self._taken:
+            return False
         self._released.set()
         if self._beats.is_alive():
             self._beats.join()
@@ -115,43 +131,93 @@ class Lease:
         return False
 
     def _beat(self) -> None:
-        # The same file throughout: once somebody else has taken over, it is not the one that they look at.
-        own = self._path.stat().st_ino
         while not self._released.wait(_BEAT_SECONDS):
             with suppress(OSError), open(self._path, "rb") as file:
-                if os.fstat(file.fileno()).st_ino == own:
+                # After a takeover the file is another one, whose time this holder must not set.
+                if os.fstat(file.fileno()).st_ino == self._inode:
                     os.utime(file.fileno())
 
 
 def read(folder: Path) -> Holder | None:
-    """Who has the lease of `folder`, if anybody."""
+    """Return who has the lease of `folder`: `UNKNOWN` if the file is empty, None if there is none. Raises `LeaseError`
+    for a file with any other content."""
+    path = folder / FILE
     try:
-        return Holder(**json.loads((folder / FILE).read_bytes()))
+        data = disk.read(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError) as error:
-        raise LeaseError(f"{folder / FILE}: cannot be read ({error}). Remove it if no run trains there") from error
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.EINVAL, errno.ENXIO):
+            raise
+        kind = "a link, which is never followed" if error.errno == errno.ELOOP else "not a regular file"
+        raise _unreadable(path, kind) from error
+    if not data.strip(b"\0 \t\r\n"):
+        return UNKNOWN
+    try:
+        return _HOLDER.validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _unreadable(path, f"{where}: {first['msg']}" if where else first["msg"]) from error
+
+
+def _unreadable(path: Path, why: str) -> LeaseError:
+    return LeaseError(f"{path}: cannot be read ({why}). Remove it if no run trains there")
+
+
+def refuse_taken(folder: Path, asking: Holder) -> Holder | None:
+    """Return the holder of the lease of `folder`, if there is one. Raises `LeaseError` if that holder lives."""
+    before = read(folder)
+    if before is not None and lives(folder, before, asking):
+        raise LeaseError(f"output: another run trains in {folder}: {before}. Wait for its end, or set another output")
+    return before
 
 
 def lives(folder: Path, holder: Holder, asking: Holder) -> bool:
-    """Whether `holder` may still train in `folder`, for all that `asking` can find out; may take half a minute."""
+    """Return whether `holder` may still train in `folder`, as far as `asking` can tell. May take half a minute."""
     if holder.job == asking.job and holder.restart < asking.restart:
-        return False  # the scheduler ended it, whatever is left of it
-    if holder.place == asking.place:
-        try:
-            os.kill(holder.process, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass  # of another user
-        if born := _birth(holder.process):
-            return born == holder.started
+        return False  # the scheduler ended it, even if a process of it is left
+    # Two machines may share a name (`localhost`), but not a boot.
+    if holder.place == asking.place and _boot(holder) == _boot(asking):
+        runs = _runs(holder)
+        if runs is not None:
+            return runs
+    return _shows_life(folder)
+
+
+def _runs(holder: Holder) -> bool | None:
+    """Return whether the process of `holder`, on this machine, runs, or None if that cannot be seen. A stopped process
+    runs. One that has ended does not, although its number is in use until its parent asks for its exit code, which the
+    first process of some containers never does."""
+    try:
+        os.kill(holder.process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # it belongs to another user
+    born = _birth(holder.process)
+    if born is None:
+        return None
+    return born == holder.started and _has_living_threads(holder.process)
+
+
+def _has_living_threads(process: int) -> bool:
+    """Return whether any thread of `process` has not ended. The first one may end before the others."""
+    for task in Path(f"/proc/{process}/task").glob("*"):
+        with suppress(OSError, IndexError):
+            if _status(task)[0] not in "ZXx":
+                return True
+    return False
+
+
+def _shows_life(folder: Path) -> bool:
+    """Return whether the time of the lease changes while this process watches."""
     seen, looks = _time(folder), 0
-    while looks < _SILENT_LOOKS:
+    while seen is not None and looks < _SILENT_LOOKS:
         time.sleep(_BEAT_SECONDS)
         try:
             now = _time(folder)
-        except OSError:  # the file system has other worries
+        except OSError:  # the file system failed: no look
             continue
         if now != seen:
             return now is not None
@@ -159,15 +225,24 @@ def lives(folder: Path, holder: Holder, asking: Holder) -> bool:
     return False
 
 
+def _boot(holder: Holder) -> str:
+    return holder.started.partition(" ")[0]
+
+
 def _birth(process: int) -> str | None:
-    """When a process of this machine started, in terms that a clock that is set does not change; None: not to be
-    seen."""
+    """Return when a process of this machine started, independent of changes to the clock; None if it cannot be seen."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # After the name, which is in brackets and may hold anything, the 20th field (proc(5): 22, starttime).
-        return f"{boot} {Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"
+        return f"{boot} {_status(Path(f'/proc/{process}'))[19]}"
     except (OSError, IndexError):
         return None
+
+
+def _status(process: Path) -> list[str]:
+    """Return the fields after the name of a process or thread in /proc: its state is the first, its start the 20th
+    (proc(5) also counts number and name: 3 and 22)."""
+    # The name is in brackets and may contain anything.
+    return (process / "stat").read_bytes().rpartition(b")")[2].decode("ascii", "replace").split()
 
 
 def _time(folder: Path) -> int | None:
@@ -179,26 +254,40 @@ def _time(folder: Path) -> int | None:
 
 
 def _place() -> str:
-    """The same for processes that can see each other."""
+    """Return a string that is the same for processes that can see each other."""
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {os.readlink(namespace) if namespace.exists() else ''}".strip()
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks."""
+    """Let one process at a time in, if the file system has locks."""
     end = time.monotonic() + _LOCK_SECONDS
     while True:
-        with open(folder / LOCK, "a+b") as file:
-            # A holder that stands still must not stop those who come after it.
-            if _lock(file.fileno(), until=end) and not _is(folder / LOCK, file.fileno()) and time.monotonic() < end:
-                continue  # it went with the run that held it
+        descriptor = _open_lock(folder / LOCK)
+        try:
+            # A stalled holder must not block the others.
+            if _lock(descriptor, until=end) and not _is_file(folder / LOCK, descriptor) and time.monotonic() < end:
+                continue  # the run that held it has removed it
             yield
             return
+        finally:
+            os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise LeaseError(f"{path}: a link, which is never followed. Remove it") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            raise LeaseError(f"{path}: not a regular file. Remove it") from error
+        raise
 
 
 def _lock(descriptor: int, *, until: float) -> bool:
-    """False where there are no locks, or not in time."""
+    """Return whether the lock was taken: False if the file system has no locks, or after `until`."""
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,7 +300,7 @@ def _lock(descriptor: int, *, until: float) -> bool:
             return False
 
 
-def _is(path: Path, descriptor: int) -> bool:
+def _is_file(path: Path, descriptor: int) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     return False

@@ -1,9 +1,10 @@
-"""The random number generators of a process, as tensors."""
+"""Save and restore the random number generators of a process as tensors."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """Of torch (host and accelerator), Python and NumPy in this process."""
+    """Return the states of torch (host and accelerator), Python and NumPy in this process."""
     kind, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    # NumPy's annotation says a dictionary, which it returns for legacy=False.
+    _, keys, position, has_gauss, cached = cast(tuple[str, Any, int, int, float], np.random.get_state())
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([kind, *internal], dtype=torch.int64),
@@ -29,7 +31,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(state: Mapping[str, Tensor]) -> None:
-    """Put back what `random_state` returned."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     kind, *internal = state["python"].tolist()
     gauss = state["python_gauss"].tolist()

@@ -1,4 +1,4 @@
-"""Copies in host memory of what is about to change, made beside training."""
+"""Copy what is about to change into host memory, alongside training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ALIGNMENT = 64
 
 @dataclass
 class _Copy:
-    """`numel` elements from the first of `source` on, whether or not they are all its own, to where `target` begins."""
+    """Copy `numel` elements, from the first of `source` on and possibly past its end, to where `target` begins."""
 
     source: Tensor
     target: Tensor
@@ -31,11 +31,11 @@ class _Copy:
 
 
 class Staging:
-    """Host memory that one save after another copies into; on a GPU's host page-locked, so that copies run at full
-    speed. Allocating it anew for each save would cost more than the copy.
+    """Host memory that all saves copy into, since allocating it for each would cost more than the copy. For a GPU it is
+    page-locked, so that copies run at full speed.
 
-    What is given to `place` must stay as it is until `join` returns. Between steps weights and optimizer state do, so
-    copies run beside the next forward and backward (as in https://arxiv.org/abs/2406.10707).
+    What is given to `place` must not change until `join` returns. Weights and optimizer state do not change between
+    steps, so copies run alongside the next forward and backward (as in https://arxiv.org/abs/2406.10707).
     """
 
     def __init__(self) -> None:
@@ -46,13 +46,14 @@ class Staging:
         self._done.set()
 
     def place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Where each of `tensors`, flat, will be on the host. What was copied before is lost."""
+        """Return where each of `tensors`, flat, will be on the host. Earlier copies are overwritten."""
         self.join()
         targets, self._copies = self._lay_out([tensor.detach().reshape(-1).contiguous() for tensor in tensors])
         return targets
 
     def order(self) -> None:
-        """Copies come after what the device was given so far. In the thread that gave it; `run` or `abandon` follow."""
+        """Let copies wait for the device's work so far. Call it in the thread that queued that work; `run` or `abandon`
+        must follow."""
         accelerator = get_accelerator()
         if not accelerator.is_synchronized_device():
             if self._stream is None:
@@ -61,14 +62,14 @@ class Staging:
         self._done.clear()
 
     def abandon(self) -> None:
-        """Nothing is copied after all."""
+        """Discard the copies to make."""
         self._copies = []
         self._done.set()
 
     def run(self) -> None:
-        """Copy everything, in any thread."""
+        """Make all copies; any thread may do so."""
         try:
-            if self._stream is not None:  # a thread begins on the first device, and would take memory there
+            if self._stream is not None:  # a new thread would allocate memory on the first device
                 get_accelerator().set_device(self._stream.device_index)
             with nullcontext() if self._stream is None else get_accelerator().stream(self._stream):
                 for copy in self._copies:
@@ -76,15 +77,15 @@ class Staging:
                 if self._stream is not None:
                     self._stream.synchronize()
         finally:
-            self.abandon()  # what is copied needs its source no more
+            self.abandon()  # copies no longer need their sources
 
     def join(self) -> None:
-        """Return when copying has ended, well or not."""
+        """Wait until copying has ended, successfully or not."""
         self._done.wait()
 
     def _lay_out(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[_Copy]]:
-        """A place for each tensor, and what to copy: tensors that lie side by side in memory, as the parts of an
-        optimizer's flat buffers do, go side by side and as one."""
+        """Return a place for each tensor, and the copies to make. Tensors that are adjacent in memory, such as parts of
+        an optimizer's flat buffers, stay adjacent and are copied as one."""
         targets = [torch.empty(0)] * len(tensors)
         copies: list[_Copy] = []
         left = sum(tensor.nbytes + _ALIGNMENT for tensor in tensors)
@@ -105,7 +106,7 @@ class Staging:
         return targets, copies
 
     def _make_room(self, number: int, least: int, size: int) -> None:
-        """Chunk `number` has at least `least` bytes, or else `size`."""
+        """Replace chunk `number` by one of `size` bytes if it has fewer than `least`."""
         if number < len(self._chunks) and self._chunks[number].numel() >= least:
             return
         pinned = get_accelerator().device_name() != "cpu"

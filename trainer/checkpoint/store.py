@@ -1,11 +1,11 @@
-"""Checkpoints on disk: a kill at any moment leaves the last complete one whole, and nothing is used unchecked.
+"""Store checkpoints on disk: a kill at any moment leaves the last complete one intact, and nothing is used unchecked.
 
     checkpoints/
-      step-00000100.json   a manifest: what is in the checkpoint, in which files, their sizes and checksums
+      step-00000100.json   a manifest: the checkpoint's contents, its files, their sizes and checksums
       pool/                those files, named after the step that wrote them; checkpoints share what did not change
 
 A checkpoint exists from the moment its manifest has its name. Files are written and synced before that, and removed
-when no manifest that is kept refers to them. There is no pickle: manifests are JSON, files are safetensors.
+once no kept manifest refers to them. There is no pickle: manifests are JSON, files are safetensors.
 """
 
 from __future__ import annotations
@@ -17,22 +17,30 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from trainer.checkpoint import disk
+from trainer.checkpoint.identity import Identity
+from trainer.errors import StrataError
 
 FORMAT = 1
+LATEST = "latest"  # DeepSpeed's name for the file beside the folders of tags
 _MANIFEST = re.compile(r"step-(\d{8})\.json")
 _POOLED = re.compile(r"(\d{8})-[\w.-]+")
 _CHUNK = 2**22
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(StrataError, RuntimeError):
     """A checkpoint cannot be written or used; the message names the file, and what to do."""
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,10 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is made of.
+    """The contents of a checkpoint.
 
     `units` maps what changes together (a block, the embeddings, ...) to its files, one for each rank that wrote it;
-    `state` is everything that is no tensor, as JSON.
+    `state` contains everything else, as JSON.
     """
 
     step: int
@@ -59,6 +67,49 @@ class Manifest:
     @property
     def files(self) -> list[File]:
         return [file for files in self.units.values() for file in files]
+
+
+class _FileRecord(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    bytes: _Count
+    sha256: str
+
+
+class _SparseRecord(BaseModel):
+    """Validate the keys of `Sparse.state_dict` that are read here; others are checked when they are used."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    rule: str
+    slots: list[_Count]
+    times_active: list[_Count]
+    learning_rates: list[_Finite]
+    engine: dict[str, _Count]
+    redrawn: Literal["reset", "keep"] | None = None
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    ranks: Annotated[int, Field(ge=1)]
+    best: tuple[_Finite, _Count] | None
+    base: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = {}
+    sparse: _SparseRecord | None = None
+    run: dict[str, Any] = {}
+    identity: Identity | None = None
+
+
+class _Record(BaseModel):
+    """Validate a manifest without its checksum, which another program may have computed as well."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: Literal[1]
+    step: _Count
+    units: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Annotated[list[_FileRecord], Field(min_length=1)]]
+    state: _State
 
 
 class Store:
@@ -71,7 +122,7 @@ class Store:
     # --- writing -----------------------------------------------------------------------------------------------
 
     def write(self, step: int, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> File:
-        """A file of the pool with `tensors` (on the host); it is on the disk when this returns."""
+        """Write `tensors` (on the host) into a file of the pool; it is on the disk when this returns."""
         self._refuse_links()
         parts = _safetensors(tensors, metadata)
         digest = hashlib.sha256()
@@ -84,26 +135,27 @@ class Store:
 
     def announce(self, step: int, name: str, value: Any) -> None:
         """Leave `value` (JSON) in the pool for the rank that will publish."""
+        self._pool.mkdir(parents=True, exist_ok=True)
         disk.publish(self._pool / f"{step:08d}-{name}.json", json.dumps(value).encode())
 
     def announced(self, step: int, name: str) -> Any | None:
-        """What `announce` left under that name, or None so far."""
+        """Return what `announce` left under that name, or None if there is nothing yet."""
         try:
-            return json.loads((self._pool / f"{step:08d}-{name}.json").read_bytes())
+            return json.loads(disk.read(self._pool / f"{step:08d}-{name}.json"))
         except FileNotFoundError:
             return None
 
     def publish(self, manifest: Manifest) -> None:
-        """From here on the checkpoint exists. Its files must have been written."""
+        """Make the checkpoint exist. Its files must have been written."""
         body = {"format": FORMAT, **asdict(manifest)}
         disk.sync_folder(self._pool)
-        disk.publish(self._path(manifest.step), _sealed(body))
+        disk.publish(self._path(manifest.step), sealed(body))
 
     def prune(self, keep: int, also: Iterable[int] = ()) -> None:
         """Remove all but the `keep` newest checkpoints and those of the steps `also`, and files of no checkpoint.
 
-        Files of a step after the newest checkpoint are left alone: they may be on their way into one. So are all files
-        where a manifest cannot be read: who knows what it refers to.
+        Files of a step after the newest checkpoint stay, since a save may be in progress. All files stay if a manifest
+        cannot be read, since it may refer to any of them.
         """
         steps = self.steps()
         kept = {*steps[:keep], *also}
@@ -119,13 +171,28 @@ class Store:
             if named and steps and int(named[1]) <= steps[0] and path.name not in used:
                 disk.remove(path)
 
+    def remove_leftovers(self) -> None:
+        """Remove the files of saves that were killed before they became checkpoints. No save may be in progress.
+
+        Files of abandoned checkpoints stay; all files stay if a manifest cannot be read.
+        """
+        try:
+            used = {file.name for step in self.steps() for file in self.read(step).files}
+            for abandoned in self.folder.glob("abandoned-*.json"):
+                used.update(re.findall(r"\d{8}-[\w-]+\.safetensors", disk.read(abandoned).decode(errors="replace")))
+            for path in self._pool.iterdir():
+                if _POOLED.match(path.name.removeprefix(".")) and path.name not in used:
+                    disk.remove(path)
+        except (CheckpointError, OSError):  # leftovers only take space
+            return
+
     def withdraw(self, step: int, attempt: str) -> None:
-        """Remove the files of a save that will not be published: on a full disk they are in the way."""
+        """Remove the files of a save that will not be published, to make room on a full disk."""
         for path in self._pool.glob(f"{step:08d}-*{attempt}*"):
             disk.remove(path)
 
     def abandon_after(self, step: int) -> None:
-        """Checkpoints after `step` are not of the run that goes on from there."""
+        """Set aside checkpoints after `step`, which do not belong to a run that resumes there."""
         for later in self.steps():
             if later > step:
                 disk.rename(self._path(later), self.folder / f"abandoned-{self._path(later).name}")
@@ -133,35 +200,40 @@ class Store:
     # --- reading -----------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints there are, newest first; whether they are whole is not known yet."""
+        """Return the steps of all checkpoints, newest first. They may be damaged."""
         if not self.folder.is_dir():
             return []
-        found = (_MANIFEST.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        matches = (_MANIFEST.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def read(self, step: int) -> Manifest:
-        """The manifest of a step. Raises `CheckpointError` where it is missing, broken or of another format."""
+        """Return the manifest of a step. Raises `CheckpointError` if it is missing, broken or in another format."""
         path = self._path(step)
         self._refuse_links(path)
         try:
-            body = json.loads(path.read_bytes())
+            body = json.loads(disk.read(path))
             checksum = body.pop("checksum")
-        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            expected = json.loads(sealed(body))["checksum"]
+        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
-        if json.loads(_sealed(body))["checksum"] != checksum:
-            raise CheckpointError(f"{path}: its checksum does not fit: it was changed or cut short")
-        if body.get("step") != step:
-            raise CheckpointError(f"{path}: holds the checkpoint after step {body.get('step')}, under another's name")
-        if body.pop("format") != FORMAT:
+        if expected != checksum:
+            raise CheckpointError(f"{path}: its checksum does not match: it was changed or cut short")
+        if body.get("format") != FORMAT:
             raise CheckpointError(f"{path}: written in another format by another version of Strata")
-        units = {unit: [File(**file) for file in files] for unit, files in body["units"].items()}
+        try:
+            record = _Record.model_validate_json(json.dumps(body))
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: is not a manifest: {in_a_line(error)}") from error
+        if record.step != step:
+            raise CheckpointError(f"{path}: contains the checkpoint after step {record.step}, unlike its name")
+        units = {unit: [File(**file.model_dump()) for file in files] for unit, files in record.units.items()}
         for file in (file for files in units.values() for file in files):
-            if Path(file.name).name != file.name:
+            if Path(file.name).name != file.name or not file.name.isprintable():
                 raise CheckpointError(f"{path}: refers to {file.name!r}, which is not in its pool")
-        return Manifest(body["step"], units, body["state"])
+        return Manifest(step, units, body["state"])
 
     def problem(self, file: File) -> str | None:
-        """What is wrong with a file, or None: it has the size and the checksum that its manifest says."""
+        """Return what is wrong with a file, or None if it has the size and checksum that the manifest records."""
         path = self._pool / file.name
         try:
             return self._look_for_problem(path, file)
@@ -179,14 +251,14 @@ class Store:
         with open(path, "rb") as opened:
             while chunk := opened.read(_CHUNK):
                 digest.update(chunk)
-        return None if digest.hexdigest() == file.sha256 else f"{path}: its checksum does not fit, it was changed"
+        return None if digest.hexdigest() == file.sha256 else f"{path}: its checksum does not match: it was changed"
 
     def open(self, file: File) -> Any:
-        """A reader of a file's tensors and of what was given to `write` beside them, as `safetensors.safe_open`."""
+        """Return a reader (`safetensors.safe_open`) of the tensors and metadata that were given to `write`."""
         return safe_open(self._pool / file.name, framework="pt")
 
     def offered_before(self, step: int, damaged: set[str]) -> int | None:
-        """The newest checkpoint before `step` that can be read and has none of the files `damaged`."""
+        """Return the newest checkpoint before `step` that can be read and has none of the files `damaged`, or None."""
         for older in self.steps():
             if older < step:
                 with suppress(CheckpointError):
@@ -195,7 +267,7 @@ class Store:
         return None
 
     def _refuse_links(self, *paths: Path) -> None:
-        """What is read and written lies in the run folder."""
+        """Raise `CheckpointError` for a link, which may lead out of the run folder."""
         for path in (self.folder, self._pool, *paths):
             if path.is_symlink():
                 raise CheckpointError(f"{path}: a link, which is never followed")
@@ -204,13 +276,44 @@ class Store:
         return self.folder / f"step-{step:08d}.json"
 
 
-def _sealed(body: Mapping[str, Any]) -> bytes:
-    """JSON of `body` with a checksum over the rest of it."""
+def found_in(folder: Path) -> Store:
+    """Return the store of a run folder, or of a tag in a folder of `engine.save_checkpoint`: the tag that its file
+    `latest` names, or the only one."""
+    if Store(folder).steps():
+        return Store(folder)
+    if (folder / LATEST).exists():
+        return Store(tagged(folder))
+    inside = sorted(path.parent for path in folder.glob("*/checkpoints") if Store(path.parent).steps())
+    return Store(inside[0] if len(inside) == 1 else folder)
+
+
+def tagged(folder: Path) -> Path:
+    """Return the folder in `folder` that its file `latest` names."""
+    path = folder / LATEST
+    try:
+        tag = disk.read(path).decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if Path(tag).name != tag or tag == ".." or not tag.isprintable():
+        raise CheckpointError(f"{path}: names {tag[:100]!r}, which is not a folder in {folder}")
+    return folder / tag
+
+
+def in_a_line(error: ValidationError) -> str:
+    """Return the first of the problems that pydantic found, with the key and the value received."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"])) or "all of it"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{key}: {first['msg']}, got {str(first['input'])[:100]!r}{more}"
+
+
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """Return `body` as JSON, with a checksum of it."""
     canonical = json.dumps(body, sort_keys=True, allow_nan=False)
     return json.dumps({**body, "checksum": hashlib.sha256(canonical.encode()).hexdigest()}, indent=1).encode()
 
 
-# Of the safetensors format (https://huggingface.co/docs/safetensors), as far as checkpoints hold them.
+# Dtypes of checkpoints in the safetensors format (https://huggingface.co/docs/safetensors).
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -223,10 +326,10 @@ _DTYPES = {
 
 
 def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """A file of that format, in parts: its header, and the tensors where they lie.
+    """Return a file of that format in parts: its header, and the memory of the tensors, which is not copied.
 
-    The library's own `save` copies all of it into one object, and no other thread of Python runs meanwhile: training
-    would stand still for as long again as the copy into host memory takes.
+    The library's own `save` copies everything into one object while no other Python thread runs: training would pause
+    for as long as the copy into host memory takes.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     parts: list[bytes | memoryview] = []
@@ -236,7 +339,7 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         tensor = tensors[name].contiguous()
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        parts.append(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, *parts]

@@ -1,1 +1,1 @@
-"""Several nodes: ranks under srun (`ranks`), jobs (`submit`), and whether the nodes are fit for it (`doctor`)."""
+"""Train on several nodes: take ranks from srun (`ranks`), submit jobs (`submit`), and check the nodes (`doctor`)."""

@@ -1,4 +1,4 @@
-"""What there is on one node, and whether it will do for training: one function for each thing looked at."""
+"""Check one node for training: a function for each finding."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from typing import Literal
 
 import psutil
 
-# Those whose versions decide numbers, or what can be read.
+from trainer.cluster.ranks import number
+
+# Packages whose versions decide numbers, or which files can be read.
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors")
 BUILD_SECONDS = 45
 _STALE_LOCK_SECONDS = 600
-# What is missing is asked first: DeepSpeed compiles what async_io stands on before it looks for libaio.
+# `is_compatible` is called first, because `load` compiles other code of async_io before it looks for libaio.
 _BUILD = """
 import sys
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
@@ -40,7 +42,7 @@ _LITTLE_DISK, _LITTLE_SHARED_MEMORY = 10 * 2**30, 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in one respect. `advice` says what to do about a note or a failure."""
+    """One result of the doctor. `advice` says what to do about a note or a failure."""
 
     name: str
     status: Literal["ok", "note", "FAIL"]
@@ -49,30 +51,30 @@ class Finding:
 
 
 def versions() -> dict[str, str]:
-    """Of Strata, Python and what it stands on."""
+    """Return the versions of Strata, Python and `PACKAGES`, by name; "missing" if a package is not installed."""
     from trainer import __version__
 
-    found = {"strata": __version__, "python": platform.python_version()}
+    by_name = {"strata": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            by_name[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "missing"
-    return found
+            by_name[name] = "missing"
+    return by_name
 
 
 def check_versions() -> Finding:
-    found = versions()
-    said = ", ".join(f"{name} {number}" for name, number in found.items())
-    if "missing" in found.values():
-        return Finding("versions", "FAIL", said, "install Strata with all it needs: pip install strata-trainer")
+    by_name = versions()
+    said = ", ".join(f"{name} {number}" for name, number in by_name.items())
+    if "missing" in by_name.values():
+        return Finding("versions", "FAIL", said, "install Strata with its dependencies: pip install strata-trainer")
     return Finding("versions", "ok", said)
 
 
 def check_compiler() -> Finding:
-    """DeepSpeed compiles what it needs on the spot: CPU Adam for offload, its communication on CPUs."""
+    """Check for a compiler and ninja, with which DeepSpeed compiles CPU Adam and its communication on CPUs."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    # Beside this Python too: DeepSpeed's pip package brings its own.
+    # Also look beside this Python: DeepSpeed's pip package installs ninja there.
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     if compiler is None:
         return Finding("compiler", "FAIL", "no g++", "install g++, or load it (`module load gcc`) before the job")
@@ -83,13 +85,13 @@ def check_compiler() -> Finding:
 
 
 def check_locks() -> Finding:
-    """A compiler that was killed leaves a lock, for which everybody after it waits without a word."""
+    """Check for locks that killed compilers left: every later process would wait for them silently."""
     cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(cache) / "torch_extensions"))
     now = time.time()
     stale = [str(lock) for lock in folder.glob("**/lock") if now - lock.stat().st_mtime > _STALE_LOCK_SECONDS]
     if stale:
-        advice = f"nobody compiles there any more, but every run waits for it: rm {' '.join(stale)}"
+        advice = f"no process compiles there, but every run waits for the lock: rm {' '.join(stale)}"
         return Finding("compiled", "FAIL", f"{len(stale)} lock(s) of a killed compiler in {folder}", advice)
     return Finding("compiled", "ok", f"no lock in {folder}")
 
@@ -99,7 +101,7 @@ def check_accelerator() -> Finding:
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    name, expected = accelerator.device_name(), int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    name, expected = accelerator.device_name(), number(os.environ, "SLURM_GPUS_ON_NODE") or 0
     if name == "cpu":
         said = f"none: the CPU, {os.cpu_count()} cores; torch for CUDA {torch.version.cuda or 'none'}"
         if expected and os.environ.get("DS_ACCELERATOR") != "cpu":
@@ -118,9 +120,9 @@ def check_accelerator() -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Free space where checkpoints go, where compilers and libraries write, and in the memory that processes share."""
+    """Check the free space in the folder of runs, in that for temporary files, and in shared memory."""
     folder = folder.expanduser().absolute()
-    existing = next(place for place in (folder, *folder.parents) if place.is_dir())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -128,10 +130,13 @@ def check_disk(folder: Path) -> Finding:
         said = f"{existing} cannot be written: {error.strerror or error}"
         return Finding("disk", "FAIL", said, "--folder (a run's output) must be a folder that you may write to")
     temporary, shared = Path(tempfile.gettempdir()), Path("/dev/shm")
-    free = {place: shutil.disk_usage(place).free for place in (existing, temporary, shared) if place.exists()}
-    said = ", ".join(f"{place} {size / 2**30:.0f} GiB free" for place, size in free.items())
+    free = {path: shutil.disk_usage(path).free for path in (existing, temporary, shared) if path.exists()}
+    said = ", ".join(f"{path} {size / 2**30:.0f} GiB free" for path, size in free.items())
     if free[existing] < _LITTLE_DISK:
-        advice = "a checkpoint holds 16 bytes for each trained parameter, a model 2: make room, or use another folder"
+        advice = (
+            "a checkpoint needs 12 bytes for each trained parameter, and a bf16 model 2 for each parameter: make room, "
+            "or use another folder"
+        )
         return Finding("disk", "FAIL", said, advice)
     if free.get(shared, _LITTLE_SHARED_MEMORY) < _LITTLE_SHARED_MEMORY:
         return Finding("disk", "note", said, "NCCL needs some shared memory; with containers: --shm-size=8g")
@@ -139,7 +144,7 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_network(*, alone: bool) -> Finding:
-    """The interface by whose address other nodes find this one."""
+    """Check the interface whose address other nodes use for this one, unless the node is `alone`."""
     host = socket.gethostname()
     try:
         address = socket.gethostbyname(host)
@@ -158,23 +163,23 @@ def check_network(*, alone: bool) -> Finding:
         said += f"; InfiniBand or RoCE: {', '.join(fabric)}"
     if not alone and address.startswith("127."):
         others = ", ".join(name for name, state in up.items() if state.isup and name != "lo")
-        advice = f"export GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, to one of: {others}; or correct /etc/hosts"
+        advice = f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to one of: {others}; or correct /etc/hosts"
         return Finding("network", "FAIL", f"{host} is {address}, which other nodes cannot reach", advice)
     return Finding("network", "ok", said)
 
 
 @contextmanager
 def builds(operators: tuple[str, ...] = ("cpu_adam", "async_io")) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Builds of DeepSpeed's operators that run beside what happens inside, in a place of their own.
+    """Build DeepSpeed's operators in the background, by name, and kill unfinished builds on exit.
 
-    Not where the user's are: one that is stopped leaves a lock there.
+    They are built in a temporary folder, because a build that is killed leaves a lock in its folder.
     """
     running: dict[str, subprocess.Popen[str]] = {}
-    with tempfile.TemporaryDirectory(prefix="strata-doctor-", ignore_cleanup_errors=True) as place:
+    with tempfile.TemporaryDirectory(prefix="strata-doctor-", ignore_cleanup_errors=True) as folder:
         for name in operators:
             running[name] = subprocess.Popen(
                 [sys.executable, "-c", _BUILD, name],
-                env=os.environ | {"TORCH_EXTENSIONS_DIR": str(Path(place) / name)},
+                env=os.environ | {"TORCH_EXTENSIONS_DIR": str(Path(folder) / name)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -192,37 +197,37 @@ def builds(operators: tuple[str, ...] = ("cpu_adam", "async_io")) -> Iterator[di
 
 
 def check_build(name: str, process: subprocess.Popen[str], end: float) -> Finding:
-    """How the build of an operator came out by `end` (of time.monotonic)."""
+    """Return the result of the build of an operator, for which it waits until `end` (in `time.monotonic()`)."""
     try:
         output, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
     except subprocess.TimeoutExpired:
-        said = f"still being compiled after {BUILD_SECONDS} s, without an error so far"
+        said = f"still compiling after {BUILD_SECONDS} s, without an error so far"
         return Finding(name, "note", said, "try again when the node is idle")
     if process.returncode == 0:
         return Finding(name, "ok", "compiled")
     said = _real_error(output)
-    if name == "async_io":  # for one kind of offload only
-        advice = "NVMe offload needs it: install libaio's headers (libaio-dev, libaio-devel). Without it all else works"
+    if name == "async_io":  # only one kind of offload needs it
+        advice = "NVMe offload needs it: install libaio's headers (libaio-dev, libaio-devel). All else works without it"
         return Finding(name, "note", said, advice)
-    advice = "CPU offload needs it: give it the compiler it wants (a CUDA toolkit must be of the version of torch's)"
+    advice = "CPU offload needs it: install the compiler that it names (a CUDA toolkit must have torch's CUDA version)"
     return Finding(name, "FAIL", said, advice)
 
 
 def _real_error(output: str) -> str:
-    """The compiler's complaint if there is one, else what was raised; at most three lines."""
+    """Return up to three errors of the compiler, or else the last line, such as the exception of Python."""
     plain = re.sub(r"\x1b\[\d*m|\[WARNING\]", "", output)
-    lines = [line.strip() for line in plain.splitlines() if line.strip()] or ["it ended without a word"]
-    complaints = [line for line in lines if re.search(r"\berror: |^\w+ requires ", line)]
-    return "; ".join(complaints[:3] or lines[-1:])[:600]
+    lines = [line.strip() for line in plain.splitlines() if line.strip()] or ["it ended without a message"]
+    errors = [line for line in lines if re.search(r"\berror: |^\w+ requires ", line)]
+    return "; ".join(errors[:3] or lines[-1:])[:600]
 
 
 def as_line(host: str, finding: Finding) -> str:
-    """One line that `from_line` reads."""
+    """Return a finding as one line, which `from_line` reads."""
     return json.dumps({"strata_doctor": host, **finding.__dict__})
 
 
 def from_line(line: str) -> tuple[str, Finding] | None:
-    """(host, finding) of a line that `as_line` made, None for any other."""
+    """Return (host, finding) of a line that `as_line` made, None for any other line."""
     try:
         values = json.loads(line)
         return values.pop("strata_doctor"), Finding(**values)

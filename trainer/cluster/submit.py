@@ -1,8 +1,9 @@
-"""`python -m trainer submit`: launch/slurm.sbatch with the values of a job filled in, written down and submitted."""
+"""`python -m trainer submit`: fill in launch/slurm.sbatch for a job, write the file and submit it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -11,55 +12,65 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NoReturn
 
-from trainer.config import ConfigError, RunConfig, load
-from trainer.config.deepspeed import resolve
+from trainer.config import ConfigError, RunConfig, load, parse_command_line
+from trainer.config.arguments import Parser, count
+from trainer.config.deepspeed.resolve import resolve
+from trainer.config.text import has_control_characters, printable, quoted
 
-# What SLURM takes: minutes, minutes:seconds, hours:minutes:seconds, and days before any of these.
-_TIME = re.compile(r"(\d+-)?\d+(:\d\d?){0,2}")
+# SLURM's notation: minutes, minutes:seconds, hours:minutes:seconds, and days before hours, such as 2-00:00:00.
+_TIME = re.compile(r"([0-9]{1,6}-)?[0-9]{1,9}(:[0-9]{1,2}){0,2}")
 _NOTICE_SECONDS = 300
-_EARLY_SECONDS = 60  # that SLURM may send it before (sbatch's --signal)
+_EARLY_SECONDS = 60  # SLURM may send the signal so much earlier (see sbatch's --signal)
+# Words that sbatch searches for anywhere in a line of a job's file, and blanks out.
+_OWN_WORDS = re.compile("hetjob|packjob", re.IGNORECASE)
+# What a user has to change for a value of sbatch's option, which need not be an option of this command.
+_SOURCES = {"job-name": "output", "output": "output", "chdir": "the current folder"} | {
+    name: f"--{name}" for name in ("time", "partition", "account", "qos", "mem")
+}
 _LINE = re.compile(r"##?SBATCH --(?P<option>[\w-]+)(=.*)?")
 
 
 def template() -> str:
-    """The text of launch/slurm.sbatch."""
+    """Return the text of launch/slurm.sbatch."""
     return files("trainer.cluster").joinpath("slurm.sbatch").read_text(encoding="utf-8")
 
 
 def filled_in(options: Mapping[str, str], command: Sequence[str], *, more: Sequence[str] = ()) -> str:
-    """launch/slurm.sbatch with the values of `options` (sbatch's long names), and with `command` for its tasks.
+    """Return launch/slurm.sbatch with the values of `options` (sbatch's long names) and `command` filled in.
 
-    Options that are missing in `options` are left out where the file only shows them (##SBATCH), and stand otherwise.
+    Options that are not in `options` are left out if they are only examples (##SBATCH), and else keep their values.
     `more` are options as they are written, such as --exclusive.
     """
     lines = []
     for line in template().splitlines():
-        found = _LINE.fullmatch(line)
-        if found and found["option"] in options:
-            line = f"#SBATCH --{found['option']}={shlex.quote(options[found['option']])}"
+        match = _LINE.fullmatch(line)
+        if match and match["option"] in options:
+            line = f"#SBATCH --{match['option']}={shlex.quote(options[match['option']])}"
         elif line.startswith("##SBATCH"):
             continue
         elif line.startswith("command=("):
             line = f"command=({shlex.join(command)})"
         lines.append(line)
-        if found and found["option"] == "requeue":  # the last, so that these stand
+        if match and match["option"] == "requeue":  # the last one; a later option has precedence
             lines += [f"#SBATCH {option}" for option in more]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the job's file and submit it; 0, or 2 where the request, or sbatch, refuses."""
+    """Write the job's file, submit it and return 0; return 2 if the request cannot be followed or sbatch refuses it."""
     arguments = _parser().parse_intermixed_args(argv)
-    recipe, settings = arguments.recipe, arguments.settings
     if arguments.notice + _EARLY_SECONDS >= _seconds(arguments.time):
         return _refuse(
             f"--notice: got {arguments.notice} seconds, and SLURM may be {_EARLY_SECONDS} early, which leaves nothing "
             f"of --time {arguments.time}: lower --notice, or raise --time"
         )
     try:
-        config = load(recipe, settings)
+        # Read as the job will read them.
+        command = parse_command_line([arguments.recipe, *arguments.settings], options=())
+        if command.config_path is None:
+            return _refuse(f"RECIPE.yaml: missing; {quoted(arguments.recipe)} is a setting")
+        config = load(command.config_path, command.overrides)
         resolve(config, arguments.nodes * arguments.gpus)
         script = _script(arguments, config)
     except ConfigError as error:
@@ -69,10 +80,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if shutil.which("sbatch") is None:
         return _refuse("sbatch: no such command; submit from a login node of a SLURM cluster; --print shows the file")
-    run = Path(config.output).expanduser()
+    run = _run_folder(config)
     file = run.with_name(f"{run.name}.sbatch")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)  # SLURM writes no log where there is no folder
+        file.parent.mkdir(parents=True, exist_ok=True)  # SLURM does not create the log's folder
         file.write_text(script, encoding="utf-8")
     except OSError as error:
         return _refuse(f"output: {type(error).__name__}: {error}")
@@ -80,12 +91,21 @@ def main(argv: Sequence[str]) -> int:
     if answer.returncode:
         return _refuse(f"sbatch refuses {file}: {answer.stderr.strip() or answer.stdout.strip()}")
     job = answer.stdout.strip().partition(";")[0]  # the cluster's name may follow
-    print(f"Submitted job {job} ({file}); its log: {run}-{job}.log. Its state: squeue -j {job}. Its end: scancel {job}")
+    log = f"{run}-{job}.log"
+    print(
+        printable(f"Submitted job {job} ({file}); log: {log}. To see it: squeue -j {job}. To cancel it: scancel {job}")
+    )
     return 0
 
 
+def _run_folder(config: RunConfig) -> Path:
+    """Return `output` as it is written, or as a full path if it has no name to extend (`.`, `..`)."""
+    run = Path(os.path.expanduser(config.output))
+    return run.resolve() if run.name in ("", "..") else run
+
+
 def _script(arguments: argparse.Namespace, config: RunConfig) -> str:
-    run = Path(config.output).expanduser()
+    run = _run_folder(config)
     options = {
         "job-name": run.name,
         "nodes": str(arguments.nodes),
@@ -101,65 +121,83 @@ def _script(arguments: argparse.Namespace, config: RunConfig) -> str:
     if arguments.cpus is not None:
         options["cpus-per-task"] = str(arguments.cpus)
     command = [sys.executable, "-m", "trainer", "train", arguments.recipe, *arguments.settings]
-    return filled_in(options, command, more=arguments.sbatch)
+    more = [option if isinstance(option, str) else "--" for option in arguments.sbatch]  # argparse drops a lone --
+    problems = [problem for name, value in options.items() if (problem := _misread(_SOURCES.get(name, name), value))]
+    problems += [
+        f"{quoted(word)}: contains control characters (line ends, tabs, changes of direction); take them out"
+        for word in (*command, *more)
+        if has_control_characters(word)
+    ]
+    problems += [
+        f"--sbatch: got {quoted(option)}; allowed: an option as sbatch has it, such as --sbatch=--exclusive"
+        for option in more
+        if not re.match(r"--?[A-Za-z]", option)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return filled_in(options, command, more=more)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _misread(source: str, value: str) -> str | None:
+    """Return why sbatch would read `value`, in quotes in the job's file, as something else; None if it would not."""
+    if has_control_characters(value):
+        return f"{source}: got {quoted(value)}, with control characters (line ends, ...); take them out"
+    if not value:
+        return f"{source}: got nothing; leave the option out"
+    if "\\" in value:  # it escapes the next character, in quotes too, and disables %j in the name of a log
+        return f"{source}: got {quoted(value)}, in which sbatch would not read the backslash as such; take it out"
+    if _OWN_WORDS.search(value):
+        return (
+            f"{source}: got {quoted(value)}, in which sbatch reads hetjob or packjob as a keyword; choose another name"
+        )
+    return None
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m trainer submit",
-        description="Writes a job for SLURM beside the run folder (OUTPUT.sbatch) and submits it. The job trains with "
-        "one task for each GPU, saves before its time limit or when it is preempted, and goes on by itself.",
-        epilog="The file is launch/slurm.sbatch with these values filled in. Data is tokenised by the job, unless "
-        "`python -m trainer prepare` was there before.",
+        description="Write a job for SLURM beside the run folder (OUTPUT.sbatch) and submit it. The job trains with "
+        "one task for each GPU, saves before its time limit or when it is preempted, and then resumes by itself.",
+        epilog="The file is launch/slurm.sbatch with these values filled in. The job tokenises the data, unless "
+        "`python -m trainer prepare` has done so.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings laid over the recipe")
-    parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes (default 1)")
-    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="GPUs of each node, a rank for each")
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that override the recipe")
+    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes (default 1)")
+    parser.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs of each node, one rank for each")
     parser.add_argument("--time", type=_time, required=True, metavar="T", help="limit of an attempt, such as 12:00:00")
     for name in ("partition", "account", "qos", "mem"):
-        parser.add_argument(f"--{name}", metavar="X", help="as sbatch's")
-    parser.add_argument("--cpus", type=_count, metavar="N", help="cores of each rank (CPU offload computes on them)")
+        parser.add_argument(f"--{name}", metavar="X", help="as sbatch's option")
+    parser.add_argument("--cpus", type=count, metavar="N", help="cores of each rank (CPU offload computes on them)")
     parser.add_argument(
         "--notice",
-        type=_count,
+        type=count,
         default=_NOTICE_SECONDS,
         metavar="SECONDS",
-        help="how long before the limit the run saves: longer than a step and a checkpoint take (default 300)",
+        help="time before the limit at which the run saves: longer than a step and a checkpoint take (default 300)",
     )
     parser.add_argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="=OPTION",
-        help="another option of sbatch, written --sbatch=--exclusive; may be repeated",
+        help="any other option of sbatch, such as --sbatch=--exclusive; may be repeated",
     )
     parser.add_argument("--print", action="store_true", help="show the file; write and submit nothing")
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.exit(_refuse(f"{message}\n\n{self.format_usage()}"))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: integer >= 1")
-    return int(text)
-
-
 def _time(text: str) -> str:
     if not _TIME.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: hours:minutes:seconds, with days before: 2-00:00:00")
+        raise argparse.ArgumentTypeError(
+            f"got {quoted(text)}; allowed: hours:minutes:seconds, with days before: 2-00:00:00"
+        )
     return text
 
 
 def _seconds(time: str) -> int:
-    """Of SLURM's notation."""
+    """Return the seconds of a time in SLURM's notation."""
     days, _, rest = time.rpartition("-")
     fields = [int(field) for field in rest.split(":")]
     if days:  # days-hours, days-hours:minutes, ...
@@ -172,5 +210,5 @@ def _seconds(time: str) -> int:
 
 
 def _refuse(message: str) -> int:
-    print(f"\n{message}", file=sys.stderr)
+    print(f"\n{printable(message)}", file=sys.stderr)
     return 2

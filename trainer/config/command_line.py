@@ -1,4 +1,4 @@
-"""The command line of launch/train.py: a recipe, `key=value` settings, a few options; and its help."""
+"""Read the command line of launch/train.py: a recipe, `key=value` settings, a few options. Also write its help."""
 
 import json
 import re
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from pydantic.fields import FieldInfo
 
-from trainer.config.deepspeed import presets
+from trainer.config.deepspeed.presets import presets
 from trainer.config.errors import ConfigError, hint
 from trainer.config.keys import Key, allowed, keys, union_members
 from trainer.config.methods import METHODS
 from trainer.config.schema import RunConfig
+from trainer.config.text import in_short, quoted, whole_number
 
 USAGE = "deepspeed launch/train.py [RECIPE.yaml] [key=value ...] [--dry-run] [--help]"
 
@@ -24,7 +25,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Command:
-    """What the user asked for. `config_path` is None where neither a recipe nor a default one was given."""
+    """The user's request. `config_path` is None if neither a recipe nor a default one was given."""
 
     config_path: str | None = None
     overrides: tuple[str, ...] = ()
@@ -36,11 +37,13 @@ class Command:
 def parse_command_line(
     argv: Sequence[str], *, default_recipe: str | None = None, options: Sequence[str] = TRAIN_OPTIONS
 ) -> Command:
-    """Read the arguments after the script's name; ConfigError lists all that are not understood.
+    """Read the arguments after the script's name. Raises ConfigError with all that are not understood.
 
-    `options` are those that the command has. The launchers' own --local_rank (or --local-rank) and --deepspeed are
-    accepted and mean nothing here; `--deepspeed_config FILE` sets the key `deepspeed`.
+    `options` are those of the command. The launchers' own --local_rank (or --local-rank) and --deepspeed are accepted
+    and ignored; `--deepspeed_config FILE` sets the key `deepspeed`.
     """
+    if wants_help(argv):  # even if other arguments are wrong
+        return Command(config_path=default_recipe, show_help=True)
     recipes: list[str] = []
     overrides: list[str] = []
     problems: list[str] = []
@@ -56,20 +59,21 @@ def parse_command_line(
             if not value:
                 problems.append(f"{option}: a value is missing, as in {option}={_VALUES[option]}")
             elif option == "--show":
-                show = int(value) if value.isdecimal() else 0
-                problems += [] if show else [f"--show: got {value!r}; allowed: integer >= 1"]
+                show = whole_number(value) or 0
+                problems += [] if show else [f"--show: got {quoted(value)}; allowed: integer >= 1"]
             elif option == "--deepspeed_config":
                 overrides.append(f"deepspeed={json.dumps(value)}")
-        elif word == "-h" or word in options:
+        elif word in options:
             flags.add(word)
         elif word.startswith("-"):
-            problems.append(f"{word}: unknown option{_option_advice(word, options)}")
+            problems.append(f"{in_short(word)}: unknown option{_option_advice(in_short(word), options)}")
         elif _SETTING.match(word):
             overrides.append(word)
         else:
             recipes.append(word)
     if len(recipes) > 1:
-        problems.append(f"one recipe at a time: got {', '.join(map(repr, recipes))}; settings are written key=value")
+        named = in_short(", ".join(map(repr, recipes)), 500)
+        problems.append(f"one recipe at a time: got {named}; settings are written key=value")
     if problems:
         raise ConfigError(problems)
     return Command(
@@ -77,8 +81,12 @@ def parse_command_line(
         overrides=tuple(overrides),
         dry_run="--dry-run" in flags,
         show=show,
-        show_help=bool(flags & {"--help", "-h"}),
     )
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Return whether help is asked for, anywhere in a command line."""
+    return "--help" in argv or "-h" in argv
 
 
 def _option_advice(word: str, options: Sequence[str]) -> str:
@@ -91,7 +99,7 @@ def _option_advice(word: str, options: Sequence[str]) -> str:
 
 
 def help_text() -> str:
-    """Usage and every key with its allowed values, default and meaning, in 100 columns."""
+    """Return usage and every key with its allowed values, default and meaning, in 100 columns."""
     blocks = [f"Usage: {USAGE}", _introduction(), *_method_lines(), "Settings"]
     shown: list[str] = []
     heading = None
@@ -109,10 +117,10 @@ def help_text() -> str:
 
 def _introduction() -> str:
     text = (
-        "RECIPE.yaml holds the settings below, nested; without one, the built-in quick start runs. key=value settings "
-        "are laid over it: dotted keys, YAML values, as in selector.blocks=4, data.eval=null or "
+        "RECIPE.yaml contains the settings below, nested; without one, the built-in quick start runs. key=value "
+        "settings override it: dotted keys, YAML 1.2 values, as in selector.blocks=4, data.eval=null or "
         "data.train=[{path: a.jsonl, weight: 2}, {path: b.csv, weight: 1}]. --dry-run checks "
-        "everything, shows what each rank would hold, and trains nothing."
+        "everything, shows what each rank would store, and trains nothing."
     )
     return textwrap.fill(text, _WIDTH)
 
@@ -139,14 +147,22 @@ def _member_heading(section: str, key: Key) -> str:
 
 def _key_lines(key: Key) -> list[str]:
     indent = 4 if key.member else 2
-    values = " | ".join([*presets(), "path"]) if key.path == "deepspeed" else allowed(key.field)
-    head = f"{key.path}   {values}   {_default(key.field)}"
+    values = allowed_text(key)
+    head = f"{key.path}   {values}   {default_text(key.field)}"
     lines = textwrap.wrap(head, _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + 8))
     margin = " " * (indent + 4)
-    return lines + textwrap.wrap(key.field.description or "", _WIDTH, initial_indent=margin, subsequent_indent=margin)
+    return lines + textwrap.wrap(
+        key.field.description or "", _WIDTH, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    )
 
 
-def _default(info: FieldInfo) -> str:
+def allowed_text(key: Key) -> str:
+    """Return the allowed values of a key, for its help."""
+    return " | ".join([*presets(), "path"]) if key.path == "deepspeed" else allowed(key.field)
+
+
+def default_text(info: FieldInfo) -> str:
+    """Return the default of a key, for its help."""
     if info.is_required():
         return "(required)"
     value = list(info.default) if isinstance(info.default, tuple) else info.default

@@ -1,62 +1,40 @@
-"""Configuration files: YAML in and out, where relative paths point, and whether the named files can be used."""
+"""Read and write configuration files, resolve relative paths, and check whether the named files can be used."""
 
 import importlib.util
 import json
 import os
-import re
-from collections.abc import Hashable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from trainer.config import deepspeed as deepspeed_config
+from trainer.config import core_yaml
+from trainer.config.architecture import architecture_problems
+from trainer.config.core_yaml import YamlError
+from trainer.config.deepspeed import presets
 from trainer.config.errors import ConfigError, nearest
+from trainer.config.reading import obstacle, read_file
 from trainer.config.schema import RunConfig
 from trainer.config.sources import DATA_SUFFIXES, hub_name, source_list
+from trainer.config.text import quoted
 
 MODEL_MARKER, ADAPTER_MARKER = "config.json", "adapter_config.json"
-_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's YAML 1.1, but 2e-5 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    problem = f"key {key.value!r} given twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would read as numbers."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+# An index of weights has a line for each tensor.
+_MOST_JSON_BYTES = 2**28
+# File systems allow 255 bytes, of which OUTPUT-2, OUTPUT-JOB.log and temporary names need some.
+_LONGEST_NAME = 200
 
 
 def dump(config: RunConfig) -> str:
-    """YAML that `load` reads back to an equal configuration, with the method's parts written out."""
-    values = config.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
-
-
-def parse_value(text: str) -> Any:
-    """The value of an override, in YAML; yaml.YAMLError where it is not."""
-    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    """Return YAML that `load` reads back to an equal configuration, with the parts of the method written out."""
+    return core_yaml.write(config.model_dump(mode="json"))
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file; ConfigError names file and line. An empty file is an empty mapping."""
+    """Read the mapping in a YAML file; an empty file is an empty mapping. Raises ConfigError with file and line."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
-        values = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        values = core_yaml.read(read_file(path, most_bytes=core_yaml.MOST_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError([f"configuration file: {missing_file(path, [Path.cwd()])}"]) from None
     except OSError as error:
@@ -64,22 +42,22 @@ def read_yaml(path: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError([f"{path}, line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})"]) from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ConfigError([f"{path}, line {line}: not valid YAML: {error.problem}"]) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, such as 2024-13-45
-        raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
+    except YamlError as error:
+        where = path if error.line is None else f"{path}, line {error.line}"
+        raise ConfigError([f"{where}: not valid YAML: {error.problem}"]) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError([f"{path}: holds a {type(values).__name__}; it must hold keys and values, such as `seed: 0`"])
+        raise ConfigError(
+            [f"{path}: contains a {type(values).__name__}; it must contain keys and values, such as `seed: 0`"]
+        )
     return values
 
 
 def resolve_paths(values: Mapping[str, Any], bases: Sequence[Path]) -> dict[str, Any]:
-    """`values` with every path to an existing file or folder made absolute; the first base that has it wins.
+    """Return `values` with every path to an existing file or folder made absolute; the first base that has it wins.
 
-    Hub names, presets and what exists nowhere stay as they are.
+    Hub names, presets and paths that do not exist are kept as they are.
     """
     resolved = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
     data, model = resolved.get("data"), resolved.get("model")
@@ -93,7 +71,7 @@ def resolve_paths(values: Mapping[str, Any], bases: Sequence[Path]) -> dict[str,
     if isinstance(substrate, dict) and isinstance(substrate.get("adapter"), str):
         substrate["adapter"] = _resolve_path(substrate["adapter"], bases)
     named = resolved.get("deepspeed")
-    if isinstance(named, str) and deepspeed_config.is_path(named):
+    if isinstance(named, str) and presets.is_path(named):
         resolved["deepspeed"] = _resolve_path(named, bases)
     return resolved
 
@@ -111,23 +89,61 @@ def _resolve_sources(value: Any, bases: Sequence[Path]) -> Any:
 def _resolve_path(path: str, bases: Sequence[Path]) -> str:
     expanded = os.path.expanduser(path)
     for base in bases:
-        if path and (base / expanded).exists():
+        if path and os.path.exists(base / expanded):
             return os.path.abspath(base / expanded)
     return path
 
 
-def file_problems(values: Mapping[str, Any], bases: Sequence[Path]) -> list[str]:
-    """What is wrong with the files and folders that a configuration names; values of a wrong type are passed over.
+def path_problems(values: Mapping[str, Any]) -> list[str]:
+    """Find paths of a configuration that cannot exist: unknown home folders and impossible names."""
+    problems = []
+    for key, path in _named_paths(values):
+        expanded = os.path.expanduser(path)
+        if expanded.startswith("~"):
+            user = expanded.partition("/")[0]
+            problems.append(f"{key}: got {quoted(path)}, but there is no home folder {quoted(user)}; write the folder")
+        elif reason := obstacle(expanded):
+            problems.append(f"{key}: got {quoted(path)}: {reason}; name another")
+    return problems
 
-    `bases`: the folders in which relative paths were looked for (`resolve_paths`), searched for similar names.
+
+def _named_paths(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (key, path) of everything in a configuration that names a file or folder; wrong types are skipped."""
+    data, model = _section(values, "data"), _section(values, "model")
+    found = {
+        "output": values.get("output"),
+        "resume": values.get("resume"),
+        "deepspeed": values.get("deepspeed"),
+        "data.cache": data.get("cache"),
+        "model.path": model.get("path"),
+        "model.tokenizer": model.get("tokenizer"),
+        "substrate.adapter": _section(values, "substrate").get("adapter"),
+    }
+    for name in ("train", "eval"):
+        found |= {key: source.get("path") for key, source in _sources(data, name)}
+    for key, path in found.items():
+        if isinstance(path, str) and path and (key != "deepspeed" or presets.is_path(path)):
+            yield key, path
+
+
+def _sources(data: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (key, source) of those entries of `data.train` or `data.eval` that are mappings."""
+    sources = source_list(data.get(name))
+    for index, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, Mapping):
+            yield f"data.{name}" if len(sources) == 1 else f"data.{name}[{index}]", source
+
+
+def file_problems(values: Mapping[str, Any], bases: Sequence[Path]) -> list[str]:
+    """Find problems with the files and folders that a configuration names; values of a wrong type are skipped.
+
+    `bases`: the folders in which relative paths were looked up (`resolve_paths`), searched for similar names.
     """
     data, model = _section(values, "data"), _section(values, "model")
     problems = []
     for name in ("train", "eval"):
-        sources = source_list(data.get(name))
-        for index, source in enumerate(sources if isinstance(sources, list) else []):
-            key = f"data.{name}" if len(sources) == 1 else f"data.{name}[{index}]"
-            if isinstance(source, Mapping) and isinstance(source.get("path"), str) and source["path"]:
+        for key, source in _sources(data, name):
+            if isinstance(source.get("path"), str) and source["path"]:
                 problems += _source_problems(key, source, bases)
     if isinstance(model.get("path"), str) and model["path"]:
         problems += _model_problems("model.path", model["path"], bases, marker=MODEL_MARKER)
@@ -154,15 +170,34 @@ def file_problems(values: Mapping[str, Any], bases: Sequence[Path]) -> list[str]
     return problems
 
 
+def model_size_problems(values: Mapping[str, Any]) -> list[str]:
+    """Find impossible sizes in `model.random`, or in the config.json of the folder `model.path`.
+
+    A file that cannot be read is ignored here and reported where it is needed.
+    """
+    model = _section(values, "model")
+    problems = []
+    if isinstance(model.get("random"), Mapping):
+        problems += architecture_problems("model.random", model["random"])
+    path = model.get("path")
+    file = Path(os.path.expanduser(path)) / MODEL_MARKER if isinstance(path, str) and path else None
+    if file is not None and os.path.isfile(file):
+        with suppress(OSError, ValueError, RecursionError):
+            fields = _read_json(file)
+            problems += architecture_problems(f"model.path: {MODEL_MARKER}", fields) if isinstance(fields, dict) else []
+    return problems
+
+
 def missing_file(path: str, bases: Sequence[Path]) -> str:
-    """`no such file: 'trian.jsonl'; nearest: 'train.jsonl'`, with a similar name from the folder that it points to."""
+    """Return `no such file: 'trian.jsonl'; nearest: 'train.jsonl'`, with a similar name from the same folder."""
     expanded = os.path.expanduser(path)
-    # Each as it would be typed: beside the name that was typed, or as a full path into the YAML file's folder.
+    # Each as it would be typed: a name in the same folder, or a full path into the YAML file's folder.
     similar: dict[str, str] = {}
     for base in bases:
         folder = (base / expanded).parent
-        for name in os.listdir(folder) if folder.is_dir() else []:
-            similar.setdefault(name, name if base == bases[0] else str(folder / name))
+        with suppress(OSError, ValueError):
+            for name in os.listdir(folder):
+                similar.setdefault(name, name if base == bases[0] else str(folder / name))
     match = nearest(os.path.basename(expanded), similar)
     if match:
         return f"no such file: {path!r}; nearest: {similar[match]!r}"
@@ -180,7 +215,7 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _source_problems(key: str, source: Mapping[str, Any], bases: Sequence[Path]) -> list[str]:
     path = source["path"]
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     suffixes = " | ".join(DATA_SUFFIXES)
     if not file.exists():
         return [] if hub_name(path) else [f"{key}: {missing_file(path, bases)}"]
@@ -199,11 +234,11 @@ def _source_problems(key: str, source: Mapping[str, Any], bases: Sequence[Path])
             empty = not stream.read(1)
     except OSError as error:
         return [*problems, f"{key}: cannot read {path!r}: {error.strerror}"]
-    return [*problems, f"{key}: {path!r} is empty; it must hold rows"] if empty else problems
+    return [*problems, f"{key}: {path!r} is empty; it must contain rows"] if empty else problems
 
 
 def _model_problems(key: str, path: str, bases: Sequence[Path], *, marker: str | None = None) -> list[str]:
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     expected = "a Hugging Face folder, or a hub name such as owner/name"
     if not folder.exists():
         if not _looks_local(path):
@@ -214,8 +249,8 @@ def _model_problems(key: str, path: str, bases: Sequence[Path], *, marker: str |
         return [f"{key}: {path!r} is a file; allowed: {expected}"]
     if marker == MODEL_MARKER and (folder / ADAPTER_MARKER).is_file():
         return [
-            f"{key}: {path!r} holds an adapter ({ADAPTER_MARKER}), no model of its own; set model.path to the base "
-            f"{_base_of(folder)}and, to go on training the adapter, substrate.adapter={path}"
+            f"{key}: {path!r} contains an adapter ({ADAPTER_MARKER}), no model of its own; set model.path to the base "
+            f"{_base_of(folder)}and, to continue training the adapter, substrate.adapter={path}"
         ]
     if marker and not (folder / marker).is_file():
         return [f"{key}: folder {path!r} has no {marker}; allowed: {expected}"]
@@ -223,28 +258,32 @@ def _model_problems(key: str, path: str, bases: Sequence[Path], *, marker: str |
 
 
 def _base_of(adapter: Path) -> str:
-    """`(owner/name) `, as PEFT noted it."""
+    """Return `(owner/name) `, as PEFT recorded it, or an empty string."""
     try:
-        base = json.loads((adapter / ADAPTER_MARKER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        base = _read_json(adapter / ADAPTER_MARKER).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     return f"({base}) " if isinstance(base, str) and base else ""
 
 
 def _weight_problems(key: str, path: str, folder: Path) -> list[str]:
-    """Files of weights that are not there: all of them, or some that the index names."""
+    """Find missing files of weights: all of them, or some that the index names."""
     for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            named = set(_read_json(index)["weight_map"].values())
+            missing = sorted(name for name in named if not os.path.isfile(folder / name))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return [f"{key}: cannot read {str(index)!r}, which says where the weights are"]
-        missing = sorted(name for name in named if not (folder / name).is_file())
         if missing:
             return [f"{key}: folder {path!r} lacks {len(missing)} of {len(named)} weight files, such as {missing[0]}"]
         return []
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return [f"{key}: folder {path!r} has no weights (*.safetensors or *.bin)"]
     return []
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(read_file(file, most_bytes=_MOST_JSON_BYTES).decode("utf-8"))
 
 
 def _looks_local(path: str) -> bool:
@@ -254,13 +293,28 @@ def _looks_local(path: str) -> bool:
 def _folder_problems(key: str, path: Any) -> list[str]:
     if not isinstance(path, str) or not path:
         return []
-    folder = Path(path).expanduser()
-    # The nearest thing that exists decides whether the rest can be created.
-    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
+    folder = Path(os.path.expanduser(path))
+    if key == "output" and not Path(os.path.abspath(folder)).name:
+        return [f"{key}: {path!r} is the root of all folders; name one of its own"]
+    if key == "output" and len(os.fsencode(folder.name)) > _LONGEST_NAME:
+        return [
+            f"{key}: {quoted(path)} ends in a name of {len(os.fsencode(folder.name))} bytes; allowed: up to "
+            f"{_LONGEST_NAME}, because other names are made of it"
+        ]
+    # The nearest existing parent decides whether the rest can be created.
+    existing = next((place for place in (folder, *folder.absolute().parents) if os.path.exists(place)), Path("/"))
     if not existing.is_dir():
         return [f"{key}: {path!r} cannot be a folder, {str(existing)!r} is a file; name another folder"]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [f"{key}: {path!r} cannot be written, no permission for {str(existing)!r}; name another folder"]
+    try:  # access() is always true for root, and /proc accepts no files
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return [
+            f"{key}: {path!r} cannot be written, {str(existing)!r} accepts no files ({reason}); name another folder"
+        ]
     return []
 
 
@@ -268,7 +322,7 @@ def _deepspeed_problems(name: Any) -> list[str]:
     if not isinstance(name, str) or not name:
         return []
     try:
-        deepspeed_config.read(name)
+        presets.read(name)
     except ConfigError as error:
         return error.problems
     return []

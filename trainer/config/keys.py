@@ -1,9 +1,9 @@
-"""The keys of nested configuration models: dotted paths and allowed values, for error messages and --help."""
+"""List the keys of nested configuration models: dotted paths and allowed values, for error messages and --help."""
 
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -21,12 +21,12 @@ class Key:
 
 
 def keys(model: type[BaseModel], prefix: str = "", member: str | None = None) -> list[Key]:
-    """All leaf keys under `model`, in the order of declaration; the members of a union one after the other.
+    """Return all leaf keys under `model`, in the order of declaration; the members of a union one after the other.
 
-    The keys of what a list holds follow the list's own, as `data.train[].path`.
+    The keys of a list's elements follow the list's own key, as `data.train[].path`.
     """
     found: list[Key] = []
-    for name, field in model.model_fields.items():
+    for name, field in fields(model).items():
         path = f"{prefix}{name}"
         members = union_members(field.annotation)
         if members:
@@ -41,13 +41,18 @@ def keys(model: type[BaseModel], prefix: str = "", member: str | None = None) ->
     return found
 
 
-def is_model(annotation: Any) -> bool:
-    """Whether the annotation is a section (a model) rather than a value."""
+def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a model by the names that they have in recipes, without those that recipes cannot set."""
+    return {field.alias or name: field for name, field in model.model_fields.items() if not field.exclude}
+
+
+def is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Return whether the annotation is a section (a model) rather than a value."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def element_model(annotation: Any) -> type[BaseModel] | None:
-    """The model whose instances a list holds; None for any other annotation."""
+    """Return the model of a list's elements; None for any other annotation."""
     for choice in _alternatives(annotation):
         if get_origin(choice) is tuple and is_model(get_args(choice)[0]):
             return get_args(choice)[0]
@@ -55,7 +60,7 @@ def element_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def union_members(annotation: Any) -> dict[str, type[BaseModel]]:
-    """The models of a union that is discriminated by `name`, under each name; empty for anything else."""
+    """Return the models of a union that is discriminated by `name`, by each name; empty for any other annotation."""
     choices = list(_alternatives(annotation))
     if len(choices) < 2 or not all(is_model(choice) for choice in choices):
         return {}
@@ -63,14 +68,14 @@ def union_members(annotation: Any) -> dict[str, type[BaseModel]]:
 
 
 def allowed(field: FieldInfo) -> str:
-    """The values that a field takes, in words: `integer >= 1 | null`."""
+    """Return the values that a field accepts, in words: `integer >= 1 | null`."""
     if union_members(field.annotation) or is_model(field.annotation):
         return "a mapping of keys to values"
     return _describe(field.annotation, field.metadata)
 
 
 def literal_values(field: FieldInfo) -> list[str]:
-    """The names that a field accepts, where it accepts a closed set of them."""
+    """Return the names that a field accepts, if it accepts a closed set of them."""
     return [
         value
         for choice in _alternatives(field.annotation)
@@ -100,7 +105,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)
     if origin is tuple and is_model(arguments[0]):
-        return f"text | {{{', '.join(arguments[0].model_fields)}}} | list of these"
+        return f"text | {{{', '.join(fields(arguments[0]))}}} | list of these"
     if origin is tuple:
         count = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
         return f"list{count}, each {_describe(arguments[0], [])}"

@@ -1,13 +1,15 @@
-"""The published methods, as points in substrate x selector x update x bank x what is always on."""
+"""The published methods, as points in substrate x selector x update x bank x always-on parts."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from trainer.settings.nested import get
 
 PARTS = ("substrate", "selector", "update", "bank", "always_on")
 
 ALL_ON = {"embeddings": True, "head": True, "norm": True}
 _ALL_OFF = dict.fromkeys(ALL_ON, False)
-_COMMON = {"substrate": {"name": "full"}, "update": {"name": "dense"}, "bank": {"name": "discard"}}
+_COMMON: dict[str, Any] = {"substrate": {"name": "full"}, "update": {"name": "dense"}, "bank": {"name": "discard"}}
 
 _LORA = {
     "peft_type": "LORA",
@@ -16,9 +18,14 @@ _LORA = {
     "lora_dropout": 0.05,
     "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
 }
-# Adapters are small: what they learned stays where it is.
+# Adapters are small: their state is kept on the device.
 _KEPT = {"name": "device"}
-_ADAPTERS = {**_COMMON, "substrate": {"name": "adapter", "peft": _LORA}, "bank": _KEPT, "always_on": _ALL_OFF}
+_ADAPTERS: dict[str, Any] = {
+    **_COMMON,
+    "substrate": {"name": "adapter", "peft": _LORA},
+    "bank": _KEPT,
+    "always_on": _ALL_OFF,
+}
 
 # Each method's published point.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
@@ -36,8 +43,8 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # IST, arXiv 2410.11772: constants of the authors' ist.py, adapters of their llama_7B_LoRA_IST.sh. The state of
     # inactive adapters is kept.
     "ist": {**_ADAPTERS, "selector": {"name": "importance"}},
-    # ID3, arXiv 2408.14470: every weight of the model is scored; constants of the authors' README. What is unmasked
-    # keeps its state where it is.
+    # ID3, arXiv 2408.14470: every weight of the model is scored; constants of the authors' README. The state of
+    # unmasked weights is kept on the device.
     "id3": {
         **_COMMON,
         "selector": {"name": "all", "interval": 20},
@@ -45,19 +52,19 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "bank": _KEPT,
         "always_on": ALL_ON,
     },
-    # LoRA, arXiv 2106.09685, with the same adapters, all of them always.
+    # LoRA, arXiv 2106.09685, with the same adapters; all of them always train.
     "lora": {**_ADAPTERS, "selector": {"name": "all", "interval": 20}},
 }
-# What stands for a part that neither a method nor the user names.
+# Used for parts that neither a method nor the user sets.
 DEFAULT_PARTS = METHODS["lisa"]
 
 SECTIONS = ("model", "optimizer", "schedule", "train", "eval", "data", "checkpoint", "monitor")
 
 
 def expand_method(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with every section present and every part laid over the method's point (or over the defaults).
+    """Return `values` with every section present and every part laid over the method's point (or over the defaults).
 
-    A part with another `name` than the point's starts from that member's own defaults. Null counts as absent.
+    A part whose `name` differs from the point's starts from that member's own defaults. Null counts as absent.
     """
     method = values.get("method")
     point = METHODS.get(method, DEFAULT_PARTS) if isinstance(method, str) else DEFAULT_PARTS
@@ -84,15 +91,9 @@ def _lay_over(point: Mapping[str, Any], given: Any) -> Any:
 
 
 def _lay_over_peft(point: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """Fields of the point's adapters that `given` changes one by one; those of another kind stand alone."""
+    """Return the point's adapter fields with those of `given` laid over them; other adapter types replace them."""
     peft = given.get("peft")
     if peft is None:
         return None if given.get("adapter") is not None else dict(point)
     same = isinstance(peft, Mapping) and str(peft.get("peft_type", point["peft_type"])).upper() == point["peft_type"]
     return {**point, **peft} if same else peft
-
-
-def get(values: Any, path: str) -> Any:
-    for name in path.split("."):
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values

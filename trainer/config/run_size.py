@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from trainer.config.errors import ConfigError
 from trainer.config.schema import RunConfig
+from trainer.settings import MOST
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Batch:
 
 
 def resolve_batch(config: RunConfig, ranks: int) -> Batch:
-    """How `ranks` data-parallel ranks share the global batch; ConfigError where they cannot do so evenly."""
+    """Return how `ranks` data-parallel ranks share the global batch. Raises `ConfigError` if it does not divide."""
     assert ranks >= 1, ranks
     wanted, micro = config.train.global_batch_size, config.train.micro_batch_size
     if wanted % (ranks * micro):
@@ -42,18 +43,23 @@ def _uneven_batch(wanted: int, micro: int, ranks: int) -> str:
 
 
 def total_steps(config: RunConfig, num_samples: int) -> int:
-    """Optimizer steps of the run; epochs are rounded up to whole steps, so that every sample is seen."""
+    """Return the optimizer steps of the run; epochs are rounded up to whole steps, so that every sample is seen."""
     if config.train.steps is not None:
         return config.train.steps
     if num_samples < 1:
         raise ConfigError([f"data.train: {num_samples} samples left; train.epochs needs at least one"])
     # repr, because 0.14 * 400 as floats is a little more than 56 and would be rounded up to a step too many.
     epochs = Fraction(repr(config.train.epochs))
-    return math.ceil(epochs * num_samples / config.train.global_batch_size)
+    steps = math.ceil(epochs * num_samples / config.train.global_batch_size)
+    if steps > MOST:
+        raise ConfigError(
+            [f"train.epochs: {config.train.epochs} of {num_samples} samples are {steps:.3g} steps; lower train.epochs"]
+        )
+    return steps
 
 
 def warmup_steps(config: RunConfig, num_steps: int) -> int:
-    """Steps of learning-rate warm-up in a run of `num_steps` steps; a share is rounded up, as transformers does."""
+    """Return the warm-up steps of a run of `num_steps` steps; a share is rounded up, as transformers does."""
     if config.schedule.warmup_steps is not None:
         if config.schedule.warmup_steps > num_steps:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""How a configuration names data: one path, a source with its keys, or a list of these."""
+"""Read how a configuration names data: one path, a source with its keys, or a list of these."""
 
 import re
 from collections.abc import Mapping
@@ -6,12 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+# The formats of rows, each in a file of its name in trainer/data/formats.
+FORMATS = ("alpaca", "qa", "prompt", "messages", "sharegpt", "text")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?::(\w[^/]*))?")
 
 
 def source_list(value: Any) -> Any:
-    """The sources that `data.train` or `data.eval` names, each a mapping; what is of a wrong type stays as it is."""
+    """Return the sources that `data.train` or `data.eval` names, each as a mapping; a wrong type is kept as it is."""
     if isinstance(value, str | Mapping | BaseModel):
         value = [value]
     return [_spelled_out(entry) for entry in value] if isinstance(value, list | tuple) else value
@@ -25,6 +27,6 @@ def _spelled_out(source: Any) -> Any:
 
 
 def hub_name(path: str) -> tuple[str, str | None] | None:
-    """(owner/name, split or None) of a path that may stand for a data set on the Hub; None for a file's name."""
+    """Return (owner/name, split or None) of a path that may name a data set on the Hub; None for the name of a file."""
     match = _HUB_NAME.fullmatch(path)
     return None if match is None or path.endswith(DATA_SUFFIXES) else (match[1], match[2])

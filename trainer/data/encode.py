@@ -1,34 +1,45 @@
-"""Rows to samples: rendered, tokenised, and labelled with the loss on what the assistant says (or on all of a text)."""
+"""Make samples from rows: render and tokenise them, and label the targets (answers, or all of a plain text)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Literal
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import astuple, dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from trainer.data.answers import RefusedRow, find_answers
 from trainer.data.batches import IGNORED
 from trainer.data.errors import DataError
-from trainer.data.rows import MAX_PROBLEMS, Row
+from trainer.data.formats.base import Row
+from trainer.data.formats.conversations import CALL_KEYS, FUNCTION_KEYS
+from trainer.data.formats.fields import is_empty
+from trainer.data.rows import MAX_PROBLEMS, Unused
+from trainer.data.tokenizer import GENERATION_MARK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Overflow = Literal["truncate", "drop", "error"]
 Sample = dict[str, np.ndarray]
+Rendered = tuple[str, list[tuple[int, int]]]
 Encoded = Iterator[tuple[Row, np.ndarray, np.ndarray]]
 
+_ANOTHER = "leave it out of the rows, or give a tokenizer whose chat template writes it"
+_REASONING = "<think>"
+# The most rows that are rendered to find out whether the template writes a key.
+_MOST_TRIES = 1000
 ROWS_PER_CHUNK = 512  # fast tokenizers encode the rows of a chunk in parallel; also the size of an Arrow record batch
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a source: samples kept (`truncated` of them cut to the limit), samples dropped, and token counts.
+    """Count the samples of a source: kept (`truncated` of them were cut to the limit) and dropped, and their tokens.
 
-    `target_tokens` are those that the loss is taken over.
+    `target_tokens` are those on which the loss is computed.
     """
 
     samples: int
@@ -50,17 +61,18 @@ def encode(
     overflow: Overflow,
     keep: Callable[[Sample], object],
 ) -> Report:
-    """Hands each sample to `keep` as it is made, so that a large source need not fit in memory twice.
+    """Encode rows and pass each sample to `keep` as it is made: a large source does not have to fit in memory twice.
 
-    Samples are {input_ids, labels}: int32, [length], labels -100 on what is no target; the first label always is, since
-    nothing predicts the first token. What a prompt is answered with is a target, and so is the end of text after it;
-    plain text is a target as a whole. Messages go through the tokenizer's chat template, and the assistant's tokens are
-    the targets, message by message. Of a sample with more than `max_length` tokens, "truncate" cuts the end, "drop"
-    leaves it out, "error" raises. A sample without a target is dropped. Raises DataError, also where no sample is left.
+    Samples are {input_ids, labels}: int32, [length]. Labels are -100 for tokens that are not targets, and always for
+    the first token, which nothing predicts. The answer to a prompt is a target, and so is the end of text after it. All
+    of a plain text is a target. Messages are rendered by the tokenizer's chat template, and the assistant's tokens are
+    the targets, message by message. If a sample has more than `max_length` tokens, "truncate" cuts its end, "drop"
+    leaves it out, and "error" raises. A sample without a target is dropped. Raises `DataError`, also if no sample is
+    left.
     """
     num_samples = num_truncated = num_tokens = num_targets = num_without = 0
     too_long: list[str] = []
-    for row, ids, labels in _encode_rows(rows, tokenizer):
+    for row, ids, labels in _encode_rows(path, rows, tokenizer):
         length = len(ids)
         labels[:1] = IGNORED
         if length > max_length and overflow == "error":
@@ -91,13 +103,37 @@ def encode(
     return Report(num_samples, num_truncated, len(rows) - num_samples, num_tokens, num_targets)
 
 
-def _encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Each row with its ids and labels, of full length."""
-    conversations = bool(rows[0].messages)  # one source is of one format
-    template = training_template(tokenizer) if conversations else ""
+def _encode_rows(path: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Yield each row with its ids and labels, not yet cut to the limit."""
+    templates = Templates(tokenizer)
+    problems: list[str] = []
     for start in range(0, len(rows), ROWS_PER_CHUNK):
-        chunk = rows[start : start + ROWS_PER_CHUNK]
-        yield from _encode_messages(chunk, tokenizer, template) if conversations else _encode_texts(chunk, tokenizer)
+        # A source of {prompt, completion} may contain texts and conversations.
+        for conversations, group in groupby(rows[start : start + ROWS_PER_CHUNK], lambda row: bool(row.messages)):
+            chunk = list(group)
+            if not conversations:
+                yield from _encode_texts(chunk, tokenizer)
+                continue
+            rendered = _render_all(path, chunk, tokenizer, templates, problems)
+            if not problems:
+                yield from _encode_messages(chunk, rendered, tokenizer)
+    if problems:
+        raise DataError(problems)
+
+
+def _render_all(
+    path: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, templates: Templates, problems: list[str]
+) -> list[Rendered]:
+    """Render rows, and add to `problems` those that cannot be rendered. Raises `DataError` at `MAX_PROBLEMS`."""
+    rendered = []
+    for row in rows:
+        try:
+            rendered.append(_render(row, tokenizer, templates.for_row(row), templates.tokens))
+        except RefusedRow as refused:
+            problems.append(f"{row.where}: {refused}")
+            if len(problems) == MAX_PROBLEMS:
+                raise DataError([*problems, f"{path}: stopped after {MAX_PROBLEMS} problems"]) from refused
+    return rendered
 
 
 def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -105,21 +141,21 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> En
     if eos is None:
         raise DataError(["model.tokenizer: has no end-of-text token (eos_token), so no answer would ever end"])
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    # Apart, because generation starts from the tokens of the prompt alone: tokenised together, a merge across the
-    # border would give a prompt never seen in use, and a first target that holds part of it.
+    # Prompt and answer are tokenised separately, because generation starts from the tokens of the prompt alone. If they
+    # were tokenised together, a token across the border would change the prompt, and the first target would contain a
+    # part of it.
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     prompts = tokenizer([row.prompt for row in rows], **options)["input_ids"]
     answers = tokenizer([row.answer for row in rows], **options)["input_ids"]
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-        # A verbatim text may spell either mark itself.
+        # A verbatim text may itself begin or end with these tokens.
         prompt = [bos, *prompt] if adds_bos and (prompt or answer)[:1] != [bos] else prompt
         if row.answer:  # else nothing is trained on, and the sample is dropped
             answer = answer if answer[-1:] == [eos] else [*answer, eos]
         yield row, _int32(prompt + answer), _int32([IGNORED] * len(prompt) + answer)
 
 
-def _encode_messages(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str) -> Encoded:
-    rendered = [_render(row, tokenizer, template) for row in rows]
+def _encode_messages(rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     encoded = tokenizer(
         [text for text, _ in rendered],
         add_special_tokens=False,
@@ -137,65 +173,241 @@ def _encode_messages(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, te
         yield row, ids, labels
 
 
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the spans of it (in characters) that are trained on."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+def _render(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, tokens: Collection[str]) -> Rendered:
+    """Return the conversation as text, and the spans of it (in characters) that are trained on. `tokens` are those that
+    the template can write."""
     unknown = [
         name
         for name, used in (("tools", row.tools), ("tool_calls", any("tool_calls" in m for m in row.messages)))
         if used and name not in template
     ]
     if unknown:
-        raise DataError(
-            [f"{row.where}: has {' and '.join(unknown)}, for which the tokenizer's chat template has no place"]
+        raise RefusedRow(f"has {' and '.join(unknown)}, for which the tokenizer's chat template has no place")
+    text, spans = _write(row, tokenizer, template)
+    _refuse_left_out(row, tokenizer, template)
+    if not GENERATION_MARK.search(template):
+        spans = find_answers(
+            row.messages,
+            text,
+            lambda messages, prompt: _write(replace(row, messages=tuple(messages)), tokenizer, template, prompt)[0],
+            tokens,
         )
+    if all(row.trains):
+        return text, spans
+    if len(spans) != len(row.trains):
+        raise RefusedRow(
+            f"train: false (or weight: 0) needs a chat template that marks each assistant message once, but this one "
+            f"marks {len(spans)} spans in {len(row.trains)} assistant messages"
+        )
+    return text, [span for span, trains in zip(spans, row.trains, strict=True) if trains]
+
+
+def _write(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, prompt: bool = False) -> Rendered:
+    """Return the conversation as the template writes it, and the spans that it marks. `prompt`: add a generation
+    prompt."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
-        # What tokenizer.apply_chat_template calls; it then flattens the spans to a mask, in which neighbours merge.
+        # tokenizer.apply_chat_template calls this, but then flattens the spans to a mask, in which neighbours merge.
         texts, spans = render_jinja_template(
             conversations=[list(row.messages)],
             tools=list(row.tools) or None,
             chat_template=template,
-            return_assistant_tokens_mask=True,
+            return_assistant_tokens_mask=GENERATION_MARK.search(template) is not None,
+            add_generation_prompt=prompt,
             **tokenizer.special_tokens_map,
         )
-    except Exception as error:  # templates raise what they like: jinja2.TemplateError, TypeError, ValueError, ...
-        raise DataError([f"{row.where}: the tokenizer's chat template refuses the row: {error}"]) from error
-    if all(row.trains):
-        return texts[0], spans[0]
-    if len(spans[0]) != len(row.trains):
-        raise DataError(
-            [
-                f"{row.where}: train: false (or weight: 0) needs a chat template that marks each assistant message "
-                f"once, but this one marks {len(spans[0])} spans in {len(row.trains)} assistant messages"
-            ]
-        )
-    return texts[0], [span for span, trains in zip(spans[0], row.trains, strict=True) if trains]
+    except Exception as error:  # templates raise jinja2.TemplateError, TypeError, ValueError and others
+        raise RefusedRow(f"the tokenizer's chat template refuses the row: {error}") from error
+    return texts[0], spans[0] if spans else []
 
 
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template with marks around what the assistant says; without them nothing can be masked."""
+def _refuse_left_out(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Raise `RefusedRow` if the template leaves out a message, a call or a tool.
+
+    It is not enough to search for the text of each: the same text may also occur elsewhere, and templates write some of
+    it differently (as JSON, or without the reasoning of an earlier turn). So a mark is put into each of them, and the
+    marks are searched for.
+    """
+    left_out = None
+    for keeps_content in (True, False):  # a template that cuts contents may cut the mark
+        try:
+            text, _ = _write(_with_marks(row, keeps_content), tokenizer, template)
+        except RefusedRow:  # the template checks the content of messages
+            continue
+        left_out = next(_left_out(row, text), None)
+        if left_out is None:
+            return
+    if left_out is not None:
+        what, instead = left_out
+        raise RefusedRow(f"has {what}, which the tokenizer's chat template leaves out; {instead}")
+
+
+def _with_marks(row: Row, keeps_content: bool) -> Row:
+    messages = []
+    for index, message in enumerate(row.messages):
+        content = message["content"] if keeps_content else ""
+        if _reasons(row, index):
+            opened = f"{_REASONING}{_mark(index, 'reasoning')}"
+            content = content.replace(_REASONING, opened, 1) if keeps_content else f"{opened}</think>"
+        calls = []
+        for number, call in enumerate(message.get("tool_calls", [])):
+            name, key = (_mark(index, f"{part}_{number}") for part in ("name", "argument"))
+            function = {**call["function"], "name": name, "arguments": {**call["function"]["arguments"], key: ""}}
+            calls.append({**call, "function": function})
+        # No mark if there is no content: some templates write no text beside calls, and then leave nothing out.
+        content = f"{content}{_mark(index, 'content')}" if message["content"] else ""
+        messages.append({**message, "content": content} | ({"tool_calls": calls} if calls else {}))
+    tools = tuple(_tool_with_mark(tool, number) for number, tool in enumerate(row.tools))
+    return replace(row, messages=tuple(messages), tools=tools)
+
+
+def _tool_with_mark(tool: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    if isinstance(tool.get("function"), Mapping):
+        return {**tool, "function": {**tool["function"], "name": _mark(number, "tool")}}
+    return {**tool, "name": _mark(number, "tool")}
+
+
+def _reasons(row: Row, index: int) -> bool:
+    """Return whether a message of the last turn contains reasoning. Templates may leave out that of earlier turns."""
+    message = row.messages[index]
+    in_last_turn = all(later["role"] != "user" for later in row.messages[index:])
+    return message["role"] == "assistant" and in_last_turn and _REASONING in message["content"]
+
+
+def _left_out(row: Row, text: str) -> Iterator[tuple[str, str]]:
+    """Yield each part of a row whose mark is not in `text`, and what to do about it. Templates may change the case."""
+    text = text.lower()
+    for number in range(len(row.tools)):
+        if _mark(number, "tool") not in text:
+            yield f"tools[{number}]", _ANOTHER
+    for index, message in enumerate(row.messages):
+        role, calls = message["role"], message.get("tool_calls", [])
+        where = f"message {index + 1} of {len(row.messages)}"
+        if message["content"] and _mark(index, "content") not in text:
+            if calls:
+                yield f"{where}: content beside tool_calls", f"make it a message of its own, or {_ANOTHER}"
+            elif role == "system":
+                yield f"{where} (role 'system')", f"put it into the first message of the user, or {_ANOTHER}"
+            else:
+                yield f"{where} (role {role!r})", _ANOTHER
+        if _reasons(row, index) and _mark(index, "reasoning") not in text:
+            yield f"{where}: the reasoning of the last answer ({_REASONING})", _ANOTHER
+        for number, call in enumerate(calls):
+            name = call["function"]["name"]
+            if _mark(index, f"name_{number}") not in text:
+                yield f"{where}: tool_calls[{number}], a call of {name}", _ANOTHER
+            elif _mark(index, f"argument_{number}") not in text:
+                yield f"{where}: the arguments of tool_calls[{number}], a call of {name}", _ANOTHER
+
+
+def _mark(index: int, what: str) -> str:
+    return f"marked_{index}_{what}_"
+
+
+def find_unused_keys(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, unused: Unused) -> None:
+    """Report to `unused` the keys of messages and of their calls that the chat template writes in no row. Keys that
+    every template reads are not checked."""
+    templates = Templates(tokenizer)
+    written: set[tuple[str, str]] = set()  # key and role
+    first: dict[tuple[str, str], str] = {}  # key and role: the first row that has them
+    tries: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for index, message in enumerate(row.messages):
+            for key, without in _further_keys(message):
+                kind = (key, message["role"])
+                first.setdefault(kind, row.where)
+                # Some keys are written only in some places, such as the reasoning of a last turn.
+                if kind not in written and tries[kind] < _MOST_TRIES:
+                    tries[kind] += 1
+                    if _writes(row, index, without, tokenizer, templates.for_row(row)):
+                        written.add(kind)
+    for (key, role), where in first.items():
+        if (key, role) not in written:
+            # The call that the message answers contains the name of the function, too.
+            unused.leave_out(where, key, harmless=key == "name" and role == "tool")
+
+
+def _further_keys(message: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the keys of a message, its calls and their functions that only some templates know, each with the message
+    without that key."""
+    for key, value in message.items():
+        if key not in ("role", "content", "tool_calls") and not is_empty(value):
+            yield key, _without(message, key)
+    calls = message.get("tool_calls", [])
+    for number, call in enumerate(calls):
+        function = call["function"]
+        smaller = [(key, _without(call, key)) for key in call if key not in CALL_KEYS and not is_empty(call[key])]
+        smaller += [
+            (key, {**call, "function": _without(function, key)})
+            for key in function
+            if key not in FUNCTION_KEYS and not is_empty(function[key])
+        ]
+        for key, other in smaller:
+            yield key, {**message, "tool_calls": [*calls[:number], other, *calls[number + 1 :]]}
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
+
+
+def _writes(
+    row: Row, index: int, without: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: str
+) -> bool:
+    """Return whether a template renders a row differently if message `index` is `without`, which lacks a key."""
+    messages = list(row.messages)
+    messages[index] = without
+    try:
+        return _write(row, tokenizer, template) != _write(replace(row, messages=tuple(messages)), tokenizer, template)
+    except RefusedRow:  # encoding the row reports it
+        return True
+
+
+class Templates:
+    """Find the chat template for each row. Some tokenizers have a separate one for rows with tools."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokens = tokenizer.get_added_vocab().keys()
+        self._tokenizer = tokenizer
+        self._by_tools: dict[bool, str] = {}
+
+    def for_row(self, row: Row) -> str:
+        tools = bool(row.tools)
+        if tools not in self._by_tools:
+            self._by_tools[tools] = training_template(self._tokenizer, tools=tools)
+        return self._by_tools[tools]
+
+
+def training_template(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> str:
+    """Return the tokenizer's chat template, with marks around the assistant's tokens if it or TRL has them.
+
+    If there are several templates, it is the one that transformers would use for rows with or without `tools`. Raises
+    `DataError` if there is none, or the tokenizer is not a fast one.
+    """
     key, instead = "model.tokenizer", "use rows of {prompt, completion}, or the tokenizer of an instruct model"
     if not tokenizer.is_fast:
         raise DataError([f"{key}: {type(tokenizer).__name__} cannot map text to tokens (not a fast one); {instead}"])
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=[] if tools else None)
     except ValueError as error:
+        if isinstance(tokenizer.chat_template, dict):
+            raise DataError(
+                [
+                    f"{key}: has chat templates called {', '.join(sorted(tokenizer.chat_template))}, but none called "
+                    "default, which rows of {messages} need; save the one to train with as chat_template.jinja"
+                ]
+            ) from error
         raise DataError([f"{key}: has no chat template, which rows of {{messages}} need; {instead}"]) from error
     if GENERATION_MARK.search(template):
         return template
+    single = copy(tokenizer)
+    single.chat_template = template
     try:
         from trl import get_training_chat_template
 
-        return get_training_chat_template(tokenizer) or template
-    except ValueError as error:
-        raise DataError(
-            [
-                f"{key}: its chat template has no {{% generation %}} marks, and TRL offers no patch for it ({error}); "
-                "put {% generation %} ... {% endgeneration %} around the assistant's content and end mark in "
-                f"chat_template.jinja, or {instead}"
-            ]
-        ) from error
+        return get_training_chat_template(single) or template
+    except ValueError:  # it knows this template as little; `find_answers` looks for what the assistant says
+        return template
 
 
 def _int32(values: Sequence[int]) -> np.ndarray:

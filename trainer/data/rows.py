@@ -1,286 +1,161 @@
-"""Records as checked rows: the formats that can be trained on, told apart by their columns."""
+"""Make checked rows from records, whose format is detected by their columns."""
 
 from __future__ import annotations
 
-import json
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trainer.config.schema import Format
 from trainer.data.errors import DataError
+from trainer.data.formats import FORMATS
+from trainer.data.formats.base import Row
+from trainer.data.formats.fields import braces, is_empty, kind
 
 MAX_PROBLEMS = 10  # one broken line is often one of thousands
 
-# The columns that a row of each format must have; `input` (alpaca) and `tools` (messages, sharegpt) may be missing.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "output"),
-    "qa": ("question", "answer"),
-    "prompt": ("prompt", "completion"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "text": ("text",),
-}
-
-# The prompts that the format was published with (github.com/tatsu-lab/stanford_alpaca).
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+# Columns, and keys of messages, that say where a row comes from. They are left out, and named. `parallel_tool_calls` is
+# a setting of OpenAI's interface, stored beside their `messages`.
+_ABOUT_THE_ROW = re.compile(
+    r"(\w+_)?(id|ids|idx|index|uuid|guid|hash|sha256)|__index_level_0__|unnamed: 0|url|license|sources?|dataset|"
+    r"dataset_name|meta|metadata|timestamp|created_at|updated_at|split|parallel_tool_calls",
+    re.IGNORECASE,
 )
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
-}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row: messages, or else a prompt (empty for plain text) and its answer.
+class Unused:
+    """Collect the columns of a source, and the keys of its messages, that its samples do not contain.
 
-    `where` is how messages name the row. `trains` says of each assistant message whether its tokens are targets.
+    They may be left out if they only say where a row comes from, are named by `ignore`, or repeat what the sample
+    contains; `ignored` names these. Any other is a problem, because an answer may depend on it.
     """
 
-    where: str
-    prompt: str = ""
-    answer: str = ""
-    messages: tuple[Mapping[str, Any], ...] = ()
-    trains: tuple[bool, ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
+    def __init__(self, path: str, ignore: Sequence[str] = ()) -> None:
+        self._path = path
+        self._ignore = frozenset(ignore)
+        self._ignored: dict[str, None] = {}  # in the order of their first rows
+        self._lost: dict[str, str] = {}  # name: the first row that has it
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return tuple(self._ignored)
+
+    def without_ignored(self, values: Any, keep: Sequence[str] = ()) -> Any:
+        """Return a mapping without the keys that `ignore` names, except those in `keep`; anything else unchanged."""
+        if not self._ignore or not isinstance(values, Mapping):
+            return values
+        left_out = [name for name in values if name in self._ignore and name not in keep]
+        self._ignored.update(dict.fromkeys(left_out))
+        return {name: value for name, value in values.items() if name not in left_out} if left_out else values
+
+    def leave_out(self, where: str, name: str, *, harmless: bool = False) -> None:
+        """Record that the sample of the row `where` lacks `name`, which is a problem unless that is `harmless`."""
+        if harmless or not name or _ABOUT_THE_ROW.fullmatch(name):  # pandas writes its index without a name
+            self._ignored[name] = None
+        else:
+            self._lost.setdefault(name, where)
+
+    def problems(self) -> list[str]:
+        problems = []
+        if self._lost:
+            names = ", ".join(self._lost)
+            first = next(iter(self._lost.values()))
+            problems.append(
+                f"{first}: has {{{names}}}, which would not be in the sample, although the answer may depend on it; "
+                f"put it into a column that the format uses ({_known_with_optional()}), or leave it out by "
+                f"naming the source as {{path: {self._path}, ignore: [{names}]}}"
+            )
+        unknown = sorted(self._ignore - set(self._ignored))
+        if unknown:
+            problems.append(
+                f"{self._path}: ignore: no row has {braces(unknown)}; name columns or keys of messages that rows have"
+            )
+        return problems
 
 
-def read_rows(path: str, records: Iterable[tuple[str, Any]], format: Format = "auto") -> list[Row]:
-    """Checks records, as `sources.Opened` gives them; columns that the format does not know are ignored.
+def read_rows(
+    path: str, records: Iterable[tuple[str, Any]], format: str = "auto", unused: Unused | None = None
+) -> list[Row]:
+    """Return checked rows of the records of a `sources.Opened`. "auto" detects the format by the first row's columns.
 
-    "auto" takes the format from the first row's columns. Raises DataError with up to ten problems.
+    Raises `DataError` with up to ten problems. Columns that the format does not use are collected in `unused`; the
+    caller raises its `problems` after adding the keys of messages. Without `unused` they are raised here.
     """
+    collected = Unused(path) if unused is None else unused
     rows: list[Row] = []
     problems: list[str] = []
-    first = None  # the row that the format was taken from
+    first = None  # the row by which the format was detected
     for where, values in records:
         try:
             if isinstance(values, ValueError):
                 raise values
             if not isinstance(values, Mapping):
-                raise ValueError(f"{_kind(values)} where an object is needed, {_known()}")
+                raise ValueError(f"{kind(values)}, but an object is needed, {_known()}")
+            values = collected.without_ignored(values)
             if format == "auto":
                 format, first = detect(values), where
-            rows.append(_row(where, values, format, first))
-        except ValueError as problem:
+            rows.append(_row(where, values, format, first, collected))
+        except (ValueError, RecursionError) as problem:
             problems.append(f"{where}: {problem}")
             if len(problems) == MAX_PROBLEMS:
                 raise DataError([*problems, f"{path}: stopped after {MAX_PROBLEMS} problems"]) from None
+    problems += collected.problems() if unused is None else []
     if problems:
         raise DataError(problems)
     if not rows:
-        raise DataError([f"{path}: holds no rows; each must be {_known()}"])
+        raise DataError([f"{path}: contains no rows; each must be {_known()}"])
     return rows
 
 
-def detect(values: Mapping[str, Any]) -> Format:
-    """The format that a row's columns name; ValueError where they name none or several."""
-    found = [name for name, columns in COLUMNS.items() if all(column in values for column in columns)]
-    if len(found) == 1:
-        return found[0]
-    if found:
+def detect(values: Mapping[str, Any]) -> str:
+    """Return the format that a row's columns determine. Raises `ValueError` if they fit none or several."""
+    complete = _complete(values)
+    # In a table every row has all columns, so columns with values decide between several formats.
+    filled = _complete({name: value for name, value in values.items() if value is not None})
+    if len(filled) == 1:
+        return filled[0]
+    if len(complete) == 1:
+        return complete[0]
+    if complete:
         raise ValueError(
-            f"the row's columns {_braces(values)} are those of several formats; state which: "
-            f"data.train={{path: ..., format: {' | '.join(found)}}}"
+            f"the row's columns {braces(values)} fit several formats; state one of them by naming the source as "
+            f"{{path: ..., format: {' | '.join(complete)}}}"
         )
-    raise ValueError(f"no known format (data.train[].format=auto): the row has {_braces(values)}; known are {_known()}")
+    raise ValueError(f"no known format (format: auto): the row has {braces(values)}; known are {_known()}")
 
 
-def _row(where: str, values: Mapping[str, Any], format: Format, first: str | None) -> Row:
-    missing = [column for column in COLUMNS[format] if column not in values]
+def _complete(values: Mapping[str, Any]) -> list[str]:
+    """Return the formats whose required columns are all in a row."""
+    return [name for name, format in FORMATS.items() if all(column in values for column in format.columns)]
+
+
+def _row(where: str, values: Mapping[str, Any], name: str, first: str | None, unused: Unused) -> Row:
+    format = FORMATS[name]
+    missing = [column for column in format.columns if column not in values]
     if missing:
         given = f"by {first}" if first else "as stated"
         raise ValueError(
-            f"column {', '.join(missing)} missing: the row has {_braces(values)}, but the format is {format} "
-            f"{_braces(COLUMNS[format])} {given}; do not mix formats in one file"
+            f"column {', '.join(missing)} missing: the row has {braces(values)}, but the format is {name} "
+            f"{braces(format.columns)} {given}; do not mix formats in one file"
         )
-    return _BUILDERS[format](where, values)
+    values = format.without_ignored(values, unused.without_ignored)
+    row = format.read(where, values)
+    for key, harmless in format.unread(values):
+        unused.leave_out(where, key, harmless=harmless)
+    used = (*format.columns, *(format.optional if format.takes_optional(values) else ()))
+    # Some data sets repeat, for example, the first message in a column.
+    contained = [*(values.get(column) for column in used), *(message["content"] for message in row.messages)]
+    # If the format was stated, columns of other formats are harmless: the user did not choose them.
+    others = _complete(values) if first is None else []
+    not_chosen = {column for other in others for column in FORMATS[other].columns}
+    for column in (column for column in values if column not in used):
+        if not is_empty(values[column]):
+            unused.leave_out(where, column, harmless=column in not_chosen or values[column] in contained)
+    return row
 
 
-def _alpaca(where: str, values: Mapping[str, Any]) -> Row:
-    fields = {"instruction": _text(values["instruction"], "instruction")}
-    if values.get("input") not in (None, ""):
-        fields["input"] = _text(values["input"], "input")
-    prompt = ALPACA_WITH_INPUT if "input" in fields else ALPACA
-    return Row(where, prompt=prompt.format(**fields), answer=_answer(values["output"], "output"))
-
-
-def _question(where: str, values: Mapping[str, Any]) -> Row:
-    question = _text(values["question"], "question")
-    return Row(where, prompt=f"Question: {question}\nAnswer: ", answer=_answer(values["answer"], "answer"))
-
-
-def _prompt(where: str, values: Mapping[str, Any]) -> Row:
-    return Row(where, prompt=_text(values["prompt"], "prompt"), answer=_answer(values["completion"], "completion"))
-
-
-def _plain_text(where: str, values: Mapping[str, Any]) -> Row:
-    return Row(where, answer=_answer(values["text"], "text"))
-
-
-def _messages(where: str, values: Mapping[str, Any]) -> Row:
-    return _conversation(where, values["messages"], values.get("tools"), "messages")
-
-
-def _sharegpt(where: str, values: Mapping[str, Any]) -> Row:
-    return _conversation(where, values["conversations"], values.get("tools"), "conversations")
-
-
-_BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], Row]] = {
-    "alpaca": _alpaca,
-    "qa": _question,
-    "prompt": _prompt,
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "text": _plain_text,
-}
-
-
-def _conversation(where: str, values: Any, tools: Any, column: str) -> Row:
-    role_key, content_key = ("from", "value") if column == "conversations" else ("role", "content")
-    if not isinstance(values, list) or not values:
-        raise ValueError(
-            f"{column}: {_kind(values)} where a list of {{{role_key}, {content_key}}} is needed, not empty"
-        )
-    messages = []
-    trains = []
-    for index, value in enumerate(values):
-        key = f"{column}[{index}]"
-        known = isinstance(value, Mapping) and role_key in value
-        if not known or (content_key not in value and not value.get("tool_calls")):
-            what = _braces(value) if isinstance(value, Mapping) else _kind(value)
-            raise ValueError(f"{key}: {what} where {{{role_key}, {content_key}}} is needed")
-        role = _text(value[role_key], f"{key}.{role_key}")
-        if column == "conversations":
-            if role not in SHAREGPT_ROLES:
-                raise ValueError(f"{key}.from: got {role!r}; allowed: {' | '.join(SHAREGPT_ROLES)}")
-            role = SHAREGPT_ROLES[role]
-        target = _is_target(value, role, key)
-        if role == "assistant":
-            trains.append(target)
-        messages.append(_message(value, role, value.get(content_key), key, content_key))
-    if not any(trains):
-        what = "no message of the assistant is a target" if trains else "no message with role 'assistant'"
-        raise ValueError(f"{column}: {what}, so nothing to train on")
-    return Row(where, messages=tuple(messages), trains=tuple(trains), tools=_tools(tools))
-
-
-def _is_target(value: Mapping[str, Any], role: str, key: str) -> bool:
-    """Whether a message may be trained on: unless it says `train: false`, or `weight: 0` as OpenAI has it."""
-    target = True
-    for name, allowed in (("train", "true | false"), ("weight", "0 | 1")):
-        given = value.get(name)
-        if given is None:
-            continue
-        if given not in (0, 1) or isinstance(given, bool) != (name == "train"):
-            raise ValueError(f"{key}.{name}: {_kind(given)}; allowed: {allowed}")
-        if given and role != "assistant":
-            raise ValueError(f"{key}.{name}: {_kind(given)} on a message of role {role!r}; only the assistant's train")
-        target = target and bool(given)
-    return target
-
-
-def _message(value: Mapping[str, Any], role: str, content: Any, key: str, content_key: str) -> Mapping[str, Any]:
-    """The message as chat templates expect it; keys that only a template can know (`name`, ...) are handed on."""
-    calls = value.get("tool_calls") or []
-    ours = ("role", "content", "from", "value", "train", "weight", "tool_calls")
-    message = {name: inner for name, inner in value.items() if name not in ours and inner is not None}
-    # Templates take an empty text where OpenAI has null, and a tool may well have nothing to say.
-    empty_allowed = bool(calls) or role == "tool"
-    message |= {"role": role, "content": _content(content, f"{key}.{content_key}", empty_allowed=empty_allowed)}
-    if calls:
-        if role != "assistant":
-            raise ValueError(f"{key}.tool_calls: in a message of role {role!r}; only the assistant calls tools")
-        message["tool_calls"] = _tool_calls(calls, f"{key}.tool_calls")
-    return message
-
-
-def _content(content: Any, key: str, *, empty_allowed: bool) -> str:
-    if isinstance(content, list) and content:  # OpenAI's parts
-        for index, part in enumerate(content):
-            if not isinstance(part, Mapping) or part.get("type") != "text":
-                what = _braces(part) if isinstance(part, Mapping) else _kind(part)
-                raise ValueError(
-                    f"{key}[{index}]: {what} where {{type: text, text}} is needed; only text is trained on"
-                )
-        content = "".join(_text(part.get("text"), f"{key}[{index}].text") for index, part in enumerate(content))
-    return "" if empty_allowed and content in (None, "") else _text(content, key)
-
-
-def _tool_calls(calls: Any, key: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise ValueError(f"{key}: {_kind(calls)} where a list is needed")
-    checked = []
-    for index, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            what = _braces(call) if isinstance(call, Mapping) else _kind(call)
-            raise ValueError(f"{key}[{index}]: {what} where {{type, function: {{name, arguments}}}} is needed")
-        # OpenAI spells arguments as a string; templates write the object, and would put a string in quotes.
-        arguments = _parsed(function.get("arguments", {}), f"{key}[{index}].function.arguments", Mapping, "an object")
-        checked.append({**call, "function": {**function, "arguments": arguments}})
-    return checked
-
-
-def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
-    """The functions that a row offers: a list of JSON schemas, or that list as a string, as tables often hold it."""
-    if tools in (None, "", []):
-        return ()
-    tools = _parsed(tools, "tools", list, "a list of JSON schemas")
-    for index, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise ValueError(f"tools[{index}]: {_kind(tool)} where a JSON schema is needed")
-    return tuple(tools)
-
-
-def _parsed(value: Any, key: str, kind: type, needed: str) -> Any:
-    parsed = value
-    if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError:
-            parsed = None
-    if not isinstance(parsed, kind):
-        raise ValueError(f"{key}: {_kind(value)} where {needed} is needed, or its JSON as a string")
-    return parsed
-
-
-def _answer(value: Any, key: str) -> str:
-    """Published data sets have rows without an answer; they are dropped, and counted."""
-    return "" if value in (None, "") else _text(value, key)
-
-
-def _text(value: Any, key: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{key}: {_kind(value)} where a string is needed, not empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, tokenizers cannot encode it
-        raise ValueError(f"{key}: lone surrogate {value[error.start]!a} at character {error.start + 1}") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    if value is None:
-        return "null"
-    kind = names.get(type(value), type(value).__name__)  # tables have more types than JSON
-    return (
-        f"empty {kind}" if value in ("", [], {}) else f"{kind} {textwrap.shorten(json.dumps(value, default=str), 40)}"
-    )
+def _known_with_optional() -> str:
+    return ", ".join(f"{name} {braces([*format.columns, *format.optional])}" for name, format in FORMATS.items())
 
 
 def _known() -> str:
-    return ", ".join(f"{_braces(columns)}" for columns in COLUMNS.values())
-
-
-def _braces(keys: Mapping[str, Any] | Sequence[str]) -> str:
-    return "{" + ", ".join(map(str, keys)) + "}"
+    return ", ".join(f"{braces(format.columns)}" for format in FORMATS.values())

@@ -1,200 +1,202 @@
-"""Data sources as records: files, folders and Hub names, read into plain mappings that know where they stand."""
+"""Open data sources (files, folders and Hub names) and read them into records: plain values with their location."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import sys
+import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import DataSource
 from trainer.config.sources import DATA_SUFFIXES, hub_name
 from trainer.data.errors import DataError, in_short
+from trainer.data.plain_files import READERS, ROWS_PER_READ, Records, read_csv, read_json, table_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from datasets import Dataset, DatasetDict
 
-ROWS_PER_READ = 1000
-Records = Iterator[tuple[str, Any]]
+# Settings of a builder of `datasets` that do not affect the content of files, or that `_open_plain_files` follows.
+_OF_NO_CONTENT = ("name", "version", "data_dir", "data_files", "description", "sep", "delimiter")
+# Files in which `datasets` describes a folder.
+_ABOUT_THE_FOLDER = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A source that exists. The content of `files` decides what `records` gives: pairs of (where, value).
+    """A source that exists. `records()` yields pairs (where, value), and `content()` identifies these records.
 
-    `where` is how a message names the record, `train.jsonl:12` or `train.parquet, row 12`; the value is a mapping, as
-    far as the file goes, or a ValueError that says why this one record cannot be read.
+    `where` is how messages name the record, `train.jsonl:12` or `train.parquet, row 12`. The value is a mapping if the
+    file contains one, or a `ValueError` that says why this record cannot be read. A null in a table is None.
+
+    `content()` is a list of plain JSON. `as_before` says whether it is still the one in fingerprints of the time before
+    folders of JSON and CSV files were read file by file.
     """
 
     path: str
-    files: tuple[Path, ...]
+    content: Callable[[], list[Any]]
     records: Callable[[], Records]
+    as_before: bool = True
 
 
 def open_source(source: DataSource) -> Opened:
-    """Looks a source up, fetches it from the Hub where it names one; DataError where there is nothing to read."""
+    """Open a source; a data set of the Hub is downloaded. Raises `DataError` if there is nothing to read."""
     file = Path(source.path).expanduser()
     if file.is_dir() or (not file.exists() and hub_name(source.path)):
         return _open_data_set(source)
-    reader = _READERS.get(file.suffix)
+    reader = READERS.get(file.suffix)
     if reader is None:
-        raise DataError([f"{source.path}: no data file by its name; allowed: {' | '.join(DATA_SUFFIXES)}"])
+        raise DataError([f"{source.path}: not the name of a data file; allowed: {' | '.join(DATA_SUFFIXES)}"])
     if not file.is_file():
         raise DataError([f"{source.path}: cannot be read: No such file"])
-    return Opened(source.path, (file,), lambda: reader(source.path, file))
+    return Opened(source.path, lambda: _hashes(source.path, [file]), lambda: reader(source.path, file))
+
+
+def _hashes(path: str, files: Iterable[Path]) -> list[Any]:
+    return [[file.suffix, _file_hash(path, file)] for file in files]
+
+
+def _file_hash(path: str, file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError([f"{path}: cannot be read: {error.strerror or error}"]) from error
 
 
 def _open_data_set(source: DataSource) -> Opened:
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset, load_from_disk
 
     split = source.split or "train"
+    folder = Path(source.path).expanduser()
     try:
-        if any((Path(source.path).expanduser() / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            data_set = load_from_disk(str(Path(source.path).expanduser()))  # written by save_to_disk
-            data_set = data_set[split] if isinstance(data_set, DatasetDict) else data_set
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            data_set = load_from_disk(str(folder), keep_in_memory=False)  # written by save_to_disk
+            data_set = _part_of_saved(source, data_set, split)
         else:
+            plain = _open_plain_files(source, split) if folder.is_dir() else None
+            if plain is not None:
+                return plain
             data_set = load_dataset(source.path, source.subset, split=split, keep_in_memory=False)
-    except Exception as error:  # of datasets, huggingface_hub, requests, pyarrow: whatever stands in the way
+    except DataError:
+        raise
+    except Exception as error:  # datasets, huggingface_hub, requests and pyarrow raise many kinds
         raise DataError(
             [
                 f"{source.path}: no data set here or on the Hub can be read under this name with split={split!r} and "
                 f"subset={source.subset!r}: {in_short(error)}"
             ]
         ) from error
-    files = tuple(Path(entry["filename"]) for entry in data_set.cache_files)
+    files = [Path(entry["filename"]) for entry in data_set.cache_files]
     tables = data_set.with_format("arrow")
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        return (part for table in tables.iter(ROWS_PER_READ) for part in table.to_batches())
+
     return Opened(
         source.path,
-        files,
-        lambda: _table_rows(source.path, (part for table in tables.iter(ROWS_PER_READ) for part in table.to_batches())),
+        lambda: _hashes(source.path, files) if files else [["memory", _table_hash(batches())]],
+        lambda: table_rows(source.path, batches()),
     )
 
 
-def _read_text(path: str, file: Path) -> str:
-    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+def _part_of_saved(source: DataSource, saved: Dataset | DatasetDict, split: str) -> Dataset:
+    """Return the split, or a part of one, of a data set that `save_to_disk` wrote."""
+    from datasets import DatasetDict, ReadInstruction, concatenate_datasets
+
+    if source.subset is not None:
+        raise DataError([f"{source.path}: subset={source.subset!r}, but a saved data set has none; set it to null"])
+    if not isinstance(saved, DatasetDict) and source.split is None:
+        return saved
+    parts = dict(saved) if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
     try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError([f"{path}:{line}: not UTF-8 text: byte {content[error.start]:#04x}"]) from error
+        chosen = ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in parts.items()})
+    except (ValueError, AssertionError, KeyError) as error:
+        raise DataError([f"{source.path}: split={split!r}: {in_short(error)}; allowed: {', '.join(parts)}"]) from error
+    return concatenate_datasets([parts[part.splitname].select(range(part.from_, part.to)) for part in chosen])
 
 
-def _read_jsonl(path: str, file: Path) -> Records:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if content.strip():
-                yield f"{path}:{number}", _parse_line(content)
+def _refuse_unread(path: str, listed: Mapping[str, Iterable[str]]) -> None:
+    """Raise DataError for data files in a folder that are in none of the splits that `datasets` finds there."""
+    folder = Path(path).expanduser().resolve()  # as `datasets` does
+    read = {os.path.realpath(file) for files in listed.values() for file in files}
+    unread = sorted(
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.name.endswith(DATA_SUFFIXES)
+        and file.name not in _ABOUT_THE_FOLDER
+        and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)  # hidden
+        and os.path.realpath(file) not in read
+    )
+    if unread:
+        shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else "")
+        raise DataError(
+            [
+                f"{path}: {shown} would not be read: `datasets` reads files of one type, or those that are named after "
+                "splits. Name the files one by one (data.train=[a.jsonl, b.csv]), or move these away"
+            ]
+        )
 
 
-def _parse_line(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8").rstrip())
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 text: byte {line[error.start]:#04x} at column {error.start + 1}")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
-        return ValueError(f"not JSON that can be read: {error}")
-
-
-def _read_json(path: str, file: Path) -> Records:
-    """A list of objects; or, as many files of this name hold, one object per line."""
-    with file.open("rb") as stream:
-        start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        yield from _read_jsonl(path, file)
-        return
-    try:
-        rows = json.loads(_read_text(path, file))
-    except json.JSONDecodeError as error:
-        raise DataError([f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"]) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError([f"{path}: not JSON that can be read: {error}"]) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
-
-
-def _read_csv(path: str, file: Path) -> Records:
-    """Every value is text: an answer of 007 is neither a number nor 7, as it would be where types are guessed."""
-    csv.field_size_limit(sys.maxsize)  # texts are longer than the module's 128 KiB
-    reader = csv.DictReader(io.StringIO(_read_text(path, file), newline=""), strict=True)
-    number = 0
-    try:
-        for number, row in enumerate(reader, start=1):
-            where = f"{path}, row {number}"
-            if None in row:
-                yield (
-                    where,
-                    ValueError(f"more values than the {len(reader.fieldnames or ())} columns of the first line"),
-                )
-            else:
-                yield where, {column: value for column, value in row.items() if value is not None}
-    except csv.Error as error:
-        raise DataError([f"{path}, row {number + 1}: not CSV: {error}"]) from error
-
-
-def _read_parquet(path: str, file: Path) -> Records:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            yield from _table_rows(path, table.iter_batches(ROWS_PER_READ))
-    except pa.ArrowException as error:
-        raise DataError([f"{path}: not a readable Parquet file: {in_short(error)}"]) from error
-
-
-def _read_arrow(path: str, file: Path) -> Records:
-    """Arrow's file format, or its stream format, in which `datasets` saves."""
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(file)) as content:
-            try:
-                opened = pa.ipc.open_file(content)
-            except pa.ArrowInvalid:
-                content.seek(0)
-                yield from _table_rows(path, pa.ipc.open_stream(content))
-            else:
-                yield from _table_rows(path, map(opened.get_batch, range(opened.num_record_batches)))
-    except pa.ArrowException as error:
-        raise DataError([f"{path}: not a readable Arrow file: {in_short(error)}"]) from error
-
-
-def _table_rows(path: str, batches: Iterable[pa.RecordBatch]) -> Records:
-    number = 0
+def _table_hash(batches: Iterable[pa.RecordBatch]) -> str:
+    """Return the hash of a table that is in no file."""
+    digest = hashlib.sha256()
     for batch in batches:
-        for row in _batch_rows(batch):
-            number += 1
-            yield f"{path}, row {number}", row
+        digest.update(f"{batch.schema.remove_metadata()}, {batch.num_rows}".encode())
+        digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
-def _batch_rows(batch: pa.RecordBatch) -> list[Any]:
-    try:
-        return [_without_nulls(row) for row in batch.to_pylist()]
-    except UnicodeDecodeError as error:  # neither format checks its text
-        if batch.num_rows == 1:
-            return [ValueError(f"not UTF-8 text: byte {error.object[error.start]:#04x} at column {error.start + 1}")]
-        return [row for index in range(batch.num_rows) for row in _batch_rows(batch.slice(index, 1))]
+def _open_plain_files(source: DataSource, split: str) -> Opened | None:
+    """Open a folder of JSON or CSV files, each of which is read as if it were named alone; None for other folders.
+
+    `datasets` decides which files are in a split, but does not read them: it would guess a type for each column, so
+    that 1 beside 1.5 becomes 1.0, the text 2024-01-01 a date and the answer 007 a 7.
+    """
+    from datasets import ReadInstruction, load_dataset_builder
+
+    builder = load_dataset_builder(source.path, source.subset)
+    config = builder.config
+    if source.subset is None and config.data_files:
+        _refuse_unread(source.path, config.data_files)
+    names = list(dict.fromkeys(part.split("[")[0].strip() for part in split.split("+")))
+    files = {name: [Path(file) for file in (config.data_files or {}).get(name, ())] for name in names}
+    suffixes = {file.suffix for part in files.values() for file in part}
+    allowed = {"json": {".json", ".jsonl", ".ndjson"}, "csv": {".csv", ".tsv"}}.get(builder.name, set())
+    settings = [field.name for field in dataclasses.fields(config) if field.name not in _OF_NO_CONTENT]
+    standard = all(getattr(config, name) == getattr(type(config)(), name) for name in settings)
+    # Anything special about a folder, an unknown split included, is left to `datasets`.
+    if not all(files.values()) or not suffixes <= allowed or not standard or builder.info.features is not None:
+        return None
+
+    def split_records(name: str) -> Records:
+        for file in files[name]:
+            if builder.name == "csv":
+                yield from read_csv(str(file), file, delimiter=config.sep)
+            else:
+                yield from read_json(str(file), file)
+
+    def records() -> Records:
+        if split in files:
+            yield from split_records(split)
+            return
+        counts = {name: sum(1 for _ in split_records(name)) for name in names}
+        try:
+            chosen = ReadInstruction.from_spec(split).to_absolute(counts)
+        except (ValueError, AssertionError) as error:
+            raise DataError([f"{source.path}: split={split!r}: {in_short(error)}"]) from error
+        for part in chosen:
+            yield from islice(split_records(part.splitname), part.from_, part.to)
+
+    def content() -> list[Any]:
+        syntax = config.sep if builder.name == "csv" else "json"
+        return [["folder", syntax], *([name, *_hashes(source.path, files[name])] for name in names)]
+
+    return Opened(source.path, content, records, as_before=False)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Tables give every object all the keys that any of them has, null where it had none."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-_READERS: dict[str, Callable[[str, Path], Records]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
-assert tuple(_READERS) == DATA_SUFFIXES
+assert tuple(READERS) == DATA_SUFFIXES

@@ -1,7 +1,12 @@
-"""Tokenizers: the byte-level one that Strata ships, and those that a model folder or the hub brings along."""
+"""Load tokenizers: the byte-level one that Strata ships, or one of a model folder or the Hub."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +20,14 @@ if TYPE_CHECKING:
 BYTES = "bytes"
 PAD, EOS = "<|pad|>", "<|eos|>"
 ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>")
+TOKENIZER_KEY = "model.tokenizer"
 HUB_TIMEOUT_SECONDS = 10
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Reveals what a tokenizer does to case, accents, digits, spaces and special tokens.
+PROBE_TEXT = "It's A\u00c4a\u00e4 e\u0301 \ufb01 1234,56  \t\n \u6771\u4eac \U0001f389 <s> [SEP]"
 
-# The end of text stands inside the generation marks: a model that never trains on it never stops. Tools, calls and what
-# tools answer are written as Qwen's templates write them, in text: the vocabulary has no marks for them.
+# The end of text is inside the generation marks, because a model that never trains on it never stops. Tools, calls and
+# answers of tools are written as text, as in Qwen's templates: the vocabulary has no tokens for them.
 CHAT_TEMPLATE = """\
 {%- if tools -%}
     {{- '<|system|>Tools: ' + tools | tojson -}}
@@ -47,11 +56,10 @@ CHAT_TEMPLATE = """\
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the byte-level tokenizer: no merges, no training, no files, no network.
+    """Build the byte-level tokenizer, which needs no merges, training, files or network.
 
-    Ids 0 to 255 are the bytes themselves; then come <|pad|> (256), <|eos|> (257) and the three chat marks, 261 entries
-    in all. Decoding the encoding of a text gives that text back, whatever it holds. Neither a beginning nor an end of
-    text is added when encoding.
+    Ids 0 to 255 are the bytes themselves. <|pad|> is 256, <|eos|> is 257, and the three chat marks follow: 261 entries
+    in all. Decoding the encoding of any text returns that text. Encoding adds neither a beginning nor an end of text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -73,62 +81,118 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokenizer_name(model: ModelConfig) -> str:
-    """The tokenizer that a run takes, for `load_tokenizer`."""
+    """Return the name of a run's tokenizer, for `load_tokenizer`."""
     return model.tokenizer or model.path or BYTES
 
 
-def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads "bytes", the tokenizer in a local folder, or the one that a hub name stands for.
+def load_run_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run. A `DataError` names the key that the user set."""
+    key = "model.path" if model.tokenizer is None and model.path is not None else TOKENIZER_KEY
+    return load_tokenizer(tokenizer_name(model), trust_remote_code=model.trust_remote_code, key=key)
 
-    A name that reads like a path (it exists, starts with ".", "/" or "~", or has more than one slash) is never looked
-    up on the hub. Raises DataError where there is no such tokenizer, or it cannot be read.
+
+def load_tokenizer(
+    name_or_path: str, *, trust_remote_code: bool = False, key: str = TOKENIZER_KEY
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer "bytes", the one in a local folder, or the one with a name on the Hub.
+
+    A name that looks like a path (it exists, starts with ".", "/" or "~", or has more than one slash) is never looked
+    up on the Hub. Raises `DataError`, about `key`, if there is no such tokenizer, or it cannot be read.
     """
     if name_or_path == BYTES:
         return bytes_tokenizer()
-    if _reads_like_a_path(name_or_path):
-        return _load_folder(Path(name_or_path).expanduser(), trust_remote_code=trust_remote_code)
-    return _load_hub_name(name_or_path, trust_remote_code=trust_remote_code)
+    if reads_like_a_path(name_or_path):
+        return _load_folder(Path(name_or_path).expanduser(), trust_remote_code=trust_remote_code, key=key)
+    return _load_hub_name(name_or_path, trust_remote_code=trust_remote_code, key=key)
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Describe what decides a tokenizer's output, chat template included, as plain JSON.
+
+    The result is the same in every process, and independent of where the tokenizer was loaded from.
+    """
+    if tokenizer.is_fast:
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        core.pop("truncation"), core.pop("padding")  # they belong to the latest call, not to the tokenizer
+    else:
+        core = [type(tokenizer).__name__, tokenizer.get_vocab(), sorted(map(str, tokenizer.added_tokens_decoder))]
+    template = tokenizer.chat_template
+    identity = {
+        "core": hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": template,
+        "patched_by": version("trl") if template and not GENERATION_MARK.search(json.dumps(template)) else None,
+    }
+    # Present only if they matter, so that identities recorded without them stay valid.
+    if tokenizer.split_special_tokens:
+        identity["split_special_tokens"] = True
+    if not tokenizer.is_fast:
+        identity["python"] = _python_identity(tokenizer)
+    return identity
+
+
+def _python_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Describe merges and scores of a tokenizer written in Python, and what it does to a text."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            files = [Path(file) for file in tokenizer.save_vocabulary(folder)]
+        except NotImplementedError:  # it has no files
+            files = []
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return {"files": digests, "probe": tokenizer(PROBE_TEXT, verbose=False)["input_ids"]}
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many ids a model must embed: more than the number of tokens if the vocabulary has gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token id to fill batches with: the tokenizer's own, else its end of text, else 0.
+    """Return the token id that pads batches: the tokenizer's own, else its end of text, else 0.
 
-    Any id will do, since padding is masked in the attention and in the labels; so a tokenizer without one is left as it
-    is, rather than given one that the saved model would then carry.
+    Any id will do, because padding is masked in the attention and in the labels. A tokenizer without padding is
+    therefore not changed: a padding token would be saved with the model.
     """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 
 
-def _reads_like_a_path(name: str) -> bool:
+def reads_like_a_path(name: str) -> bool:
+    """Return whether `load_tokenizer` looks for a folder, and never on the Hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
-def _load_folder(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _advice(key: str, folder: str) -> str:
+    if key == TOKENIZER_KEY:
+        return f"give {folder}, a Hub name, or {BYTES!r}"
+    return f"set {TOKENIZER_KEY} to {folder}, a Hub name, or {BYTES!r}; or give another {key}"
+
+
+def _load_folder(folder: Path, *, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
-        raise DataError([f"model.tokenizer: no such folder: {str(folder)!r}; give a folder, a hub name, or {BYTES!r}"])
+        raise DataError([f"{key}: no such folder: {str(folder)!r}; {_advice(key, 'a folder')}"])
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError, KeyError, plain Exception, ...
         raise DataError(
             [
-                f"model.tokenizer: no readable tokenizer in {str(folder)!r} ({in_short(error)}); give a folder with "
-                f"a tokenizer.json, a hub name, or {BYTES!r}"
+                f"{key}: no readable tokenizer in {str(folder)!r} ({in_short(error)}); "
+                f"{_advice(key, 'a folder with a tokenizer.json')}"
             ]
         ) from error
 
 
-def _load_hub_name(name: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Asks the hub once whether it has the name: transformers retries for most of a minute before it says so."""
+def _load_hub_name(name: str, *, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer of the Hub, which is asked once for the name first: transformers would retry for a minute."""
     from huggingface_hub import HfApi
     from transformers import AutoTokenizer
 
     unreachable = None
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception as error:  # unknown name, gated, offline, no network: what was downloaded before may still serve
+    except Exception as error:  # unknown name, gated, offline, no network: an earlier download may be in the cache
         unreachable = error
     try:
         return AutoTokenizer.from_pretrained(
@@ -137,16 +201,16 @@ def _load_hub_name(name: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
     except Exception as error:
         raise DataError(
             [
-                f"model.tokenizer: {name!r} is no folder here, and the hub has no readable tokenizer of that name "
-                f"({in_short(unreachable or error)}); give a folder, a hub name, or {BYTES!r}"
+                f"{key}: {name!r} is not a local folder, and the Hub has no readable tokenizer of that name "
+                f"({in_short(unreachable or error)}); {_advice(key, 'a folder')}"
             ]
         ) from error
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (the mapping of GPT-2).
+    """Return the printable character for each byte in byte-level vocabularies (the mapping of GPT-2).
 
-    Printable bytes of Latin-1 stand for themselves, the others take the code points from 256 on, in order.
+    Printable bytes of Latin-1 are represented by themselves, the others by the code points from 256 on, in order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,6 +1,6 @@
-"""Mixtures of experts whose experts are modules of their own, in a list: what ZeRO must be told about them.
+"""Set ZeRO up for mixtures of experts whose experts are modules of their own, in a list.
 
-Ranks send their tokens to different experts. Where ZeRO handles experts one by one, a rank waits for one that the other
+Ranks send their tokens to different experts. If ZeRO handles experts one by one, a rank waits for one that the other
 ranks do not call. (Most of transformers' experts are stacked in one parameter and need nothing.)
 """
 
@@ -10,19 +10,19 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
-from trainer.engine.registration import RegistrationError
+from trainer.engine.zero.errors import RegistrationError
 
 
 def gather_experts_together(model: nn.Module) -> None:
-    """Let ZeRO-3 gather and reduce all experts of a layer at once. Before `deepspeed.initialize`."""
+    """Let ZeRO-3 gather and reduce all experts of a layer at once. Call it before `deepspeed.initialize`."""
     holders = _holders(model)
     if holders:
         set_z3_leaf_modules(model, holders)
 
 
 def refuse_waiting_experts(engine: DeepSpeedEngine, *, sparse_rule: bool = False) -> None:
-    """Raise `RegistrationError` on stages 1 and 2, which have no such setting: a rank would wait for ever. With an
-    update rule that reduces gradients itself, one by one, on every stage."""
+    """Raise `RegistrationError` on stages 1 and 2, which have no such setting: a rank would hang. With an update rule
+    that reduces gradients itself, one by one, raise it on every stage."""
     stage = engine.zero_optimization_stage()
     if engine.world_size == 1 or not _holders(engine.module):
         return
@@ -39,8 +39,8 @@ def refuse_waiting_experts(engine: DeepSpeedEngine, *, sparse_rule: bool = False
 
 
 def _holders(model: nn.Module) -> list[type[nn.Module]]:
-    """The classes of the modules that hold a list of experts. DeepSpeed's own marks say less: it puts them on stacked
-    experts as well."""
+    """Return the classes of the modules that contain a list of experts. DeepSpeed's own marks say less: stacked experts
+    have them as well."""
     return list(
         {
             type(module)

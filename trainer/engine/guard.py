@@ -2,29 +2,35 @@
 
 The same wrong training has shipped again and again in layer-wise trainers: layers that are drawn and never change,
 frozen layers that do. Neither shows in the loss. The guard looks at the optimizer's own structures at every switch,
-and at a sample of the weights now and then.
+and at a sample of the weights from time to time.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from trainer.blocks import Block
-from trainer.engine.registration import Registration
+from trainer.engine.silence import Silence
+from trainer.engine.zero.registration import Registration
+from trainer.errors import StrataError
+from trainer.model.blocks import Block
+
+logger = logging.getLogger(__name__)
 
 # Elements sampled from each parameter on each rank.
 _SAMPLE = 16
 
 
-class GuardError(RuntimeError):
-    """Training is not doing what it says; raised on all ranks."""
+class GuardError(StrataError, RuntimeError):
+    """Something else trains than what was drawn. Raised on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -36,34 +42,64 @@ class _Snapshot:
 
 
 class Guard:
-    """Compares, at each switch, ranks with each other and the optimizer with the active set.
+    """Compare, at each switch, ranks with each other and the optimizer with the active set.
 
     Every `every` steps (0: never) it also remembers a sample of each block's weights at a switch, and checks at the
-    next one that active blocks moved and frozen ones did not.
+    next one that active blocks moved and frozen ones did not. Unless `every` is 0, it names the parameters in the
+    optimizer that no gradient reaches, and stops training if these are `adapters`.
     """
 
-    def __init__(self, registration: Registration, blocks: Sequence[Block], *, every: int, expect_motion: bool) -> None:
+    def __init__(
+        self,
+        registration: Registration,
+        blocks: Sequence[Block],
+        *,
+        every: int,
+        expect_motion: bool,
+        adapters: bool = False,
+    ) -> None:
         self._registration = registration
         self._blocks = blocks
         self._every = every
         self._expect_motion = expect_motion  # a sparse rule may leave what is sampled alone
-        # Held after it was compared, until the next one, so that memory is the same at every switch.
+        self._silence = Silence(registration) if every and expect_motion else None
+        self._adapters = adapters
+        # Kept after it was compared, until the next one, so that memory is the same at every switch.
         self._snapshot: _Snapshot | None = None
         self._compared = True
         self._lr_seen = False
         self._last_check = 0
 
-    def note_learning_rate(self, rate: float) -> None:
-        """Call after each applied step: without a learning rate nothing is expected to move."""
+    def after_step(self, rate: float) -> None:
+        """Call after each applied step: without a learning rate nothing is expected to move. Collective."""
         self._lr_seen = self._lr_seen or rate > 0
+        if self._silence is not None:
+            self._report_silent(self._silence.after_step(rate))
+
+    def _report_silent(self, names: list[str]) -> None:
+        """Raise `GuardError` on all ranks for adapters that no gradient reaches; log a warning for other weights."""
+        if not names:
+            return
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        said = f"no gradient has reached {shown} in the steps so far"
+        if self._adapters:
+            raise GuardError(
+                f"the guard stopped training: {said}. These adapters do not learn: the model does not use the modules "
+                "that they sit on, or reads their weights past the adapters. Leave these modules out "
+                "(substrate.peft.exclude_modules or target_modules), or set train.guard_every=0 to train anyway"
+            )
+        if dist.get_rank() == 0:
+            logger.warning("%s: the model does not use these weights; at most weight decay changes them", said)
 
     def due(self, step: int) -> bool:
-        """Whether the switch before `step` takes a sample."""
+        """Return whether the switch before `step` takes a sample."""
         return bool(self._every) and (step == 0 or step - self._last_check >= self._every)
 
     def before_switch(self) -> tuple[list[int] | None, str | None]:
-        """Since the last sample, on this rank: for each block 1 if it moved as it should (or need not have), and what
-        moved that should not have. (None, None) without a sample."""
+        """Return what moved on this rank since the last sample: for each block 1 if it moved or did not have to, and a
+        description of what moved that should not have. (None, None) without a sample."""
+        if self._silence is not None:
+            self._report_silent(self._silence.look())
         before = self._snapshot
         if before is None or self._compared:
             return None, None
@@ -83,13 +119,13 @@ class Guard:
         interval: int,
         step: int,
         active: tuple[int, ...],
-        expected: list[list[nn.Parameter]],
+        expected: Sequence[Mapping[str, nn.Parameter]],
         moved: list[int] | None = None,
         problem: str | None = None,
     ) -> None:
         """Compare everything at once, with one small all-reduce; raises `GuardError` on all ranks alike.
 
-        A block counts as moved if it did on any rank: a rank may hold only weights that had no gradient.
+        A block counts as moved if it did on any rank: a rank may store only weights that had no gradient.
         """
         problem = problem or self._registered_problem(expected)
         digest = hashlib.blake2b(repr((interval, active)).encode(), digest_size=6).digest()
@@ -113,32 +149,32 @@ class Guard:
             self._lr_seen = False
             self._snapshot = _Snapshot(step, active, self._sample_weights(), self._sample_masters(active))
 
-    def _registered_problem(self, expected: list[list[nn.Parameter]]) -> str | None:
+    def _registered_problem(self, expected: Sequence[Mapping[str, nn.Parameter]]) -> str | None:
         live = self._registration.registered()
-        if [[id(p) for p in group] for group in live] != [[id(p) for p in group] for group in expected]:
+        if [[id(p) for p in group] for group in live] != [[id(p) for p in group.values()] for group in expected]:
             names = {id(p): n for b in self._blocks for n, p in b.parameters.items()}
             have = sorted({names.get(id(p), "?") for group in live for p in group if id(p) in names})
-            want = sorted({names[id(p)] for group in expected for p in group if id(p) in names})
+            want = sorted({names[id(p)] for group in expected for p in group.values() if id(p) in names})
             return f"the optimizer trains {have}, the active set is {want}"
         if not all(p.requires_grad for group in live for p in group):
             return "a registered parameter does not require gradients; something froze it after the switch"
         return None
 
     def _raise_together(self, interval: int, active: tuple[int, ...], problem: str | None) -> None:
-        reports: list[object] = [None] * dist.get_world_size()
+        reports: list[Any] = [None] * dist.get_world_size()
         torch.distributed.all_gather_object(reports, (interval, active, problem))
         lines = [
             f"  rank {rank}: interval {i}, active blocks {list(a)}" + (f"; {p}" if p else "")
-            for rank, (i, a, p) in enumerate(reports)  # type: ignore[misc]
+            for rank, (i, a, p) in enumerate(reports)
         ]
         raise GuardError("the guard stopped training:\n" + "\n".join(lines))
 
     def _sample_weights(self) -> list[Tensor]:
-        shard = self._registration.local_shard
+        shard = self._registration.shares.local_shard
         return [torch.cat([shard(p)[:_SAMPLE] for p in block.parameters.values()]) for block in self._blocks]
 
     def _sample_masters(self, active: tuple[int, ...]) -> dict[int, Tensor]:
-        """By block. Masters rather than weights: bf16 weights may round a small step away."""
+        """Return samples of masters by block. Masters rather than weights: bf16 weights may round a small step away."""
         owner = {id(p): index for index in active for p in self._blocks[index].parameters.values()}
         samples: dict[int, list[Tensor]] = {index: [] for index in active}
         for number, group in enumerate(self._registration.groups):

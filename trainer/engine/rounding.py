@@ -1,7 +1,7 @@
-"""What is lost when a block is frozen again without its fp32 master: updates below the weights' precision.
+"""Measure what is lost when a block is frozen again without its fp32 master: updates below the weights' precision.
 
 A bf16 weight of 0.02 has a unit in the last place of 1.2e-4. A master remembers smaller steps, but bank `discard` drops
-it at the switch, and what is left of the interval's update is what the weights show.
+it at the switch, and only what the weights show is left of the interval's update.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SAMPLE = 64
 
 
 class RoundingLoss:
-    """Follows a sample of masters through an interval; `share` is the part of their update that the last switch lost.
+    """Follow a sample of masters through an interval; `share` is the part of their update that the last switch lost.
 
     0: nothing; 1: every sampled weight is what it was before the interval. None before the first switch.
     """
@@ -28,16 +28,16 @@ class RoundingLoss:
         self._updates: list[tuple[Tensor, Tensor]] = []
 
     def enter(self, group: int, masters: Sequence[Tensor]) -> None:
-        """Optimizer group `group` begins an interval with these masters (fp32, flat)."""
+        """Begin an interval of optimizer group `group` with these masters (fp32, flat)."""
         self._before[group] = _sample(masters)
 
     def leave(self, group: int, masters: Sequence[Tensor]) -> None:
-        """It ends one, and its masters are about to be dropped."""
+        """End the interval of `group`, whose masters are about to be dropped."""
         before, after = self._before.pop(group), _sample(masters)
         self._updates.append((after - before, after.to(self._dtype).float() - before))
 
     def finish(self) -> None:
-        """After a switch: sum up what left in it."""
+        """Sum up after a switch what left in it."""
         if self._updates:
             wanted, kept = (torch.cat(parts).abs() for parts in zip(*self._updates, strict=True))
             self._updates.clear()
@@ -51,5 +51,5 @@ def _sample(masters: Sequence[Tensor]) -> Tensor:
 
 
 def half_unit(magnitude: float, dtype: torch.dtype) -> float:
-    """Half a unit in the last place of a number of that size: smaller updates of it are rounded away."""
+    """Return half a unit in the last place of a number of that size: smaller updates of it are rounded away."""
     return torch.finfo(dtype).eps * 2.0 ** (torch.tensor(magnitude).log2().floor().item()) / 2

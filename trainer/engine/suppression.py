@@ -1,4 +1,4 @@
-"""Turn down what a block adds, for as long as a probe looks at the loss without it."""
+"""Scale down what a block adds while a probe measures the loss without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from trainer.blocks import Block
+from trainer.model.blocks import Block
 
 # Takes the modules of some blocks and a factor; inside the context they add `factor` of what they add outside.
 Suppress = Callable[[Sequence[nn.Module], float], AbstractContextManager[None]]
@@ -20,7 +20,7 @@ Suppress = Callable[[Sequence[nn.Module], float], AbstractContextManager[None]]
 
 @contextmanager
 def suppressed_residuals(modules: Sequence[nn.Module], factor: float) -> Iterator[None]:
-    """Scale the residual contribution of blocks: hidden states x -> x + factor * (block(x) - x). Always undone."""
+    """Scale the residual contribution of blocks: hidden states x -> x + factor * (block(x) - x). Undone on exit."""
 
     def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -34,13 +34,8 @@ def suppressed_residuals(modules: Sequence[nn.Module], factor: float) -> Iterato
         yield
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has put layers of its own into `model`."""
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
-
-
 def refuse_unsuppressed(blocks: Sequence[Block]) -> None:
-    """Raise `ValueError` where something trains in a block that `suppressed_adapters` would leave as it is.
+    """Raise `ValueError` if something trains in a block that `suppressed_adapters` would leave as it is.
 
     These are what PEFT trains beside or instead of adapters: `modules_to_save`, biases, prompts inside attention. A
     probe would learn nothing of them.
@@ -63,9 +58,9 @@ def refuse_unsuppressed(blocks: Sequence[Block]) -> None:
 
 @contextmanager
 def suppressed_adapters(modules: Sequence[nn.Module], factor: float) -> Iterator[None]:
-    """Turn down the adapters inside blocks, whatever PEFT method made them. Always undone.
+    """Scale down the adapters inside blocks, whatever PEFT method made them. Undone on exit.
 
-    LoRA and its kin have a scaling, which is multiplied by `factor` for each adapter name (with DoRA the direction
+    LoRA and its variants have a scaling, which is multiplied by `factor` for each adapter name (with DoRA the direction
     loses its adapter, the trained magnitude stays). Other methods' layers give a blend: factor * with the adapter
     + (1 - factor) * without.
     """

@@ -1,1 +1,1 @@
-"""Layer-wise training inside loops that other libraries drive; one file for each."""
+"""Train layer-wise inside the training loops of other libraries; one module for each."""

@@ -1,4 +1,4 @@
-"""What a run will hold, compute and send, before it starts; and what to change where it does not fit."""
+"""Plan what a run will store, compute and send before it starts, and what to change if it does not fit."""
 
 from trainer.planner.plan import Plan, Planner
 

@@ -1,10 +1,9 @@
-"""From a configuration to what each rank will hold, compute and send: shapes alone, no weights, no accelerator."""
+"""Plan what each rank will store, compute and send, from shapes alone: no weights, no accelerator."""
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trainer import model as models
 from trainer.accounting import (
     Memory,
     ModelState,
@@ -21,51 +19,55 @@ from trainer.accounting import (
     Zero,
     banked_bytes,
     block_shape,
-    dense_gradient_bytes,
     fused_loss,
-    growing_bytes,
     memory,
     model_state,
     nf4_bytes,
     step_flops,
     step_volume,
-    unmasked_state,
 )
 from trainer.accounting.peak import Activations
-from trainer.activations import Tracer
-from trainer.adapters import adapt
-from trainer.blocks import full_numel
-from trainer.build import offload_device, prepare_model, size_buckets
 from trainer.config import RunConfig, resolve_batch
-from trainer.config.deepspeed import resolve, zero_size
+from trainer.config.deepspeed.buckets import zero_size
+from trainer.config.deepspeed.resolve import resolve
+from trainer.config.text import in_short
 from trainer.data.tokenizer import load_tokenizer, tokenizer_name
-from trainer.engine.attach import Sparse
-from trainer.loss import choose_fused
-from trainer.updates import Unmask
+from trainer.engine.slots import PLACEHOLDER
+from trainer.engine.sparse import Sparse
+from trainer.model import load as models
+from trainer.model.blocks import Block, find, full_numel
+from trainer.model.fused_head import obstacle
+from trainer.model.loss import LossChoice
+from trainer.planner.activations import Tracer
+from trainer.run.setup import Built, build_model, offload_device
+from trainer.updates import Footprint
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank holds, computes and sends. `flops` and `volume` are of an optimizer step, `volume` in bytes."""
+    """The memory, compute and traffic of one rank. `flops` and `volume` (in bytes) are per optimizer step."""
 
     config: RunConfig
     ranks: int
     stage: int
-    parameters: int
-    trained: int
+    loss: LossChoice
+    parameters: int  # weights of the model
+    trained: int  # of them, at a time
     num_blocks: int
     active: int  # blocks that train at a time
     state: ModelState
     memory: Memory
     flops: int
     volume: Volume
-    offloaded: int  # bytes that cross between card and host in a step
+    offloaded: int  # bytes copied between card and host in a step
+    banked: int  # bytes that the bank stores once all blocks have been drawn
+    rule: Footprint  # of the update rule's own state
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A block that trains, one that passes gradients on, norm and head and plain loss; and in evaluation the bytes of a
-    block's forward and of the loss's."""
+    """Activations of a block that trains (`active`), of one that only passes gradients on (`passed`), and of norm, head
+    and plain loss (`outside`). `evaluated`: forward bytes in evaluation, (of a block, of the loss)."""
 
     active: Activations
     passed: Activations
@@ -74,37 +76,61 @@ class Traced:
 
 
 class Planner:
-    """Plans configurations; what it learned of a model it keeps for the next one. `on_cpu`: for ranks on CPUs."""
+    """Plan configurations; models and their traces are cached between plans. `on_cpu`: the planned ranks are CPUs."""
 
     def __init__(self, *, on_cpu: bool = False) -> None:
         self._on_cpu = on_cpu
         self._models: dict[str, PreTrainedModel] = {}
         self._traced: dict[str, Traced] = {}
+        self._obstacles: dict[str, str | None] = {}  # to fusing the loss
 
     def plan(self, config: RunConfig, ranks: int, *, local_ranks: int | None = None) -> Plan:
-        """Of `ranks` ranks, `local_ranks` on each machine (by default what the launcher says).
+        """Plan a run on `ranks` ranks, `local_ranks` on each machine (by default what the launcher says).
 
         Raises what a run with `config` raises before it loads weights: `ConfigError`, `ModelError`, ...
         """
         ds = resolve(config, ranks, local_ranks=local_ranks)
-        base = self._model(config)
-        model: Any = base
-        if config.substrate.name == "adapter":  # changes the model
-            stage = ds["zero_optimization"]["stage"]
-            base = copy.deepcopy(base)
-            model = adapt(base, config.substrate, stage=stage, quantization=config.model.quantization, empty=True).model
-        # How many samples, and so how many steps, there are in an epoch is not known here.
-        steps = config.train.steps or getattr(config.update, "growth_steps", None) or 1
-        sparse = prepare_model(config, model, steps)
-        ds = size_buckets(ds, sparse, model)
-        traced = self._activations(config, model, sparse, ds["zero_optimization"]["stage"])
-        return _planned(config, ranks, ds, base, sparse, traced, on_cpu=self._on_cpu)
+        built = build_model(
+            config,
+            ds,
+            None,
+            # None if it depends on the number of samples, which is not known here.
+            num_steps=config.train.steps,
+            empty=True,
+            base=self._model(config),
+            find_obstacle=partial(self._obstacle, config),
+        )
+        return self.plan_built(config, ranks, built)
+
+    def plan_built(self, config: RunConfig, ranks: int, built: Built) -> Plan:
+        """Plan a run whose empty model is already built. Raises `ModelError` if a pass through one block fails."""
+        try:
+            traced = self._activations(config, built.model, built.sparse, built.ds["zero_optimization"]["stage"])
+        except Exception as error:  # of any kind: the model's own code may raise it
+            key = "model.random" if config.model.path is None else "model.path"
+            raise models.ModelError(
+                f"{key}: a pass through one block of this model, with data.max_length={config.data.max_length} and "
+                f"train.micro_batch_size={config.train.micro_batch_size}, fails: {type(error).__name__}: "
+                f"{in_short(str(error))}"
+            ) from error
+        return _planned(config, ranks, built, traced, on_cpu=self._on_cpu)
+
+    def _obstacle(self, config: RunConfig) -> str | None:
+        key = self._key(config)
+        if key not in self._obstacles:
+            model = self._model(config)
+            self._obstacles[key] = obstacle(model, find(model, path=config.model.blocks).path)
+        return self._obstacles[key]
+
+    @staticmethod
+    def _key(config: RunConfig) -> str:
+        return config.model.model_dump_json(exclude={"activation_checkpointing"})
 
     def _model(self, config: RunConfig) -> PreTrainedModel:
-        key = config.model.model_dump_json(exclude={"activation_checkpointing"})
+        key = self._key(config)
         if key not in self._models:
             tokenizer = None
-            if config.model.path is None:  # whose vocabulary the model has, where nothing else is said
+            if config.model.path is None:  # its vocabulary size is the model's default
                 tokenizer = load_tokenizer(tokenizer_name(config.model))
             self._models[key] = models.on_meta(config.model, tokenizer)
         return self._models[key]
@@ -132,70 +158,64 @@ class Planner:
             training = tracer(config.train.micro_batch_size)
             passed = training.block(block.module, trains=(), input_requires_grad=True)
             outside = training.outside()
-            evaluated = config.eval.micro_batch_size or config.train.micro_batch_size
-            other = tracer(evaluated) if evaluated != config.train.micro_batch_size else None
+            eval_batch = config.eval.micro_batch_size or config.train.micro_batch_size
+            evaluating = tracer(eval_batch) if eval_batch != config.train.micro_batch_size else None
             self._traced[key] = Traced(
                 active=training.block(block.module, trains=names, input_requires_grad=True),
                 passed=passed,
                 outside=outside,
                 evaluated=(
-                    (other.block(block.module, trains=(), input_requires_grad=False) if other else passed).forward,
-                    (other.outside() if other else outside).forward,
+                    (
+                        evaluating.block(block.module, trains=(), input_requires_grad=False) if evaluating else passed
+                    ).forward,
+                    (evaluating.outside() if evaluating else outside).forward,
                 ),
             )
         return self._traced[key]
 
 
-def _planned(
-    config: RunConfig,
-    ranks: int,
-    ds: dict[str, Any],
-    base: PreTrainedModel,
-    sparse: Sparse,
-    traced: Traced,
-    *,
-    on_cpu: bool,
-) -> Plan:
+def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_cpu: bool) -> Plan:
+    ds, base, sparse, choice = built.ds, built.base, built.sparse, built.loss
     stage = ds["zero_optimization"]["stage"]
     weight_bytes = 4 if config.model.dtype == "fp32" else 2
     gradient_bytes = 4 if ds["data_types"]["grad_accum_dtype"] in ("fp32", "float32") else 2
-    groups = [[full_numel(p) for p in group.values()] for group in sparse.groups()]
-    dense = [full_numel(p) for p in sparse.trainable_parameters()]  # whose gradients backward makes
+    groups = [[full_numel(p) for p in group.values()] for group in sparse.groups() if PLACEHOLDER not in group]
+    dense = [full_numel(p) for p in sparse.trainable_parameters()]  # backward computes all their gradients
     offload = offload_device(ds, "optimizer") != "none"
     quantised = quantised_weights(config, base)
-    # What is in four bits counts as so many weights of the dtype.
+    # A tensor in four bits counts as the number of weights in the model's dtype that take as many bytes.
     numels = [
         nf4_bytes(p.numel()) // weight_bytes if id(p) in quantised else p.numel() for p in sparse.model.parameters()
     ]
     accumulation = resolve_batch(config, ranks).accumulation_steps
-    outside: dict[str, int] = {}
-    if isinstance(sparse.update, Unmask):
-        local = config.update.bias_correction == "local"
-        budget = config.update.budget
-        state = unmasked_state(numels, budget, stage=stage, ranks=ranks, weight_bytes=weight_bytes, local_steps=local)
-        candidates, sums = growing_bytes(dense, sparse.update.increment, ranks=ranks, accumulation=accumulation)
-        gradient = dense_gradient_bytes(max(dense), ranks=ranks, weight_bytes=weight_bytes)
-        outside = {"dense gradient": gradient, "candidates": candidates, "sums": sums}
-        trained = budget
-    else:
-        state = model_state(
-            numels,
-            groups,
-            stage=stage,
-            ranks=ranks,
-            weight_bytes=weight_bytes,
-            gradient_bytes=gradient_bytes,
-            moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
-            offload=offload,
-        )
-        trained = sum(dense)
-    lowest = _lowest(config, sparse)
+    rule = _footprint(sparse, ranks=ranks, weight_bytes=weight_bytes, accumulation=accumulation)
+    state = model_state(
+        numels,
+        groups,
+        stage=stage,
+        ranks=ranks,
+        weight_bytes=weight_bytes,
+        gradient_bytes=gradient_bytes,
+        moment_bytes=2 if config.optimizer.name == "adamw_8bit" else 8,
+        offload=offload,
+    )
+    state = replace(
+        state,
+        gradients=state.gradients + rule.gradients,
+        masters=state.masters + rule.masters,
+        moments=state.moments + rule.moments,
+        indices=state.indices + rule.indices,
+    )
+    in_optimizer = sum(map(sum, groups))
+    trained = in_optimizer + rule.trained
+    banked = _banked(config, sparse, ranks)
+    lowest = _lowest(sparse)
     vocabulary, hidden = base.get_output_embeddings().weight.shape
     tokens = config.train.micro_batch_size * config.data.max_length
     train_head = base.get_output_embeddings().weight.requires_grad
     loss, evaluated = traced.outside, traced.evaluated
     eval_tokens = (config.eval.micro_batch_size or config.train.micro_batch_size) * config.data.max_length
-    if choose_fused(config.train.fused_loss, base):
+    if choice.fused:
         fused = partial(
             fused_loss, hidden=hidden, vocabulary=vocabulary, weight_bytes=weight_bytes, tiles=7 if on_cpu else 0
         )
@@ -216,7 +236,7 @@ def _planned(
         embeddings=embeddings.numel() if embeddings.requires_grad else 0,
         total=sum(p.numel() for p in sparse.model.parameters()),
         groups=tuple(map(sum, groups)),
-        sparse=outside,
+        rule={part.name: part.size for part in rule.backward},
     )
     zero = Zero(
         stage=stage,
@@ -239,6 +259,7 @@ def _planned(
         config=config,
         ranks=ranks,
         stage=stage,
+        loss=choice,
         parameters=shape.total,
         trained=trained,
         num_blocks=len(sparse.blocks),
@@ -248,8 +269,9 @@ def _planned(
             state,
             shape,
             zero,
-            host=_on_host(config, sparse, shape, zero, trained),
-            banked=_banked(sparse, shape, ranks) if config.bank.name == "device" and not offload else 0,
+            host=_on_host(config, sparse, shape, zero, in_optimizer, banked, rule),
+            # What the update rule keeps of inactive blocks stays on the device under any bank.
+            banked=rule.kept + (banked if config.bank.place == "device" and not offload else 0),
         ),
         flops=accumulation
         * step_flops(
@@ -267,82 +289,111 @@ def _planned(
             stage=stage,
             ranks=ranks,
             weight_bytes=weight_bytes,
-            # While a mask grows all gradients are reduced, in fp32; afterwards only those of the unmasked weights.
-            gradient_bytes=4 if outside else gradient_bytes,
+            # An update rule with state of its own receives gradients in fp32.
+            gradient_bytes=4 if rule.trained else gradient_bytes,
             trained=sum(dense),
             forward=shape.total,
             backward=in_blocks - below + head,
             micro_batches=accumulation,
             machine_copies=zero.machine_ranks > 1,
         ),
-        offloaded=_through_host(zero, shape, trained, accumulation),
+        offloaded=_through_host(zero, shape, in_optimizer, accumulation),
+        banked=banked + rule.kept,
+        rule=rule,
     )
 
 
-def _lowest(config: RunConfig, sparse: Sparse) -> int:
-    """The lowest block that trains in the deepest of all draws."""
-    embeddings_train = any(p.requires_grad for p in sparse.always_on.get("embeddings", {}).values())
-    return sparse.active[0] if config.selector.name == "fixed" and not embeddings_train else 0
+def _lowest(sparse: Sparse) -> int:
+    """Return the index of the lowest block that ever trains; 0 if the embeddings, below all blocks, train."""
+    if any(p.requires_grad for p in sparse.always_on.get("embeddings", {}).values()):
+        return 0
+    return min(sparse.selector.reachable(len(sparse.blocks)))
+
+
+def _in_optimizer(sparse: Sparse, block: Block) -> int:
+    """Return how many of a block's weights DeepSpeed's optimizer trains."""
+    names = sparse.update.in_optimizer(block)
+    return sum(full_numel(p) for name, p in block.parameters.items() if name in names)
+
+
+def _footprint(sparse: Sparse, *, ranks: int, weight_bytes: int, accumulation: int) -> Footprint:
+    active = sparse.trained_by_rule(sparse.active)
+    kept = sparse.trained_by_rule(sparse.selector.reachable(len(sparse.blocks))) if sparse.bank.keeps else {}
+    return sparse.update.footprint(
+        [full_numel(p) for p in active.values()],
+        [full_numel(p) for name, p in kept.items() if name not in active],
+        ranks=ranks,
+        weight_bytes=weight_bytes,
+        accumulation=accumulation,
+    )
 
 
 def _nvme_buffers(ds: dict[str, Any]) -> int:
-    """DeepSpeed's `offload_optimizer.buffer_count`, if that is what NVMe has."""
+    """Return DeepSpeed's `offload_optimizer.buffer_count`; 0 unless optimizer state is on NVMe."""
     if offload_device(ds, "optimizer") != "nvme":
         return 0
     return ds["zero_optimization"]["offload_optimizer"].get("buffer_count", 4)
 
 
-def _through_host(zero: Zero, shape: StepShape, trained: int, accumulation: int) -> int:
-    """Bytes of a step between a rank's card and host, as DeepSpeed 0.19.8 sends them: gradients go out with every
-    micro-batch and come in to be added to, out in fp32 at the end, and updated weights in; offloaded weights come in
-    for every forward and backward."""
+def _through_host(zero: Zero, shape: StepShape, in_optimizer: int, accumulation: int) -> int:
+    """Return the bytes that a step copies between a rank's card and host, as in DeepSpeed 0.19.8, if the optimizer
+    contains `in_optimizer` weights. To the host: gradients with every micro-batch, and in fp32 at the end. To the card:
+    gradients of earlier micro-batches, updated weights, and offloaded weights for every forward and backward."""
     crossed = 0
     if zero.offload:
         added = 2 * accumulation * zero.gradient_bytes
-        if zero.stage < 3:  # a single micro-batch goes out at the end only
+        if zero.stage < 3:  # with a single micro-batch, only those at the end
             added = (2 * accumulation - 1) * zero.weight_bytes if accumulation > 1 else 0
-        crossed += (added + 4 + zero.weight_bytes) * -(-trained // zero.ranks)
+        crossed += (added + 4 + zero.weight_bytes) * -(-in_optimizer // zero.ranks)
     if zero.offload_param:
         crossed += 2 * accumulation * zero.weight_bytes * -(-shape.total // zero.ranks)
     return crossed
 
 
-def _banked(sparse: Sparse, shape: StepShape, ranks: int) -> int:
-    """What a bank holds at most: of all blocks but those that train."""
-    if not sparse.bank.keeps or isinstance(sparse.update, Unmask):  # whose state is not a bank's
+def _banked(config: RunConfig, sparse: Sparse, ranks: int) -> int:
+    """Return the bytes that a bank stores on a rank once all blocks have been drawn: masters and moments of all blocks
+    but those that train. Beside live state those are the first set; alone in host memory, at most all but the smallest.
+    """
+    if not sparse.bank.keeps:
         return 0
-    reachable = [sparse.blocks[index].numel for index in sparse.selector.reachable(len(sparse.blocks))]
-    return banked_bytes(sorted(reachable, reverse=True)[shape.num_active :], ranks=ranks)
+    reachable = sparse.selector.reachable(len(sparse.blocks))
+    if config.bank.place == "host":
+        stored = sorted(_in_optimizer(sparse, sparse.blocks[i]) for i in reachable)[len(sparse.active) :]
+    else:
+        stored = [_in_optimizer(sparse, sparse.blocks[i]) for i in reachable if i not in sparse.active]
+    return banked_bytes(stored, ranks=ranks)
 
 
-def _on_host(config: RunConfig, sparse: Sparse, shape: StepShape, zero: Zero, trained: int) -> dict[str, int]:
-    """Bytes of one rank in host memory, masters and moments that are offloaded apart."""
-    part = -(-trained // zero.ranks)
+def _on_host(
+    config: RunConfig, sparse: Sparse, shape: StepShape, zero: Zero, in_optimizer: int, banked: int, rule: Footprint
+) -> dict[str, int]:
+    """Return what a rank stores in host memory, in bytes by part, without offloaded masters and moments."""
+    part = -(-in_optimizer // zero.ranks)
     held: dict[str, int] = {}
     if zero.offload and zero.stage < 3:  # weights on their way back, and two buffers of the largest gradient
         held["offload buffers"] = zero.weight_bytes * (part + shape.largest)
-    banked = _banked(sparse, shape, zero.ranks)
-    largest = sorted((b.numel for b in sparse.blocks), reverse=True)
-    on_host = config.bank.name == "cpu" or zero.offload  # bank device: where the state is
+    reachable = sparse.selector.reachable(len(sparse.blocks))
+    by_size = sorted((_in_optimizer(sparse, sparse.blocks[i]) for i in reachable), reverse=True)
+    on_host = config.bank.place == "host" or zero.offload  # place "device": beside the live state
     if on_host:
         held["full bank"] = banked
-    if config.saves and shape.sparse:
-        held["checkpoint, while it is written"] = 20 * part  # masters, moments and indices of unmasked weights
-    elif config.saves:
-        draws = -(-config.checkpoint.every // config.selector.interval)
-        changed = sum(largest[: draws * shape.num_active])
-        outside = trained - sum(sparse.blocks[i].numel for i in sparse.active)
+    if config.saves:
+        draws = -(-(config.checkpoint.every or 0) // config.selector.interval)
+        changed = sum(by_size[: draws * shape.num_active])
+        outside = in_optimizer - sum(_in_optimizer(sparse, sparse.blocks[i]) for i in sparse.active)
         weights = zero.weight_bytes * -(-(changed + outside) // zero.ranks)
-        # What lies in host memory is written from there, also what a switch takes out of the bank meanwhile.
-        copied = min(banked, banked_bytes(largest[: shape.num_active], ranks=zero.ranks)) if on_host else banked
-        held["checkpoint, while it is written"] = weights + 12 * part + copied
+        # State in host memory is written in place; what a switch takes out of the bank is kept until then.
+        copied = min(banked, banked_bytes(by_size[: shape.num_active], ranks=zero.ranks)) if on_host else banked
+        own = -(-rule.saved // zero.ranks)
+        held["checkpoint, while it is written"] = weights + 12 * part + copied + own
     return held
 
 
 def quantised_weights(config: RunConfig, model: PreTrainedModel) -> set[int]:
-    """Ids of the weights that `model.quantization` stores in four bits: transformers leaves out the head."""
+    """Return the ids of the weights that `model.quantization` stores in four bits, from which transformers excludes the
+    head."""
     if config.model.quantization is None:
         return set()
-    kept = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
+    excluded = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    return linear - kept
+    return linear - excluded

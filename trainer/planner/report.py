@@ -1,4 +1,4 @@
-"""A plan in words: a table for people, a line before a run, a mapping for programs."""
+"""Render a plan: a table for people, a line before a run, a mapping for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDTH = 34
 
 
 def one_line(plan: Plan) -> str:
-    """The peak of a step and what it is made of, for the start of a run."""
+    """Return the peak of a step and its parts, for the start of a run."""
     parts = sorted(plan.memory.parts.items(), key=lambda part: -part[1])
     shown = ", ".join(f"{name} {readable(size)}" for name, size in parts[:4])
     host = f"; in host memory {readable(plan.memory.total_host)}" if plan.memory.total_host else ""
@@ -23,10 +23,10 @@ def one_line(plan: Plan) -> str:
 
 
 def short(plan: Plan, machine: Machine) -> str:
-    """A few lines: what trains, the highest moment, whether it fits."""
+    """Return a few lines: what trains, the peak, whether it fits."""
     lines = [
         f"{plan.parameters:,} parameters, of which {plan.trained:,} train at a time",
-        f"each rank holds {readable(plan.memory.peak)} at the highest moment of a step ({plan.memory.highest}):",
+        f"each rank needs {readable(plan.memory.peak)} at the peak of a step ({plan.memory.highest}):",
     ]
     parts = [f"{name} {readable(size)}" for name, size in plan.memory.parts.items()]
     lines += textwrap.wrap(", ".join(parts), 100, initial_indent="  ", subsequent_indent="  ")
@@ -42,16 +42,16 @@ def short(plan: Plan, machine: Machine) -> str:
 
 
 def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
-    """All of it, in lines."""
+    """Return all of the plan, as lines."""
     config = plan.config
     always_on = ", ".join(part for part, on in config.always_on.model_dump().items() if on) or "nothing else"
     lines = [
         f"{plan.parameters:,} parameters; {plan.active} of {plan.num_blocks} blocks train at a time, with {always_on}: "
         f"{plan.trained:,} parameters",
         f"{plan.ranks} rank{'s' * (plan.ranks > 1)}, ZeRO stage {plan.stage} ({config.deepspeed}), "
-        f"{config.train.micro_batch_size} x {config.data.max_length} tokens for each forward, "
+        f"{config.train.micro_batch_size} x {config.data.max_length} tokens in each forward pass, "
         f"{'' if config.model.activation_checkpointing else 'no '}activation checkpointing",
-        f"each rank, at the highest moment of a step ({plan.memory.highest}):",
+        f"each rank, at the peak of a step ({plan.memory.highest}):",
     ]
     lines += [_row(name, size) for name, size in plan.memory.parts.items()]
     lines.append(_row("peak", plan.memory.peak))
@@ -64,7 +64,7 @@ def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
         of = f" of {readable(machine.host_memory)}" if machine.host_memory is not None else ""
         lines.append(_row(f"node, {machine.gpus} rank{'s' * (machine.gpus > 1)}", node) + of)
     if plan.memory.disk:
-        lines.append(f"on NVMe, of each rank: {readable(sum(plan.memory.disk.values()))}")
+        lines.append(f"on NVMe, for each rank: {readable(sum(plan.memory.disk.values()))}")
     lines.append(
         f"a step: {plan.flops:.2e} FLOPs and {readable(plan.volume.sent(plan.ranks))} sent by each rank"
         + (
@@ -72,7 +72,7 @@ def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
             if plan.volume.within_machine
             else ""
         )
-        + (f", {readable(plan.offloaded)} through the host" if plan.offloaded else "")
+        + (f", {readable(plan.offloaded)} copied between card and host" if plan.offloaded else "")
     )
     lines += _time_lines(plan, machine, samples)
     if machine.gpu_memory is not None or machine.host_memory is not None:
@@ -93,7 +93,7 @@ def _time_lines(plan: Plan, machine: Machine, samples: int | None) -> list[str]:
     spent = times(plan, machine)
     if spent is None:
         wanted = ["--flops"] + ["--bandwidth"] * (plan.ranks > 1) + ["--host-bandwidth"] * bool(plan.offloaded)
-        return [f"time: give {', '.join(wanted)}, of one rank"]
+        return [f"time: unknown without {', '.join(wanted)} (of one rank)"]
     lines = [f"time: {_span(spent)} s a step, {_rate(spent)} steps per second"]
     steps = num_steps(plan.config, samples)
     if steps is not None:
@@ -104,44 +104,44 @@ def _time_lines(plan: Plan, machine: Machine, samples: int | None) -> list[str]:
 
 def _span(spent: Times) -> str:
     low, high = f"{spent.shortest:.3g}", f"{spent.longest:.3g}"
-    return low if low == high else f"{low} (all overlapped) to {high} (nothing)"
+    return low if low == high else f"{low} (full overlap) to {high} (no overlap)"
 
 
 def _rate(spent: Times) -> str:
     return (
-        _span(Times(1 / spent.longest, 1 / spent.shortest)).replace(" (all overlapped)", "").replace(" (nothing)", "")
+        _span(Times(1 / spent.longest, 1 / spent.shortest)).replace(" (full overlap)", "").replace(" (no overlap)", "")
     )
 
 
 def advice(suggestions: list[Suggestion], machine: Machine) -> str:
-    """Numbered lines, what costs least first."""
-    lines = ["what makes it fit:"]
+    """Return numbered lines, cheapest first."""
+    lines = ["changes that make it fit, cheapest first:"]
     for number, suggestion in enumerate(suggestions, start=1):
         lines.append(f"  {number}. {suggestion.settings}")
         host = suggestion.plan.memory.total_host * machine.gpus
-        on_host = f", {readable(host)} in the memory of a node" if host else ""
-        lines.append(f"     {readable(needed(suggestion.plan))} for each card{on_host}; costs: {suggestion.cost}")
+        on_host = f" and {readable(host)} of host memory on each node" if host else ""
+        lines.append(f"     needs {readable(needed(suggestion.plan))} on each card{on_host}; costs: {suggestion.cost}")
     return "\n".join(lines)
 
 
 def hopeless(plan: Plan, least: Plan | None, machine: Machine) -> str:
-    """Nothing that is known makes it fit."""
+    """Return the message for a run that no known change makes fit."""
     tail = ""
     if least is not None:
         parts = ", ".join(f"{name} {readable(size)}" for name, size in least.memory.parts.items())
         tail = (
-            f". The least that was found, with deepspeed={least.config.deepspeed}, needs {readable(needed(least))} for "
-            f"each card ({parts}) and {readable(least.memory.total_host * machine.gpus)} in the memory of a node"
+            f". The smallest plan found, with deepspeed={least.config.deepspeed}, needs {readable(needed(least))} on "
+            f"each card ({parts}) and {readable(least.memory.total_host * machine.gpus)} of host memory on each node"
         )
     return (
-        f"{plan.parameters:,} parameters do not fit on {machine.nodes} x {machine.gpus} cards in any way that is known "
-        f"here: {', '.join(shortage(plan, machine))}{tail}. Use more or larger cards, a smaller model, or shorter "
+        f"{plan.parameters:,} parameters do not fit on {machine.nodes} x {machine.gpus} cards with any known "
+        f"change: {', '.join(shortage(plan, machine))}{tail}. Use more or larger cards, a smaller model, or shorter "
         "sequences (data.max_length)"
     )
 
 
 def mapping(plan: Plan, machine: Machine, suggestions: list[Suggestion], *, samples: int | None) -> dict[str, Any]:
-    """For --json; sizes in bytes."""
+    """Return the plan for `--json`; sizes in bytes."""
     spent = times(plan, machine)
     return {
         "parameters": plan.parameters,

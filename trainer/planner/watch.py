@@ -1,4 +1,4 @@
-"""The plan of a run that starts, and what was measured when it is over."""
+"""Plan the memory of a run at its start, and compare the plan with the measured peak at its end."""
 
 from __future__ import annotations
 
@@ -9,42 +9,51 @@ from deepspeed.accelerator import get_accelerator
 from trainer.accounting import readable
 from trainer.config import RunConfig
 from trainer.planner.machine import CONTEXT, needed
-from trainer.planner.plan import Planner
+from trainer.planner.plan import Plan, Planner
 from trainer.planner.report import one_line
 
 
 class PeakWatch:
-    """Plans on rank 0 and measures on all ranks; on CPUs, which do not count, nothing is measured.
+    """Plan on rank 0 and measure on all ranks. On CPUs, which do not count allocations, nothing is measured.
 
-    To be made before the model: transformers cuts what it builds under an active ZeRO-3 configuration.
+    Create it before the model: transformers partitions what it builds under an active ZeRO-3 configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self._measures = get_accelerator().device_name() != "cpu"
-        self._plan, self._failure = None, ""
-        if dist.get_rank() == 0:
-            try:
-                self._plan = Planner(on_cpu=not self._measures).plan(config, dist.get_world_size())
-            except Exception as error:  # of what torch cannot trace; a run does not depend on its plan
-                self._failure = f"no plan of the memory: {type(error).__name__}: {error}"
+        self._config = config
+        self._planner = Planner(on_cpu=not self._measures)
+        self._plan, self._failure = self._planned(config) if dist.get_rank() == 0 else (None, "")
 
-    def start(self) -> list[str]:
-        """Measure from here on. What rank 0 says before the run: the plan, and a warning where the card is smaller."""
+    def _planned(self, config: RunConfig) -> tuple[Plan | None, str]:
+        try:
+            return self._planner.plan(config, dist.get_world_size()), ""
+        except Exception as error:  # such as of code that torch cannot trace; a run does not depend on its plan
+            return None, f"memory could not be planned: {type(error).__name__}: {error}"
+
+    def start(self, *, fused: bool) -> list[str]:
+        """Start to measure. Returns what rank 0 prints before the run: the plan, and a warning if the card is smaller.
+        `fused`: whether the loss is fused; if the plan assumed so and it is not, the run is planned again."""
         if self._measures:
             get_accelerator().reset_peak_memory_stats()
+        if self._plan is not None and self._plan.loss.fused and not fused:
+            train = self._config.train.model_copy(update={"fused_loss": False})
+            self._plan, self._failure = self._planned(self._config.model_copy(update={"train": train}))
+        del self._planner  # and the models that it caches
         if self._plan is None:
             return [self._failure] if self._failure else []
         lines = [one_line(self._plan)]
         memory = get_accelerator().total_memory() if self._measures else 0
         if 0 < memory < needed(self._plan) - CONTEXT:
             lines.append(
-                f"WARNING: with slack that is {readable(needed(self._plan))}, and this card has {readable(memory)}: "
-                "`python -m trainer plan` says what makes it fit"
+                f"WARNING: with slack this run needs {readable(needed(self._plan))}, but the card has "
+                f"{readable(memory)}: "
+                "`python -m trainer plan` lists changes that make it fit"
             )
         return lines
 
     def result(self) -> tuple[str, dict[str, int | None]]:
-        """(a line, figures for the metrics) on rank 0 after the run; nothing on other ranks. Collective."""
+        """Return (a line, figures for the metrics) on rank 0 after the run; both empty on other ranks. Collective."""
         measured = None
         if self._measures:
             most = torch.tensor(
@@ -59,4 +68,4 @@ class PeakWatch:
         if measured is None:
             return f"Peak memory: {readable(planned)} planned, not measured on a CPU.", figures
         share = measured / planned
-        return f"Peak memory: {readable(measured)} measured, {readable(planned)} planned ({share:.2f} of it).", figures
+        return f"Peak memory: {readable(measured)} measured, {readable(planned)} planned (ratio {share:.2f}).", figures

@@ -1,8 +1,10 @@
-"""Selectors decide which blocks train in an interval. One file per selector; `build` is the registry."""
+"""Selectors decide which blocks train in an interval. One file per selector, with its settings, and a line here."""
 
-from trainer.selectors.base import Measurement, Selector, keyed_generator
+from typing import Any
+
+from trainer.selectors.all import All
+from trainer.selectors.base import Measurement, MeasuringSelector, Selector, keyed_generator
 from trainer.selectors.cyclic import Cyclic
-from trainer.selectors.every import All
 from trainer.selectors.fixed import Fixed
 from trainer.selectors.importance import Importance
 from trainer.selectors.uniform import Uniform
@@ -16,8 +18,8 @@ REGISTRY: dict[str, type[Selector]] = {
 }
 
 
-def build(name: str, *, seed: int, **settings: object) -> Selector:
-    """The selector `name` with its settings; raises `ValueError` for an unknown name."""
+def build(name: str, *, seed: int = 0, **settings: Any) -> Selector:
+    """Return the selector `name` with its settings. Raises `ValueError` for an unknown name or a wrong value."""
     if name not in REGISTRY:
         raise ValueError(f"selector.name: unknown selector '{name}'; allowed: {', '.join(REGISTRY)}")
     return REGISTRY[name](seed=seed, **settings)
@@ -29,6 +31,7 @@ __all__ = [
     "Fixed",
     "Importance",
     "Measurement",
+    "MeasuringSelector",
     "REGISTRY",
     "Selector",
     "Uniform",

@@ -5,30 +5,26 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from pydantic import Field
+
 from trainer.selectors.base import Selector, keyed_generator, require_blocks
+from trainer.settings import Count
 
 
 class Cyclic(Selector):
-    """All blocks in turn, `blocks` at a time (BAdam, arXiv 2404.02827, algorithm 1).
+    """Choose all blocks in turn, `blocks` at a time (BAdam, arXiv 2404.02827, algorithm 1).
 
-    `ascending` starts at the embeddings' side, `descending` at the head's; `reshuffled` draws a new permutation each
-    time round. Where the blocks do not divide into equal turns, the last turn of a round is filled up with the
-    first blocks of the same round.
+    `ascending` starts at the embeddings' side, `descending` at the head's; `reshuffled` draws a new permutation in
+    each round. If the blocks do not divide into equal turns, the last turn of a round is filled up with the first
+    blocks of the same round.
     """
 
-    def __init__(
-        self,
-        *,
-        blocks: int = 1,
-        interval: int = 100,
-        order: Literal["ascending", "descending", "reshuffled"] = "reshuffled",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(interval=interval, seed=seed)
-        if order not in ("ascending", "descending", "reshuffled"):
-            raise ValueError(f"selector.order: '{order}'; allowed: ascending, descending, reshuffled")
-        self.blocks = blocks
-        self.order = order
+    name: Literal["cyclic"] = Field("cyclic", description="All blocks in turn (BAdam).")
+    blocks: Count = Field(1, description="Active blocks at a time.")
+    interval: Count = Field(100, description="Optimizer steps between two draws of blocks (BAdam's K).")
+    order: Literal["ascending", "descending", "reshuffled"] = Field(
+        "reshuffled", description="Order of the blocks in a round; reshuffled: a new permutation for each round."
+    )
 
     def num_active(self, num_blocks: int) -> int:
         return require_blocks(self.blocks, num_blocks)

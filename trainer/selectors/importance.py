@@ -1,67 +1,81 @@
-"""IST's selector: learns which blocks matter by suppressing some and watching the loss, and trains those more often."""
+"""IST's selector: learn which blocks matter by suppressing some and comparing losses; train those more often."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+from pydantic import Field, PrivateAttr
 
-from trainer.selectors.base import Measurement, Selector, keyed_generator
+from trainer.selectors.base import Measurement, MeasuringSelector, keyed_generator
+from trainer.settings import Count, Positive, Share
 
-# Draws of a set that was drawn before, after which the scores are left aside, so that drawing ends.
+if TYPE_CHECKING:
+    import numpy as np
+
+# After this many draws the scores are ignored, so that drawing different sets always ends.
 _REDRAWS = 100
-# What the keys of the generators begin with, so that an interval and an update of one number draw apart.
+# First element of the generators' keys: an interval and an update with the same number draw independently.
 _INTERVAL, _UPDATE = 0, 1
 
 
-def rewards(losses: Tensor) -> Tensor:
-    """r_k = exp(-loss_k) - mean_j exp(-loss_j), [probes]: above zero where suppression did less harm than on average.
+def rewards(losses: Sequence[float]) -> list[float]:
+    """Return r_k = exp(-loss_k) - mean_j exp(-loss_j), [probes]: above zero if suppression did less harm than average.
 
-    IST, arXiv 2410.11772. A loss that is NaN counts as infinite.
+    IST, arXiv 2410.11772. A loss that is NaN counts as infinite. Raises `ValueError` for losses far below zero.
     """
-    gained = torch.exp(-losses.nan_to_num(nan=math.inf, posinf=math.inf))
-    if not gained.isfinite().all():
-        raise ValueError(f"probe losses {losses.tolist()}: exp(-loss) must be finite; return a loss of about 0 or more")
-    return gained - gained.mean()
+    try:
+        gained = [0.0 if math.isnan(loss) else math.exp(-loss) for loss in losses]
+    except OverflowError:
+        gained = [math.inf]
+    if math.inf in gained:
+        raise ValueError(
+            f"probe losses {[float(loss) for loss in losses]}: exp(-loss) must be finite; return a loss of about 0 or "
+            "more"
+        )
+    mean = sum(gained) / len(gained)
+    return [each - mean for each in gained]
+
+
+def log_sigmoid(value: float) -> float:
+    """Return log(sigmoid(value)) without overflow."""
+    return min(value, 0.0) - math.log1p(math.exp(-abs(value)))
 
 
 def updated_dispensability(
-    dispensability: Tensor, suppressed: Sequence[Sequence[int]], losses: Tensor, *, rate: float
-) -> Tensor:
-    """D_i + rate * sum over the probes k that suppressed block i of r_k p_i (1 - p_i), with p = sigmoid(D).
+    dispensability: Sequence[float], suppressed: Sequence[Sequence[int]], losses: Sequence[float], *, rate: float
+) -> tuple[float, ...]:
+    """Return D_i + rate * sum over the probes k that suppressed block i of r_k p_i (1 - p_i), with p = sigmoid(D).
 
-    `dispensability` [blocks] grows where a block matters *less* (the paper's code calls it importance); `losses`
+    `dispensability` [blocks] grows if a block matters *less* (the paper's code calls it importance); `losses`
     [probes] are those with the blocks of `suppressed[k]` suppressed. All probes use the p from before the update.
     """
-    share = torch.sigmoid(dispensability)
-    slope = share * (1 - share)
-    result = dispensability.clone()
+    result = list(dispensability)
     for blocks, reward in zip(suppressed, rewards(losses), strict=True):
-        chosen = list(blocks)
-        result[chosen] += rate * reward * slope[chosen]
-    return result
+        for block in blocks:
+            share = math.exp(log_sigmoid(dispensability[block]))
+            result[block] += rate * reward * share * (1 - share)
+    return tuple(result)
 
 
-def draw(log_weights: Tensor, size: int, generator: np.random.Generator) -> tuple[int, ...]:
-    """`size` of [blocks], one after the other without replacement, with probabilities as exp(log_weights).
+def draw(log_weights: Sequence[float], size: int, generator: np.random.Generator) -> tuple[int, ...]:
+    """Draw `size` of [blocks] one after the other without replacement, with probabilities as exp(log_weights).
 
     By the largest of log_weights + Gumbel noise, which is the same distribution and has no weights that round to zero.
     """
-    noise = torch.from_numpy(generator.gumbel(size=log_weights.numel()))
-    return tuple(sorted((log_weights + noise).topk(size).indices.tolist()))
+    noise = generator.gumbel(size=len(log_weights)).tolist()
+    ranked = sorted(range(len(log_weights)), key=lambda block: -(log_weights[block] + noise[block]))
+    return tuple(sorted(ranked[:size]))
 
 
 def _count(share: float, num_blocks: int) -> int:
-    """So many of the blocks, rounded down; 0.29 of 100 is 29, whatever 0.29 * 100 gives."""
+    """Return floor(share * num_blocks), robust to floating-point error."""
     return math.floor(share * num_blocks + 1e-9)
 
 
-class Importance(Selector):
-    """Blocks drawn without replacement, those that matter more often (IST, arXiv 2410.11772, and its code `ist.py`).
+class Importance(MeasuringSelector):
+    """Draw blocks without replacement, those that matter more often (IST, arXiv 2410.11772, and its code `ist.py`).
 
     Every `update_every` steps the loss of one probe batch is measured `probes` times, each time with another
     `suppressed_share` of the blocks scaled by `suppression_factor`, and the scores learn from it
@@ -69,39 +83,23 @@ class Importance(Selector):
     blocks train, drawn with weights sigmoid(-D). Shares are rounded down.
     """
 
-    measures = True
+    name: Literal["importance"] = Field(
+        "importance", description="Learn which blocks matter, and train those more often (IST)."
+    )
+    active_share: Share = Field(0.25, description="Share of the blocks that are active at a time, rounded down.")
+    interval: Count = Field(1, description="Optimizer steps between two draws of blocks.")
+    update_every: Count = Field(10, description="Optimizer steps between two updates of the importance.")
+    probes: Annotated[int, Field(ge=2)] = Field(
+        3, description="Probes per update. Each measures the loss of one batch with another set of blocks suppressed."
+    )
+    suppressed_share: Share = Field(0.5, description="Share of the blocks that a probe suppresses, rounded down.")
+    suppression_factor: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.25, description="Factor by which a suppressed block (with adapters: its adapters) contributes."
+    )
+    reward_rate: Positive = Field(10.0, description="Step size of an update of the importance.")
 
-    def __init__(
-        self,
-        *,
-        active_share: float = 0.25,
-        suppressed_share: float = 0.5,
-        suppression_factor: float = 0.25,
-        probes: int = 3,
-        update_every: int = 10,
-        reward_rate: float = 10.0,
-        interval: int = 1,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(interval=interval, seed=seed)
-        for name, value in (("active_share", active_share), ("suppressed_share", suppressed_share)):
-            if not 0 < value <= 1:
-                raise ValueError(f"selector.{name}: {value}; allowed: above 0, at most 1")
-        if not 0 <= suppression_factor <= 1:
-            raise ValueError(f"selector.suppression_factor: {suppression_factor}; allowed: 0 to 1")
-        for name, least, count in (("probes", 2, probes), ("update_every", 1, update_every)):
-            if count < least:
-                raise ValueError(f"selector.{name}: {count}; allowed: {least} or more")
-        if not 0 < reward_rate < math.inf:
-            raise ValueError(f"selector.reward_rate: {reward_rate}; allowed: above 0")
-        self.active_share = active_share
-        self.suppressed_share = suppressed_share
-        self.suppression_factor = suppression_factor
-        self.probes = probes
-        self.update_every = update_every
-        self.reward_rate = reward_rate
-        # [blocks], fp64; None before the number of blocks is known.
-        self._dispensability: Tensor | None = None
+    # [blocks]; None before the number of blocks is known.
+    _dispensability: tuple[float, ...] | None = PrivateAttr(None)
 
     def num_active(self, num_blocks: int) -> int:
         if num_blocks < 2:
@@ -131,7 +129,7 @@ class Importance(Selector):
         size = self.num_active(num_blocks)
         scores = self._scores(num_blocks)
         generator = keyed_generator(self.seed, _INTERVAL, interval)
-        return draw(torch.nn.functional.logsigmoid(-scores), size, generator)
+        return draw([log_sigmoid(-score) for score in scores], size, generator)
 
     def needs(self, step: int) -> Measurement | None:
         if self._dispensability is None or step == 0 or step % self.update_every:
@@ -141,40 +139,47 @@ class Importance(Selector):
 
     def observe(self, measurement: Measurement, result: tuple[float, ...]) -> None:
         assert self._dispensability is not None  # it asked for this
-        losses = torch.tensor(result, dtype=torch.float64)
         self._dispensability = updated_dispensability(
-            self._dispensability, measurement.trials, losses, rate=self.reward_rate
+            self._dispensability, measurement.trials, result, rate=self.reward_rate
         )
 
     def importance(self) -> tuple[float, ...] | None:
         # From zero, so that what was not measured is not -0.0.
-        return None if self._dispensability is None else tuple((0.0 - self._dispensability).tolist())
+        return None if self._dispensability is None else tuple(0.0 - score for score in self._dispensability)
+
+    def warnings(self, num_steps: int) -> list[str]:
+        if self.update_every < num_steps:
+            return []
+        return [
+            f"WARNING: the importance of blocks is never measured: selector.update_every is {self.update_every}, but "
+            f"the run has {num_steps} steps. Lower selector.update_every"
+        ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._dispensability is None else {"dispensability": self._dispensability.tolist()}
+        return {} if self._dispensability is None else {"dispensability": list(self._dispensability)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "dispensability" in state:
-            self._dispensability = torch.tensor(state["dispensability"], dtype=torch.float64)
+            self._dispensability = tuple(map(float, state["dispensability"]))
 
-    def _scores(self, num_blocks: int) -> Tensor:
+    def _scores(self, num_blocks: int) -> tuple[float, ...]:
         if self._dispensability is None:
-            self._dispensability = torch.zeros(num_blocks, dtype=torch.float64)
-        if self._dispensability.numel() != num_blocks:
-            raise ValueError(f"{self._dispensability.numel()} blocks were scored before, this model has {num_blocks}")
+            self._dispensability = (0.0,) * num_blocks
+        if len(self._dispensability) != num_blocks:
+            raise ValueError(f"{len(self._dispensability)} blocks were scored before, this model has {num_blocks}")
         return self._dispensability
 
     def _suppressed_sets(self, update: int) -> tuple[tuple[int, ...], ...]:
-        """`probes` different sets; `num_active` saw to it that there are so many."""
+        """Return `probes` different sets; `num_active` has checked that there are that many."""
         assert self._dispensability is not None
-        scores = torch.nn.functional.logsigmoid(self._dispensability)
-        size = _count(self.suppressed_share, scores.numel())
+        scores = [log_sigmoid(score) for score in self._dispensability]
+        size = _count(self.suppressed_share, len(scores))
         generator = keyed_generator(self.seed, _UPDATE, update)
         chosen: list[tuple[int, ...]] = []
         draws = 0
         while len(chosen) < self.probes:
             draws += 1
-            candidate = draw(scores if draws <= _REDRAWS else torch.zeros_like(scores), size, generator)
+            candidate = draw(scores if draws <= _REDRAWS else [0.0] * len(scores), size, generator)
             if candidate not in chosen:
                 chosen.append(candidate)
         return tuple(chosen)

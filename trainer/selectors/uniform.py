@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from trainer.selectors.base import Selector, keyed_generator, require_blocks
+from trainer.settings import Count
 
 
 class Uniform(Selector):
-    """`blocks` blocks without replacement, uniformly, anew at each interval (LISA, arXiv 2403.17919, algorithm 1)."""
+    """Draw `blocks` blocks without replacement, uniformly, at each interval (LISA, arXiv 2403.17919, algorithm 1)."""
 
-    def __init__(self, *, blocks: int = 2, interval: int = 20, seed: int = 0) -> None:
-        super().__init__(interval=interval, seed=seed)
-        self.blocks = blocks
+    name: Literal["uniform"] = Field("uniform", description="Blocks drawn uniformly without replacement (LISA).")
+    blocks: Count = Field(2, description="Active blocks at a time (LISA's gamma).")
+    interval: Count = Field(20, description="Optimizer steps between two draws of blocks (LISA's K).")
 
     def num_active(self, num_blocks: int) -> int:
         return require_blocks(self.blocks, num_blocks)

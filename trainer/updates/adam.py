@@ -1,4 +1,4 @@
-"""Adam on some of a parameter's weights."""
+"""Apply Adam to some of a parameter's weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """Adam (arXiv 1412.6980); with `decoupled` weight decay AdamW (arXiv 1711.05101), else decay is in the gradient."""
+    """Adam (arXiv 1412.6980); with `decoupled` weight decay AdamW (arXiv 1711.05101), else decay joins the gradient."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -29,7 +29,7 @@ def adam_step_(
     settings: AdamSettings,
     weight_decay: float,
 ) -> None:
-    """One step in place; all tensors fp32 [n]. `step` counts from 1, one for all or one for each weight [n].
+    """Take a step in place; all tensors are fp32 [n]. `step` counts from 1: one for all weights, or one for each [n].
 
     theta <- theta - lr * m_hat / (sqrt(v_hat) + eps), m_hat = m / (1 - beta1^step), v_hat = v / (1 - beta2^step).
     """
@@ -51,5 +51,5 @@ def adam_step_(
 
 
 def zeros_like(values: Tensor) -> dict[str, Tensor]:
-    """Fresh moments for `values`."""
+    """Return fresh moments for `values`."""
     return {"exp_avg": torch.zeros_like(values), "exp_avg_sq": torch.zeros_like(values)}

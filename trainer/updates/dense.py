@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from trainer.blocks import Block
+from trainer.model.blocks import Block
 from trainer.updates.base import UpdateRule
 
 
 class Dense(UpdateRule):
-    """All of a block's parameters are DeepSpeed's: masters, moments and step are partitioned by ZeRO (LISA, BAdam)."""
+    """Leave all of a block's parameters to DeepSpeed; ZeRO partitions masters, moments and step (LISA, BAdam)."""
 
     def in_optimizer(self, block: Block) -> set[str]:
         return set(block.parameters)

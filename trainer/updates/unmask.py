@@ -1,50 +1,53 @@
 """ID3, step-by-step unmasking (arXiv 2408.14470, TACL 2025): train a growing set of single weights, up to a budget.
 
 At each optimizer step the masked weights with the largest |gradient| / (eps + |weight|)^exp over all tensors join the
-set, as many at every step, and what is in it trains with Adam. The authors' code keeps dense gradients and moments and
+set, equally many at each step, and the set trains with Adam. The authors' code keeps dense gradients and moments and
 a mask for every weight. Here masters and moments exist for unmasked weights alone, each on the rank that owns the
-weight; gradients are dense for one parameter at a time, as backward makes them, and what a rank remembers of those is
-its best candidates. Once the budget is reached, ranks exchange the gradients of unmasked weights and no others.
+weight; gradients are dense for one parameter at a time, as backward computes them, and of those a rank keeps its best
+candidates. Once the budget is reached, ranks exchange the gradients of unmasked weights and no others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from trainer.blocks import Block, decays, full_numel
+from trainer.config import ConfigError, RunConfig
+from trainer.model.blocks import Block, decays, full_numel
+from trainer.model.ownership import own_bounds
+from trainer.settings.updates import UnmaskSettings
 from trainer.updates.adam import AdamSettings, adam_step_, zeros_like
-from trainer.updates.base import UpdateError, UpdateRule
-from trainer.updates.top_k import NOT_A_CANDIDATE, best, best_of_all
+from trainer.updates.base import Footprint, Transient, UpdateError, UpdateRule, dense_gradient
+from trainer.updates.candidates import NOT_A_CANDIDATE, best, best_of_all
 
-# Scores at a time: those of a large embedding would be gigabytes.
+# Scores computed at a time: all scores of a large embedding would take gigabytes.
 _CHUNK = 2**25
 
 
 def target(step: int, *, budget: int, steps: int) -> int:
-    """Weights that are unmasked after `step` of `steps` optimizer steps: equal increments of budget // steps, and one
+    """Return the number of weights unmasked after `step` of `steps` optimizer steps: increments of budget // steps, one
     more at each of the first budget % steps (the authors' id3.py)."""
     step = min(step, steps)
     return step * (budget // steps) + min(step, budget % steps)
 
 
 def scalar_updates(*, budget: int, steps: int, total_steps: int) -> int:
-    """Updates of single weights in `total_steps` optimizer steps of which the mask grows in the first `steps`: about
-    budget (steps + 1) / 2, half of what a mask that is whole from the start takes, and budget for each step after."""
+    """Return how many updates of single weights `total_steps` optimizer steps make. The first `steps`, in which the
+    mask grows, make about budget (steps + 1) / 2 in all, half as many as with a complete mask; each later
+    step makes budget."""
     return sum(target(step, budget=budget, steps=steps) for step in range(1, total_steps + 1))
 
 
 def d3_scores(gradient: Tensor, weights: Tensor, *, exp: float, eps: float) -> Tensor:
-    """H = |gradient| / (eps + |weight|)^exp, fp32 and of the shape of both. What is no number (0 / 0) counts as
-    infinite."""
+    """Return |gradient| / (eps + |weight|)^exp, fp32, of the same shape as both. NaN (0 / 0) counts as infinite."""
     scores = gradient.float().abs()
     if exp:
         scores /= weights.to(scores).abs().add_(eps).pow_(exp)
@@ -54,7 +57,7 @@ def d3_scores(gradient: Tensor, weights: Tensor, *, exp: float, eps: float) -> T
 
 @dataclass
 class _Parameter:
-    """One parameter: where it lies among all, which of its weights are unmasked, and this rank's state of its own."""
+    """A parameter: its offset among all, its unmasked weights, and the state of those that this rank owns."""
 
     offset: int  # of its first weight among those of all parameters
     numel: int
@@ -65,24 +68,22 @@ class _Parameter:
     gradient: Tensor | None = None  # of this rank's, fp32
     accumulated: Tensor | None = None  # of all this rank's weights, while the mask grows
 
-    def range(self) -> tuple[int, int]:
-        """This rank's weights: [start, stop) of the flat parameter."""
-        chunk = -(-self.numel // dist.get_world_size())
-        start = min(self.numel, dist.get_rank() * chunk)
-        return start, min(self.numel, start + chunk)
+    def own_range(self) -> tuple[int, int]:
+        """Return the range [start, stop) of the flat parameter that this rank owns."""
+        return own_bounds(self.numel)
 
     def choose(self, indices: Tensor) -> None:
-        """Unmasked are now `indices`."""
-        self.indices, self.own = indices, _between(indices, *self.range())
+        """Set the unmasked weights to `indices`."""
+        self.indices, self.own = indices, _between(indices, *self.own_range())
 
-    def places(self, device: torch.device) -> Tensor:
-        """This rank's unmasked weights, flat in its range; offloaded weights lie elsewhere than everything else."""
-        return (self.indices[self.own] - self.range()[0]).to(device)
+    def own_positions(self, device: torch.device) -> Tensor:
+        """Return the positions of this rank's unmasked weights in its flat range, on `device` (int64 [n])."""
+        return (self.indices[self.own] - self.own_range()[0]).to(device)
 
 
 class _Candidates:
-    """A rank's best masked weights of a step so far, by ascending position among all parameters: `k`, and up to a
-    quarter more that are not compared with these yet."""
+    """A rank's `k` best masked weights of a step so far, by ascending position among all parameters, and up to k / 4
+    more that have not been compared with these yet."""
 
     def __init__(self, k: int) -> None:
         device = get_accelerator().current_device_name()
@@ -90,49 +91,51 @@ class _Candidates:
         self.positions = torch.empty(0, dtype=torch.int64, device=device)
         self.gradients = torch.empty(0, dtype=torch.float32, device=device)
         self._k = k
-        self._least: Tensor | None = None  # of scores; None while there are fewer than k
-        self._more: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._limit: Tensor | None = None  # the least of `scores`; None while there are fewer than k
+        self._uncompared: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, scores: Tensor, gradients: Tensor, *, first: int) -> None:
-        """Consider weights at the positions from `first` on with these `scores` and `gradients`, both [n]."""
+        """Consider the n weights from position `first` on; `scores` and `gradients` are both [n]."""
         if not self._k:
             return
-        if self._least is None:
+        if self._limit is None:
             chosen = best(scores, self._k)
             chosen = chosen[scores[chosen] != NOT_A_CANDIDATE]
         else:
-            # Nearly all are below what is known: leaving these out takes a fraction of the time of ranking them. Of
-            # equal scores the first position wins, and backward comes to first positions last.
-            chosen = (scores >= self._least).nonzero().view(-1)
+            # Nearly all scores are below the limit: excluding those takes a fraction of the time of ranking them. Equal
+            # ones are included: of these the lowest position wins, and backward reaches the lowest positions last.
+            chosen = (scores >= self._limit).nonzero().view(-1)
             if chosen.numel() > self._k:
                 chosen = chosen[best(scores[chosen], self._k)]
         if chosen.numel():
-            self._more.append((scores[chosen], chosen + first, gradients[chosen]))
-            if self._least is None or sum(scores.numel() for scores, _, _ in self._more) > self._k // 4:
+            self._uncompared.append((scores[chosen], chosen + first, gradients[chosen]))
+            if self._limit is None or sum(scores.numel() for scores, _, _ in self._uncompared) > self._k // 4:
                 self.compare()
 
     def compare(self) -> None:
-        """From here on `scores`, `positions` and `gradients` are the best k."""
-        parts = [(self.scores, self.positions, self.gradients), *self._more]
-        self._more = []
+        """Reduce `scores`, `positions` and `gradients` to the best k."""
+        parts = [(self.scores, self.positions, self.gradients), *self._uncompared]
+        self._uncompared = []
         scores, positions, gradients = (torch.cat(kind) for kind in zip(*parts, strict=True))
         order = positions.argsort()
         order = order[best(scores[order], self._k)]
         self.scores, self.positions, self.gradients = scores[order], positions[order], gradients[order]
-        self._least = self.scores.min() if self.scores.numel() == self._k else None
+        self._limit = self.scores.min() if self.scores.numel() == self._k else None
 
     def tensors(self) -> list[Tensor]:
-        return [tensor for part in [(self.scores, self.positions, self.gradients), *self._more] for tensor in part]
+        return [
+            tensor for part in [(self.scores, self.positions, self.gradients), *self._uncompared] for tensor in part
+        ]
 
 
 @dataclass(eq=False)
 class Unmask(UpdateRule):
     """Unmask `budget` weights over `growth_steps` optimizer steps, and train them with Adam.
 
-    With several blocks in turn the mask grows among those that train; if they have too few masked weights left, what is
-    missing is made up later, and so is what a skipped step would have unmasked, unless there is no step after it.
-    `bias_correction` says from where Adam counts a weight's steps: `global`, from the start of training as in the
-    paper, or `local`, from the weight's own first.
+    If blocks train in turn, the mask grows among those that train. If a step unmasks too few, because these
+    have too few masked weights left or because it is skipped, later steps (if any) make up for it.
+    `bias_correction`: Adam counts a weight's steps from the start of training as in the paper (`global`), or from its
+    unmasking (`local`).
     """
 
     budget: int = 100_000
@@ -144,8 +147,8 @@ class Unmask(UpdateRule):
     gradient_clipping: float = 0.0
     unmasked: int = field(default=0, init=False)  # weights so far, of all ranks
     updates: int = field(default=0, init=False)  # of single weights, on all ranks
-    _taken: int = field(default=0, init=False)  # optimizer steps that were applied
-    _skipped: int = field(default=0, init=False)  # and others, for infinite or NaN gradients
+    _applied: int = field(default=0, init=False)  # optimizer steps that were applied
+    _skipped: int = field(default=0, init=False)  # optimizer steps that were not, for infinite or NaN gradients
     _parameters: dict[str, _Parameter] = field(default_factory=dict, init=False)
     _candidates: _Candidates | None = field(default=None, init=False)
     _norm: Tensor | None = field(default=None, init=False)  # of the last step's gradients
@@ -163,15 +166,30 @@ class Unmask(UpdateRule):
             if not fits:
                 raise ValueError(f"update.{key}: got {value}; allowed: {allowed}")
 
+    @classmethod
+    def from_config(cls, config: RunConfig, *, num_steps: int | None) -> Self:
+        settings, optimizer = config.update, config.optimizer
+        assert isinstance(settings, UnmaskSettings)
+        growth_steps = settings.growth_steps or num_steps or 1
+        if num_steps is not None and growth_steps > num_steps:  # the budget would never be reached
+            allowed = f"allowed: null, or up to {num_steps}, the run's number of steps"
+            raise ConfigError([f"update.growth_steps: {growth_steps}; {allowed}"])
+        return cls(
+            **settings.model_dump(exclude={"name", "growth_steps"}),
+            growth_steps=growth_steps,
+            adam=AdamSettings(optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.name == "adamw"),
+            gradient_clipping=config.train.gradient_clipping,
+        )
+
     @property
     def growing(self) -> bool:
-        """Whether there are weights to unmask yet."""
+        """Return whether there are weights left to unmask."""
         return self.unmasked < self.budget
 
     @property
     def increment(self) -> int:
-        """Weights to unmask at the next step."""
-        step = self._taken + self._skipped + 1
+        """Return the number of weights to unmask at the next step."""
+        step = self._applied + self._skipped + 1
         return max(0, target(step, budget=self.budget, steps=self.growth_steps) - self.unmasked)
 
     def in_optimizer(self, block: Block) -> set[str]:
@@ -190,10 +208,10 @@ class Unmask(UpdateRule):
             )
 
     def enter(self, name: str, weights: Tensor) -> None:
-        entered = self._parameters[name]
-        entered.indices = entered.indices.to(get_accelerator().current_device_name())
-        if entered.state is None:
-            entered.state = self._fresh_state(weights[entered.places(weights.device)])
+        parameter = self._parameters[name]
+        parameter.indices = parameter.indices.to(get_accelerator().current_device_name())
+        if parameter.state is None:
+            parameter.state = self._fresh_state(weights[parameter.own_positions(weights.device)])
 
     def wanted(self, name: str) -> Tensor | None:
         return None if self.growing else self._parameters[name].indices
@@ -206,7 +224,7 @@ class Unmask(UpdateRule):
         if not self.growing:
             parameter.gradient = gradient[parameter.own]
             return
-        if parameter.gradient is not None:  # candidates were chosen by a part of it
+        if parameter.gradient is not None:  # candidates were chosen from only a part of this gradient
             raise RuntimeError(
                 f"{name} got gradients twice in the last backward of a step, as weights that several modules share do "
                 "with reentrant checkpoints: use activation checkpointing with use_reentrant=False"
@@ -221,11 +239,11 @@ class Unmask(UpdateRule):
         for name, own in weights.items():
             if self._parameters[name].accumulated is not None:
                 self._look_for_candidates(self._parameters[name], own)
-        # None on a rank of whose weights none took part; of a step that unmasks nothing they are not the next one's.
+        # None if no weights of this rank got a gradient. Reset even if this step unmasks none: the next has its own.
         candidates, self._candidates = self._candidates, None
         if self.increment:
             self._unmask(weights, candidates or _Candidates(self.increment))
-        self._taken += 1
+        self._applied += 1
         self._norm = self._clip(weights)
 
     def step(self, name: str, weights: Tensor, *, lr: float) -> None:
@@ -235,9 +253,9 @@ class Unmask(UpdateRule):
         self.updates += parameter.indices.numel()
         if not state["master"].numel():
             return
-        if gradient is None:  # the parameter took no part, as an expert without tokens
+        if gradient is None:  # the forward did not use the parameter, like an expert without tokens
             gradient = torch.zeros_like(state["master"])
-        step: Tensor | int = self._taken
+        step: Tensor | int = self._applied
         if self.bias_correction == "local":
             step = state["steps"].add_(1)
         adam_step_(
@@ -250,7 +268,8 @@ class Unmask(UpdateRule):
             settings=self.adam,
             weight_decay=self.adam.weight_decay if parameter.decays else 0.0,
         )
-        weights[parameter.places(weights.device)] = state["master"].to(weights)
+        # Offloaded weights are in host memory.
+        weights[parameter.own_positions(weights.device)] = state["master"].to(weights)
 
     def discard(self) -> None:
         for parameter in self._parameters.values():
@@ -263,7 +282,7 @@ class Unmask(UpdateRule):
             self._parameters[name].state = None
 
     def _fresh_state(self, weights: Tensor) -> dict[str, Tensor]:
-        """Of this rank's unmasked `weights` [n]."""
+        """Return new state of this rank's unmasked `weights` [n]."""
         master = weights.to(get_accelerator().current_device_name(), torch.float32, copy=True)
         state = {"master": master, **zeros_like(master)}
         if self.bias_correction == "local":
@@ -273,20 +292,20 @@ class Unmask(UpdateRule):
     # --- growing -----------------------------------------------------------------------------------------------
 
     def _look_for_candidates(self, parameter: _Parameter, weights: Tensor) -> None:
-        """All gradients of `parameter` are there: keep those of unmasked weights and of the best others."""
+        """Keep, of the complete gradient of `parameter`, that of unmasked weights and of the best masked ones."""
         gradient, parameter.accumulated = parameter.accumulated, None
         assert gradient is not None
-        places = parameter.places(gradient.device)
-        parameter.gradient = gradient[places]
+        unmasked = parameter.own_positions(gradient.device)
+        parameter.gradient = gradient[unmasked]
         if self._candidates is None:
             self._candidates = _Candidates(self.increment)
         begins = range(0, gradient.numel(), _CHUNK)
-        bounds = torch.searchsorted(places, places.new_tensor([*begins, gradient.numel()])).tolist()
+        bounds = torch.searchsorted(unmasked, unmasked.new_tensor([*begins, gradient.numel()])).tolist()
         for begin, (first, last) in zip(begins, pairwise(bounds), strict=True):
             part = slice(begin, begin + _CHUNK)
             scores = d3_scores(gradient[part], weights[part], exp=self.exp, eps=self.eps)
-            scores[places[first:last] - begin] = NOT_A_CANDIDATE
-            self._candidates.add(scores, gradient[part], first=parameter.offset + parameter.range()[0] + begin)
+            scores[unmasked[first:last] - begin] = NOT_A_CANDIDATE
+            self._candidates.add(scores, gradient[part], first=parameter.offset + parameter.own_range()[0] + begin)
 
     def _unmask(self, weights: Mapping[str, Tensor], mine: _Candidates) -> None:
         mine.compare()
@@ -297,30 +316,30 @@ class Unmask(UpdateRule):
                 "is infinite for some weights; raise update.eps, or lower update.exp"
             )
         parameters = [self._parameters[name] for name in weights]
-        ends = positions.new_tensor([[p.offset, p.offset + p.numel] for p in parameters])
-        found = torch.searchsorted(positions, ends).tolist()
-        for parameter, own, (first, last) in zip(parameters, weights.values(), found, strict=True):
+        ranges = positions.new_tensor([[p.offset, p.offset + p.numel] for p in parameters])
+        bounds = torch.searchsorted(positions, ranges).tolist()
+        for parameter, own, (first, last) in zip(parameters, weights.values(), bounds, strict=True):
             if last > first:
                 self._add(parameter, positions[first:last] - parameter.offset, own, mine)
         self.unmasked += positions.numel()
 
     def _add(self, parameter: _Parameter, new: Tensor, weights: Tensor, mine: _Candidates) -> None:
-        """Unmask `new`, of all ranks, flat in the parameter and ascending."""
-        start, stop = parameter.range()
+        """Unmask the weights at the flat positions `new` of the parameter, ascending, of all ranks."""
+        start, stop = parameter.own_range()
         added = new[_between(new, start, stop)]
         gradients = mine.gradients[torch.searchsorted(mine.positions, added + parameter.offset)]
         order = torch.cat([parameter.indices[parameter.own], added]).argsort()
         assert parameter.state is not None
         fresh = self._fresh_state(weights[(added - start).to(weights.device)])
         parameter.state = {key: torch.cat([value, fresh[key]])[order] for key, value in parameter.state.items()}
-        # Without one it took no part, and has no candidates either.
+        # A parameter without a gradient has no candidates either.
         assert parameter.gradient is not None or not added.numel()
         if parameter.gradient is not None:
             parameter.gradient = torch.cat([parameter.gradient, gradients])[order]
         parameter.choose(torch.cat([parameter.indices, new]).sort().values)
 
     def _clip(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The norm of the gradients of all unmasked weights, before it is clipped; a scalar, the same on all ranks."""
+        """Clip the gradients of all unmasked weights. Returns the norm before clipping (scalar, equal on all ranks)."""
         gradients = [g for g in (self._parameters[name].gradient for name in weights) if g is not None]
         total = torch.zeros((), dtype=torch.float32, device=get_accelerator().current_device_name())
         for gradient in gradients:
@@ -333,7 +352,47 @@ class Unmask(UpdateRule):
                 gradient.mul_(scale)
         return norm
 
-    # --- what is held, and checkpoints -------------------------------------------------------------------------
+    # --- memory and checkpoints --------------------------------------------------------------------------------
+
+    def footprint(
+        self, active: Sequence[int], inactive: Sequence[int], *, ranks: int, weight_bytes: int, accumulation: int
+    ) -> Footprint:
+        """Return the bytes of `budget` unmasked weights, assuming that each rank owns equally many. A rank also stores
+        gradient and index (4 and 8 bytes) of all of them.
+
+        While the mask grows, it also stores score, position and gradient (16 bytes) of as many candidates as a step
+        unmasks and a quarter more; with several micro-batches per step, also the fp32 sums of its gradients.
+        """
+        counted = 4 if self.bias_correction == "local" else 0
+        own = -(-self.budget // ranks)
+        growing = f" of the first {min(self.growth_steps, self.budget)} steps, in which the mask grows"
+        sums = 4 * sum(-(-numel // ranks) for numel in active) if accumulation > 1 else 0
+        transients = [
+            dense_gradient(active, ranks=ranks, weight_bytes=weight_bytes),
+            Transient("candidates", 20 * self.increment, growing),
+            Transient("sums", sums, f"{growing}: all gradients, over micro-batches; none without accumulation"),
+        ]
+        return Footprint(
+            trained=self.budget,
+            gradients=4 * self.budget,
+            masters=4 * own,
+            moments=(8 + counted) * own,
+            indices=8 * self.budget,
+            backward=tuple(part for part in transients if part.size),
+            saved=(24 + counted) * self.budget,  # position, weight, master, moments
+        )
+
+    def warnings(self, *, steps_for_all_blocks: int) -> list[str]:
+        if self.growth_steps >= steps_for_all_blocks:
+            return []
+        return [
+            f"WARNING: the mask is complete after {self.growth_steps} steps (update.growth_steps), but it takes "
+            f"{steps_for_all_blocks} or more until every block has trained: blocks that are drawn later have no "
+            "weights of their own to train. Raise update.growth_steps, or lower selector.interval"
+        ]
+
+    def report(self) -> list[str]:
+        return [f"Unmasked {self.unmasked:,} weights of a budget of {self.budget:,}."]
 
     def figures(self) -> dict[str, float]:
         norm = {} if self._norm is None else {"grad_norm": float(self._norm)}
@@ -363,15 +422,15 @@ class Unmask(UpdateRule):
         parameter.state = values or None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._taken, "skipped": self._skipped, "unmasked": self.unmasked, "updates": self.updates}
+        return {"steps": self._applied, "skipped": self._skipped, "unmasked": self.unmasked, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._taken = state["steps"]
+        self._applied = state["steps"]
         self._skipped = state.get("skipped", 0)  # older checkpoints have none
         self.unmasked, self.updates = state["unmasked"], state["updates"]
 
 
 def _between(positions: Tensor, start: int, stop: int) -> slice:
-    """Which of ascending `positions` are in [start, stop)."""
+    """Return the slice of ascending `positions` that are in [start, stop)."""
     first, last = torch.searchsorted(positions, positions.new_tensor([start, stop])).tolist()
     return slice(first, last)

@@ -1,0 +1,34 @@
+"""Turn rows and files into samples, for the tests of trainer/data/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.config.schema import DataSource, TrainSource
+from trainer.data.cache import prepare
+from trainer.data.encode import encode
+from trainer.data.rows import read_rows
+from trainer.data.sources import open_source
+
+ROOT = Path(__file__).resolve().parents[2]
+
+QUESTIONS = [{"question": f"What is {n}?", "answer": str(n) * (n + 1)} for n in range(9)]
+
+
+def tokenize(path, tokenizer, max_length=1000, overflow="truncate"):
+    opened = open_source(DataSource(path=str(path)))
+    rows = read_rows(opened.path, opened.records())
+    samples = []
+    report = encode(opened.path, rows, tokenizer, max_length=max_length, overflow=overflow, keep=samples.append)
+    return samples, report
+
+
+def prepare_file(train, cache, tokenizer, **changes):
+    settings = {"eval": (), "eval_fraction": 0.0, "max_length": 64, "overflow": "truncate", "packing": False, "seed": 0}
+    given = {**settings, **changes}
+    given["eval"] = [DataSource(path=str(path)) for path in given["eval"]]
+    return prepare(train=[TrainSource(path=str(train))], cache=cache, tokenizer=tokenizer, **given)
+
+
+def folder_of(prepared):
+    return Path(prepared.train.cache_files[0]["filename"]).parent

@@ -1,0 +1,1 @@
+"""The commands: their arguments, exit codes and messages."""

@@ -1,0 +1,407 @@
+"""Make samples on disk from data sources (render, tokenise, pack), once for all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.config.schema import DataSource, RunConfig, TrainSource
+from trainer.data.cached import check_samples, read_cached, seal
+from trainer.data.encode import ROWS_PER_CHUNK, Overflow, Report, Sample, encode, find_unused_keys
+from trainer.data.errors import DataError, in_short
+from trainer.data.formats.base import Row
+from trainer.data.rows import Unused, read_rows
+from trainer.data.sources import Opened, open_source
+from trainer.data.tokenizer import tokenizer_identity, vocabulary_size
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 3  # raise it whenever the same file and settings give other samples: it is part of a folder's name
+EARLIER_VERSION = 2  # of caches, and so of fingerprints, before there was `made_of`
+LOCK_NOTICE_SECONDS = 30
+TRAIN, HELD_OUT = "train", "held_out"  # the splits of a source in its folder of the cache
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of one source: memory-mapped {input_ids, labels}, numpy arrays. If they are packed, each is a row of
+    samples and also has `seq_lengths`. `ignored` names the columns, and keys of messages, that no sample contains."""
+
+    path: str
+    samples: Dataset
+    report: Report
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The samples of all sources, concatenated, and the part of each source.
+
+    `weights` has one number for each part of `train`, or is None. `made_of` maps keys to what decides the training
+    samples, and `fingerprint` is its hash. `earlier_fingerprint` is what checkpoints recorded before they recorded
+    `made_of`; None if a source was read in another way then.
+    """
+
+    train: Dataset
+    train_parts: tuple[Part, ...]
+    eval: Dataset | None
+    eval_parts: tuple[Part, ...]
+    weights: tuple[float, ...] | None
+    fingerprint: str
+    made_of: Mapping[str, Any]
+    earlier_fingerprint: str | None
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Return `fingerprint`, and what a checkpoint of an earlier version may have recorded instead."""
+        return tuple(filter(None, (self.fingerprint, self.earlier_fingerprint)))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Count the samples (or packed rows) of each source of `train`."""
+        return [len(part.samples) for part in self.train_parts]
+
+    @property
+    def train_report(self) -> Report:
+        return sum((part.report for part in self.train_parts), start=Report(0, 0, 0, 0, 0))
+
+
+def prepare_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Call `prepare` with the settings of a run. By default runs in the same folder share a cache."""
+    data = config.data
+    beside = Path(config.output).expanduser().parent / "cache"
+    return prepare(
+        train=data.train,
+        eval=data.eval or (),
+        eval_fraction=data.eval_fraction,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        overflow=data.overflow,
+        packing=data.packing,
+        cache=Path(data.cache).expanduser() if data.cache else beside,
+        seed=config.seed,
+    )
+
+
+def prepare(
+    *,
+    train: Sequence[TrainSource],
+    eval: Sequence[DataSource],
+    eval_fraction: float,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    overflow: Overflow,
+    packing: bool,
+    cache: str | Path,
+    seed: int,
+) -> Prepared:
+    """Tokenise the training and evaluation sources once for all processes, and open the result.
+
+    The samples of a source are stored in a folder of `cache`. Its name is a hash of what they are made of (the bytes of
+    the source's files, tokenizer, chat template, settings), so that a second run finds them, and an edited file is
+    tokenised again. One process builds the folder under a file lock; all others wait and read it. If building fails,
+    the next process tries as well, so that every process raises the same `DataError`. No process group is required:
+    call this before there is one, because a collective could time out meanwhile.
+
+    If `eval_fraction` is above 0 (which requires an empty `eval`), rows of each training source are set aside for
+    evaluation. They are drawn by `seed` alone, so that neither max_length nor the tokenizer changes which ones.
+    """
+    if eval and eval_fraction:
+        raise DataError([f"data.eval_fraction: {eval_fraction}, but data.eval is given, too; give one of them"])
+    maker = _Maker(tokenizer, max_length, overflow, packing, Path(cache), seed)
+    made: list[_Made] = []
+    problems: list[str] = []
+    for source in [*train, *eval]:
+        try:
+            made.append(maker.make(source, eval_fraction))
+        except DataError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise DataError(problems)
+    train_parts = [one.parts[TRAIN] for one in made[: len(train)]]
+    eval_parts = [one.parts[TRAIN] for one in made[len(train) :]]
+    eval_parts += [one.parts[HELD_OUT] for one in made if HELD_OUT in one.parts]
+    if eval_fraction and not eval_parts:
+        num_rows = sum(part.report.samples + part.report.dropped for part in train_parts)
+        raise DataError([f"data.eval_fraction: {eval_fraction} of {num_rows} rows leaves none to evaluate on"])
+    weights = tuple(source.weight for source in train if source.weight is not None)
+    made_of = {key: value for i, one in enumerate(made[: len(train)]) for key, value in one.made_of(i).items()}
+    earlier = [one.earlier_key for one in made[: len(train)]]
+    return Prepared(
+        _joined(train_parts),
+        tuple(train_parts),
+        _joined(eval_parts) if eval_parts else None,
+        tuple(eval_parts),
+        weights or None,
+        _digest(made_of),
+        made_of,
+        None if None in earlier else _digest(earlier),
+    )
+
+
+def _joined(parts: Sequence[Part]) -> Dataset:
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets([part.samples for part in parts]).with_format("numpy")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The samples of a source and what they were made of: its own values in `of_source`, those of all in `settings`."""
+
+    parts: dict[str, Part]
+    of_source: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    earlier_key: str | None
+
+    def made_of(self, index: int) -> dict[str, Any]:
+        """Return what the samples were made of, by the configuration key that decides it."""
+        return {f"data.train[{index}].{name}": value for name, value in self.of_source.items()} | dict(self.settings)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Make the folders of sources with one tokenizer and the same settings."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    overflow: Overflow
+    packing: bool
+    cache: Path
+    seed: int
+
+    def make(self, source: DataSource, eval_fraction: float) -> _Made:
+        """Return the samples of a source from its folder. The folder is built if it is missing or damaged."""
+        opened = open_source(source)
+        content = opened.content()
+        of_source = {
+            "path": {"sha256": _digest(content)},
+            "format": source.format,
+            "subset": source.subset,
+            "split": source.split,
+            "ignore": sorted(source.ignore),
+        }
+        settings = self._settings(eval_fraction)
+        folder = self.cache / _digest([of_source, settings])
+        try:
+            parts = self._open_or_build(folder, source, opened, eval_fraction)
+        except OSError as error:
+            raise DataError(
+                [f"data.cache: cannot write to {str(self.cache)!r}: {error}; name another folder"]
+            ) from error
+        earlier = None
+        if opened.as_before and not source.ignore:
+            earlier = self._earlier_key(source, content, eval_fraction)
+        return _Made(parts, of_source, settings, earlier)
+
+    def _settings(self, eval_fraction: float) -> dict[str, Any]:
+        """Return what else decides samples, by key. Values too long to be shown are digests."""
+        identity = tokenizer_identity(self.tokenizer)
+        template = identity.pop("template")
+        return {
+            "data.eval_fraction": eval_fraction,
+            "seed": self.seed if eval_fraction else None,
+            "data.max_length": self.max_length,
+            "data.overflow": self.overflow,
+            "data.packing": self.packing,
+            "model.tokenizer": {"sha256": _digest(identity)},
+            "the tokenizer's chat template": {"sha256": _digest(template)},
+            "the installed version of trl": version("trl") if self.packing or identity["patched_by"] else None,
+            "the version of Strata's samples": FORMAT_VERSION,
+        }
+
+    def _earlier_key(self, source: DataSource, content: list[Any], eval_fraction: float) -> str:
+        """Return the name that the source's folder had, as a part of fingerprints, before there was `made_of`."""
+        identity = tokenizer_identity(self.tokenizer)
+        known = ("core", "special", "template", "patched_by")
+        return _digest(
+            {
+                "version": EARLIER_VERSION,
+                "files": content,
+                "source": [source.format, source.subset, source.split],
+                "split": [eval_fraction, self.seed] if eval_fraction else None,
+                "tokenizer": {name: identity[name] for name in known},
+                "max_length": self.max_length,
+                "overflow": self.overflow,
+                "packed_by": version("trl") if self.packing else None,
+            }
+        )
+
+    def _open_or_build(self, folder: Path, source: DataSource, opened: Opened, eval_fraction: float) -> dict[str, Part]:
+        if folder.is_dir():
+            try:
+                return _parts(source.path, folder)
+            except ValueError:
+                pass  # another process may be replacing it: check again under the lock
+        with _lock(folder.with_name(f"{folder.name}.lock")):
+            if os.path.lexists(folder):
+                try:
+                    return _parts(source.path, folder)
+                except ValueError as damage:
+                    logger.warning("%s is damaged (%s): it is built anew", folder, damage)
+                    _remove(folder, damage)
+            unused = Unused(source.path, source.ignore)
+            rows = read_rows(source.path, opened.records(), source.format, unused)
+            find_unused_keys(rows, self.tokenizer, unused)
+            if unused.problems():
+                raise DataError(unused.problems())
+            self._build(folder, source.path, _split(source.path, rows, eval_fraction, self.seed), unused.ignored)
+        try:
+            return _parts(source.path, folder)
+        except ValueError as damage:
+            raise DataError(
+                [
+                    f"data.cache: {str(folder)!r} is damaged right after it was written ({damage}): the storage "
+                    "changes what is written to it; name another folder"
+                ]
+            ) from damage
+
+    def _build(self, folder: Path, path: str, splits: dict[str, list[Row]], ignored: tuple[str, ...]) -> None:
+        """Write every split to a temporary folder and rename it, so that a folder with the final name is complete."""
+        unfinished = f"{folder.name}.{socket.gethostname()}."
+        # Remove leftovers of a killed process; the lock allows it. Only those of this host, because some network file
+        # systems do not lock across hosts.
+        for leftover in folder.parent.glob(f"{unfinished}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = folder.with_name(f"{unfinished}{uuid.uuid4().hex}")
+        temporary.mkdir()
+        try:
+            reports = {}
+            for name, rows in splits.items():
+                file = temporary / f"{name}.arrow"
+                reports[name] = asdict(self._write(file, path, rows))
+                if self.packing:
+                    _pack(file, self.max_length)
+                check_samples(file, vocabulary=vocabulary_size(self.tokenizer), max_length=self.max_length)
+            seal(temporary, {"key": folder.name, "reports": reports, "ignored": list(ignored)})
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # else a host on which the lock has no effect was faster, with the same content
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write(self, file: Path, path: str, rows: Sequence[Row]) -> Report:
+        """Write rows as one Arrow stream, the format that `datasets` maps into memory, chunk by chunk."""
+        import pyarrow as pa
+
+        schema = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "labels")})
+        waiting: list[Sample] = []
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+
+            def keep(sample: Sample) -> None:
+                waiting.append(sample)
+                if len(waiting) == ROWS_PER_CHUNK:
+                    flush()
+
+            def flush() -> None:
+                writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema=schema))
+                waiting.clear()
+
+            report = encode(path, rows, self.tokenizer, max_length=self.max_length, overflow=self.overflow, keep=keep)
+            flush()
+        return report
+
+
+def _pack(file: Path, max_length: int) -> None:
+    """Replace the samples of a file by rows of samples, best fit first. None is cut: none is longer than a row."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    packed = file.with_name("packed.arrow")
+    # Without this name, `datasets` would store a file beside the samples under a name that differs from run to run.
+    pack_dataset(Dataset.from_file(str(file)), max_length, "bfd", map_kwargs={"cache_file_name": str(packed)})
+    os.replace(packed, file)
+
+
+def _split(path: str, rows: list[Row], eval_fraction: float, seed: int) -> dict[str, list[Row]]:
+    """Split rows into TRAIN and HELD_OUT. Without HELD_OUT if its share is 0 rows, as for a small source of a mix."""
+    num_eval = round(len(rows) * eval_fraction)
+    if num_eval == len(rows):
+        raise DataError(
+            [f"data.eval_fraction: {eval_fraction} of the {len(rows)} rows of {path} leaves none to train on"]
+        )
+    if not num_eval:
+        return {TRAIN: rows}
+    # The third word separates this draw from those of epochs, which have no third word, or one >= 2 (see Batches).
+    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0, 1]))).permutation(len(rows))
+    chosen = set(order[:num_eval].tolist())
+    return {
+        TRAIN: [row for index, row in enumerate(rows) if index not in chosen],
+        HELD_OUT: [row for index, row in enumerate(rows) if index in chosen],
+    }
+
+
+def _parts(path: str, folder: Path) -> dict[str, Part]:
+    """Open a folder after checking every byte of it. Raises `ValueError` if it is not what was written."""
+    from datasets import Dataset
+
+    try:
+        info = read_cached(folder)
+        if info["key"] != folder.name:
+            raise ValueError(f"it was written as {info['key']}")
+        return {
+            name: Part(
+                path,
+                Dataset.from_file(str(folder / f"{name}.arrow")).with_format("numpy"),
+                Report(**report),
+                tuple(info["ignored"]),
+            )
+            for name, report in info["reports"].items()
+        }
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(in_short(error)) from error
+
+
+def _remove(folder: Path, damage: ValueError) -> None:
+    """Remove a damaged folder; processes that have mapped its files keep them. Raises `DataError`."""
+    aside = folder.with_name(f"{folder.name}.{socket.gethostname()}.damaged.{uuid.uuid4().hex}")
+    try:
+        os.rename(folder, aside)
+    except FileNotFoundError:  # a host on which the lock has no effect was faster
+        return
+    except OSError as error:
+        raise DataError(
+            [f"data.cache: {str(folder)!r} is damaged ({damage}) and cannot be removed ({error}); delete it"]
+        ) from error
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
+
+
+def _digest(parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    held = None
+    while held is None:
+        try:
+            held = lock.acquire(timeout=LOCK_NOTICE_SECONDS)
+        except Timeout:
+            logger.warning("waiting for another process to tokenise the data; it holds %s", path)
+    with held:
+        yield

@@ -1,0 +1,267 @@
+"""Read data files line by line or table by table, without the type guessing of `datasets`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.data import strict_json
+from trainer.data.errors import DataError, in_short
+from trainer.data.formats import FORMATS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Records = Iterator[tuple[str, Any]]
+Decoder = Callable[[Any], Any]
+
+ROWS_PER_READ = 1000
+
+
+def _read_text(path: str, file: Path) -> str:
+    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError([f"{path}:{line}: not UTF-8 text: byte {content[error.start]:#04x}"]) from error
+
+
+def _read_jsonl(path: str, file: Path) -> Records:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if content.strip():
+                yield f"{path}:{number}", _parse_line(content)
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return strict_json.loads(line.decode("utf-8").rstrip())
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 text: byte {line[error.start]:#04x} at column {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not JSON: {_said(error)} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
+        return ValueError(f"not JSON that can be read: {error}")
+
+
+def _said(error: json.JSONDecodeError) -> str:
+    """Return what is wrong, without the position: some of the messages end with "at"."""
+    return error.msg.removesuffix(" at")
+
+
+def read_json(path: str, file: Path) -> Records:
+    """Yield the records of a list of objects or, as many files with this suffix contain, of one object per line."""
+    with file.open("rb") as stream:
+        start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        yield from _read_jsonl(path, file)
+        return
+    try:
+        rows = strict_json.loads(_read_text(path, file))
+    except json.JSONDecodeError as error:
+        raise DataError([f"{path}:{error.lineno}: not JSON: {_said(error)} at column {error.colno}"]) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError([f"{path}: not JSON that can be read: {error}"]) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
+def read_csv(path: str, file: Path, delimiter: str = ",") -> Records:
+    """Yield the records of a CSV file. Every value is text: the answer 007 is not read as the number 7."""
+    csv.field_size_limit(sys.maxsize)  # texts are longer than the module's 128 KiB
+    reader = csv.DictReader(io.StringIO(_read_text(path, file), newline=""), strict=True, delimiter=delimiter)
+    number = 0
+    try:
+        _check_names(path, reader.fieldnames or ())
+        for number, row in enumerate(reader, start=1):
+            where = f"{path}, row {number}"
+            if None in row:
+                yield (
+                    where,
+                    ValueError(f"more values than the {len(reader.fieldnames or ())} columns of the first line"),
+                )
+            else:
+                yield where, {column: value for column, value in row.items() if value is not None}
+    except csv.Error as error:
+        raise DataError([f"{path}, row {number + 1}: not CSV: {error}"]) from error
+
+
+def _read_parquet(path: str, file: Path) -> Records:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            yield from table_rows(path, table.iter_batches(ROWS_PER_READ))
+    except (pa.ArrowException, OSError) as error:  # OSError also for headers that make no sense
+        raise DataError([f"{path}: not a readable Parquet file: {in_short(error)}"]) from error
+
+
+def _read_arrow(path: str, file: Path) -> Records:
+    """Yield the records of Arrow's file format, or of its stream format, in which `datasets` saves."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(file)) as content:
+            try:
+                opened = pa.ipc.open_file(content)
+            except pa.ArrowInvalid:
+                content.seek(0)
+                yield from table_rows(path, pa.ipc.open_stream(content))
+            else:
+                yield from table_rows(path, map(opened.get_batch, range(opened.num_record_batches)))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError([f"{path}: not a readable Arrow file: {in_short(error)}"]) from error
+
+
+def _check_names(path: str, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError([f"{path}: several columns are called {', '.join(twice)}; give each a name of its own"])
+
+
+def table_rows(path: str, batches: Iterable[pa.RecordBatch]) -> Records:
+    number = 0
+    decoders = None
+    for batch in batches:
+        if decoders is None:
+            _check_names(path, batch.schema.names)
+            decoders = _decoders(batch.schema)
+        for row in _batch_rows(batch, decoders):
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+def _batch_rows(batch: pa.RecordBatch, decoders: Mapping[str, Decoder]) -> list[Any]:
+    try:
+        columns = [_values(column) for column in batch.columns]
+    except UnicodeDecodeError as error:  # neither Parquet nor Arrow checks its text
+        if batch.num_rows == 1:
+            return [ValueError(f"not UTF-8 text: byte {error.object[error.start]:#04x} at column {error.start + 1}")]
+        return [row for index in range(batch.num_rows) for row in _batch_rows(batch.slice(index, 1), decoders)]
+    rows: list[Any] = []
+    for index in range(batch.num_rows):
+        row = {name: values[index] for name, values in zip(batch.schema.names, columns, strict=True)}
+        try:
+            row |= {name: decode(row[name]) for name, decode in decoders.items()}
+        except ValueError as error:
+            rows.append(error)
+        else:
+            rows.append(row)
+    return rows
+
+
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError, ImportError) as error:  # times that Python's types cannot represent
+        return [NotAValue(f"{column.type}: {error}") if valid else None for valid in column.is_valid().to_pylist()]
+
+
+class NotAValue:
+    """Replace a table's value for which Python has no type. It does no harm in a column that is left out."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __str__(self) -> str:
+        return self._why
+
+
+def _decoders(schema: pa.Schema) -> dict[str, Decoder]:
+    """Return functions that restore what was written, by column, for columns that are stored as another type."""
+    from datasets import Features
+
+    features: Mapping[str, Any] = {}
+    try:  # the description that `datasets` stores of the columns that it writes
+        described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = Features.from_dict(described["info"]["features"])
+    except Exception:  # no description, or one of an unknown version: the Arrow types must do
+        features = {}
+    decoders = {field.name: _decoder(field.type, features.get(field.name), (field.name,)) for field in schema}
+    return {name: decode for name, decode in decoders.items() if decode is not None}
+
+
+def _decoder(kind: pa.DataType, feature: Any, path: tuple[str, ...]) -> Decoder | None:
+    """Return the function that restores values of an Arrow type and a feature of `datasets`; None if none is needed."""
+    import pyarrow as pa
+
+    types = pa.types
+    if isinstance(kind, getattr(pa, "JsonType", ())) or type(feature).__name__ == "Json":
+        return lambda text: _parse_json(text, path)
+    if type(feature).__name__ == "ClassLabel" and types.is_integer(kind):
+        names = feature.names or []
+        return lambda number: names[number] if number is not None and 0 <= number < len(names) else None
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _decoder(kind.value_type, feature, path)
+    if types.is_map(kind):
+        return _each_item(_decoder(kind.item_type, None, (*path, "{}")))
+    if types.is_struct(kind):
+        inner = feature if isinstance(feature, Mapping) else {}
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        decoders = {field.name: _decoder(field.type, inner.get(field.name), (*path, field.name)) for field in fields}
+        return _each_field({name: decode for name, decode in decoders.items() if decode is not None})
+    value_type = getattr(kind, "value_type", None)  # all kinds of lists have it
+    if value_type is None:
+        return None
+    item_feature = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    decode = _decoder(value_type, item_feature, (*path, "[]"))
+    return None if decode is None else lambda values: values and [decode(value) for value in values]
+
+
+def _each_item(decode: Decoder | None) -> Decoder:
+    def decode_map(pairs: list[tuple[Any, Any]] | None) -> dict[Any, Any] | None:
+        if pairs is None:
+            return None
+        return {key: value if decode is None else decode(value) for key, value in pairs}
+
+    return decode_map
+
+
+def _each_field(decoders: Mapping[str, Decoder]) -> Decoder | None:
+    if not decoders:
+        return None
+    return lambda value: value and {**value, **{name: decode(value[name]) for name, decode in decoders.items()}}
+
+
+_TEXTS = {column for format in FORMATS.values() for column in (*format.columns, *format.optional)} - {
+    "messages", "conversations", "tools", "history",
+}  # fmt: skip
+
+
+def _parse_json(text: str | None, path: tuple[str, ...]) -> Any:
+    """Return the value that a JSON column stores as text.
+
+    If some values of a column are texts and others are not, `datasets` stores a text that is valid JSON, such as 4 or
+    true, unquoted. In a field that allows only text, such a value is therefore the text.
+    """
+    if text is None:
+        return None
+    try:
+        value = strict_json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{'.'.join(path)}: not JSON that can be read: {error}") from error
+    of_message = len(path) == 3 and path[0] in ("messages", "conversations") and path[2] in ("content", "value")
+    if isinstance(value, str) or not (of_message or (len(path) == 1 and path[0] in _TEXTS)):
+        return value
+    # The content of a message may also be a list of OpenAI's parts.
+    parts = of_message and isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)
+    return value if parts else text
+
+
+READERS: dict[str, Callable[[str, Path], Records]] = {
+    ".jsonl": _read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

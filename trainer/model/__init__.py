@@ -1,0 +1,1 @@
+"""Models: loading them, their blocks, adapters, loss and weights on disk."""

@@ -1,0 +1,97 @@
+"""The warnings and the summary line before a run, and its report at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from trainer.config import RunConfig
+from trainer.data.cache import Prepared
+from trainer.engine.rounding import half_unit
+from trainer.engine.sparse import Sparse
+from trainer.engine.zero.slices import stored
+from trainer.model.blocks import full_numel
+from trainer.run.setup import emulates
+
+
+def warnings(config: RunConfig, sparse: Sparse, num_steps: int) -> list[str]:
+    """Return the warnings that require no weights, for a run of `num_steps` optimizer steps."""
+    blocks = len(sparse.selector.reachable(len(sparse.blocks)))
+    draws = math.ceil(blocks / len(sparse.active)) if len(sparse.active) < blocks else 0
+    return [
+        *_emulation_warning(config),
+        *_saving_warning(config),
+        *sparse.selector.warnings(num_steps),
+        *sparse.update.warnings(steps_for_all_blocks=draws * config.selector.interval),
+    ]
+
+
+def _emulation_warning(config: RunConfig) -> list[str]:
+    """Warn if this machine's CPU emulates the half precision: a step takes minutes instead of seconds."""
+    if not emulates(config.model.dtype):
+        return []
+    return [
+        f"WARNING: this CPU has no arithmetic for model.dtype={config.model.dtype} and emulates it, many times slower "
+        "than fp32: set model.dtype=fp32"
+    ]
+
+
+def _saving_warning(config: RunConfig) -> list[str]:
+    """Warn if checkpoints are enabled but cannot be written."""
+    if config.saves or config.checkpoint.every is None:
+        return []
+    return ["WARNING: no checkpoints: the quantised moments of optimizer.name=adamw_8bit cannot be saved yet"]
+
+
+def rounding_warning(config: RunConfig, sparse: Sparse) -> list[str]:
+    """Warn if an interval's updates round away: Adam moves a weight by about the learning rate in a step."""
+    weights = max(sparse.blocks[sparse.active[0]].parameters.values(), key=full_numel)
+    if sparse.bank.keeps or weights.dtype is torch.float32 or len(sparse.active) == len(sparse.blocks):
+        return []
+    sample = stored(weights).detach().flatten()[:100_000].float()
+    lost_below = half_unit(float(sample.abs().median()), weights.dtype)
+    reached = config.optimizer.lr * config.selector.interval
+    if reached >= lost_below:
+        return []
+    return [
+        f"WARNING: nearly all that a block learns will be rounded away when it is frozen again: in "
+        f"{config.selector.interval} steps at optimizer.lr={config.optimizer.lr} a weight moves by at most "
+        f"{reached:.1e}, and half a unit in the last place of a typical weight is {lost_below:.1e} ({weights.dtype}). "
+        "Keep fp32 master weights with bank.name=cpu, raise optimizer.lr or selector.interval, or set model.dtype=fp32"
+    ]
+
+
+def one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
+    parts = ", ".join(sparse.always_on) or "nothing else"
+    if len(sparse.active) == len(sparse.blocks):
+        return f"all {len(sparse.blocks)} blocks, with {parts}, for {num_steps} steps"
+    return (
+        f"{len(sparse.active)} of {len(sparse.blocks)} blocks at a time ({config.selector.name}, a new draw every "
+        f"{config.selector.interval} steps), with {parts}, for {num_steps} steps"
+    )
+
+
+def report(
+    sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, written: Sequence[tuple[str, object]]
+) -> str:
+    always_on = ", ".join(sparse.always_on) or "nothing"
+    lines = [f"\nTrained {num_steps} steps on {data.train_report.samples} samples; always on: {always_on}."]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[max(evaluations)]
+        lines.append(
+            f"Evaluation loss fell from {first:.4f} to {last:.4f}."
+            if last < first
+            else f"Evaluation loss did not fall: {first:.4f} before, {last:.4f} after."
+        )
+    lines += sparse.update.report()
+    lines.append("Steps in which each block trained:")
+    widest = max(sparse.times_active) or 1
+    for index, times in enumerate(sparse.times_active):
+        lines.append(f"  block {index:>3} {times:>6} {'#' * math.ceil(30 * times / widest)}")
+    never = [i for i, times in enumerate(sparse.times_active) if not times]
+    if never:
+        lines.append(f"Never drawn: {never}; more steps or a shorter selector.interval would reach them.")
+    lines += [f"{label}: {path}" for label, path in written]
+    return "\n".join(lines)
