@@ -99,7 +99,7 @@ def test_other_commands_work_in_the_shell_of_a_job(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("resume=/nonexistent", "resume: no checkpoint in /nonexistent"),
+        ("resume=/nonexistent", "resume: no such folder: /nonexistent"),
         ("resume=runs/other/checkpoints/step-00000001.json", "step-00000001.json"),
         ("resume=ds.json", "resume: ds.json is no checkpoint"),
         ("output=/proc/x", "output: '/proc/x' cannot be written"),
