@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import forked
+from tests.conftest import OPERATORS
 from tests.launching import metrics, write_inputs
 
 RANKS = 2
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=list(KINDS), action="append")
     args = parser.parse_args()
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(OPERATORS))
     kinds, done = args.kind or list(KINDS), 0
     for index, kind in enumerate(kinds):
         share = args.kills // len(kinds) + (index < args.kills % len(kinds))

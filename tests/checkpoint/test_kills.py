@@ -5,13 +5,14 @@ from __future__ import annotations
 import filecmp
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests import forked
 from tests.checkpoint.kills import KINDS, Operations, Undisturbed, assert_same, campaign, undisturbed
-from tests.launching import metrics, write_inputs
+from tests.launching import environment, launch, metrics, write_inputs
 from trainer.config import load
 
 pytestmark = pytest.mark.slow
@@ -40,10 +41,16 @@ def once_more(place: Path, expected: Undisturbed, *more: str) -> str:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("kind", "kills"), [("LISA, ZeRO-2", 6), ("IST, merged", 2)])
-def test_kills_at_any_moment_change_nothing(tmp_path: Path, kind: str, kills: int) -> None:
+def test_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
     """A share of the 60 kills of `make kills`."""
-    assert len(list(campaign(tmp_path, kind, kills=kills, seed=1))) == kills
+    assert len(list(campaign(tmp_path, "LISA, ZeRO-2", kills=6, seed=1))) == 6
+
+
+def test_the_command_of_the_campaign() -> None:
+    alone = {name: value for name, value in environment().items() if name != "TORCH_EXTENSIONS_DIR"}
+    command = [sys.executable, "-m", "tests.checkpoint.kills", "--kind", "IST, merged", "--kills", "2", "--seed", "1"]
+    done = launch(command, Path(__file__).parents[2], variables=alone, deadline=600)
+    assert done.code == 0 and "2 kills: one folder each" in done.stdout, done.everything
 
 
 @pytest.mark.parametrize("operation", [r"metrics\.jsonl", r"rename .*/\.step-00000002\.json"])
