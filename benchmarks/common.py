@@ -38,8 +38,6 @@ from trainer.run.setup import leave_nothing_in_shared_memory  # noqa: E402
 
 # Of the published IST point.
 IST_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-# What reads a Llama block's input, for `accounting.block_shape`.
-ENTRY = ("q_proj", "k_proj", "v_proj")
 
 
 def start_process(local_rank: int) -> None:

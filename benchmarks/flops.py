@@ -1,4 +1,4 @@
-"""FLOPs that a step executes, and the least that it could, which `trainer/accounting/` works out from shapes alone.
+"""FLOPs that a step executes, and the least that it could, the sum of what passes through its parts.
 
     deepspeed --num_accelerators 2 benchmarks/flops.py --json flops.json
 
@@ -14,11 +14,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import ENTRY, finish, llama, random_batch, start_engine, start_process, train_step, with_lora
+from common import finish, llama, random_batch, start_engine, start_process, train_step, with_lora
 from torch.utils.flop_counter import FlopCounterMode
 
 import trainer
-from trainer.accounting import block_shape, step_flops
+from trainer.accounting import step_flops
+from trainer.planner.passes import step_parts
 from trainer.selectors import Fixed, Uniform
 
 
@@ -52,11 +53,9 @@ def case(
     always_on = ("embeddings", "head", "norm") if outside else ()
     substrate = "adapter" if rank else "full"
     sparse = trainer.prepare(model, selector=Fixed(blocks=blocks, interval=1), always_on=always_on, substrate=substrate)
+    parts = step_parts(model, sparse.structure, sparse.blocks, batch=args.batch, length=args.length)
     minimum = step_flops(
-        [block_shape(block, model.config, entry=ENTRY) for block in sparse.blocks],
-        head=args.hidden * args.vocabulary,
-        batch=args.batch,
-        length=args.length,
+        *parts,
         active=sparse.active,
         embeddings=outside,
         train_head=outside,

@@ -41,6 +41,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
     },
     "gpt2": {"model_type": "gpt2", "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    # Tied, with blocks of two kinds.
+    "gemma3": {"model_type": "gemma3_text", "intermediate_size": 688, "num_key_value_heads": 2, "head_dim": 64},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "intermediate_size": 688,
+        "moe_intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "intermediate_size": 256,
+        "num_local_experts": 4,
+        "num_key_value_heads": 2,
+        "output_router_logits": True,
+    },
+    "mamba": {"model_type": "mamba", "state_size": 8},
+    # Attention and state-space layers beside each other.
+    "falcon-h1": {
+        "model_type": "falcon_h1",
+        "intermediate_size": 688,
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 512,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 64,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 64,
+    },
+    "lfm2": {
+        "model_type": "lfm2",
+        "intermediate_size": 688,
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention"],
+    },
 }
 DEEPEST = {"name": "fixed", "blocks": [0, 3]}
 # Each half of six blocks in turn: from the second step on the other one is banked.
@@ -80,6 +117,11 @@ CASES = (
     Case("stage 2, gpt2", "gpt2", {"deepspeed": "zero2"}),
     Case("stage 3, gpt2", "gpt2"),
     Case("stage 3, gpt2, offload", "gpt2", {"deepspeed": "zero3_offload"}),
+    *(
+        Case(f"stage {stage}, {family}", family, {"deepspeed": f"zero{stage}", "model": {"attention": "auto"}})
+        for family in ("gemma3", "qwen3-moe", "mixtral", "mamba", "falcon-h1", "lfm2")
+        for stage in (2, 3)
+    ),
     Case("stage 2, accumulation", over={"deepspeed": "zero2", "train": {"global_batch_size": 8}}),
     Case("stage 3, accumulation", over={"train": {"global_batch_size": 8}}),
     Case("stage 3, offload, accumulation", over={"deepspeed": "zero3_offload", "train": {"global_batch_size": 8}}),
@@ -112,6 +154,8 @@ def configuration(case: Case, size: Size, ranks: int) -> RunConfig:
         "num_attention_heads": heads,
         "vocab_size": size.vocabulary,
     }
+    if "layer_types" in random:
+        random["layer_types"] = [kind for _ in range(size.blocks) for kind in random["layer_types"]][: size.blocks]
     values: dict[str, Any] = {
         "method": "lisa",
         "model": {"random": random, "tokenizer": "bytes", "dtype": "bf16", "attention": "sdpa"},

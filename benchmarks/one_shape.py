@@ -18,18 +18,19 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
-from common import ENTRY, Tracker, around_switch, llama, start_engine, with_lora
+from common import Tracker, around_switch, llama, start_engine, with_lora
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from seventy_b import SHAPES, arguments
 
 import trainer
-from trainer.accounting import block_shape, measured_state, step_flops
+from trainer.accounting import measured_state, step_flops
 from trainer.checkpoint.contents import parameters_by_unit, unit_of_block
 from trainer.config import RunConfig, load
 from trainer.config.methods import METHODS
 from trainer.model.loss import Objective
 from trainer.planner import Planner
+from trainer.planner.passes import step_parts
 from trainer.run.setup import initialise_process_group
 from trainer.run.step import train_step
 from trainer.selectors import build
@@ -97,7 +98,6 @@ class Run:
             num_key_value_heads=self.shape.key_value_heads,
         )
         self.objective = Objective(model, fused=True)
-        self.config = model.config
         if point["substrate"]["name"] == "adapter":
             lora = point["substrate"]["peft"]
             model = with_lora(model, rank=lora["r"], targets=lora["target_modules"])
@@ -118,6 +118,10 @@ class Run:
             always_on=[part for part, on in point["always_on"].items() if on and not args.frozen_embeddings],
             substrate=point["substrate"]["name"],
         )
+        self.parts = {  # before DeepSpeed's hooks are on the model
+            length: step_parts(model, self.sparse.structure, self.sparse.blocks, batch=args.batch, length=length)
+            for length in args.lengths
+        }
         self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         measures: dict[str, Any] = {}
         if self.sparse.selector.measures:
@@ -159,7 +163,6 @@ class Run:
     def measure(self, length: int) -> dict[str, Any]:
         """Steps, memory and FLOPs at sequences of `length` tokens."""
         self.length = length
-        shapes = [block_shape(block, self.config, entry=ENTRY) for block in self.sparse.blocks]
         on = self.sparse.always_on
 
         def step(number: int) -> tuple[float, float]:
@@ -187,15 +190,11 @@ class Run:
             losses.append(loss)
             flops.append(
                 step_flops(
-                    shapes,
-                    head=self.shape.hidden * self.shape.vocabulary,
-                    batch=self.args.batch,
-                    length=length,
+                    *self.parts[length],
                     active=self.sparse.active,
                     embeddings="embeddings" in on,
                     train_head="head" in on,
                     checkpointing=True,
-                    attention_backward=2.5,
                 )
             )
         if on_card:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    ENTRY,
     Tracker,
     around_switch,
     finish,
@@ -40,7 +39,8 @@ from deepspeed.accelerator import get_accelerator
 from torch.profiler import profile as recording
 
 import trainer
-from trainer.accounting import block_shape, step_flops
+from trainer.accounting import step_flops
+from trainer.planner.passes import step_parts
 from trainer.run.progress import Progress
 from trainer.selectors import All, Cyclic, Selector, Uniform
 from trainer.updates import Unmask
@@ -135,9 +135,9 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
         always_on=method.always_on,
         substrate="adapter" if method.rank else "full",
     )
+    parts = step_parts(model, sparse.structure, sparse.blocks, batch=args.batch, length=args.length)
     engine, _ = start_engine(model, sparse, stage=args.stage, batch=args.batch, dtype=args.dtype)
     clock = Clock(sparse)
-    shapes = [block_shape(block, model.config, entry=ENTRY) for block in sparse.blocks]
     folder = tempfile.TemporaryDirectory()
     total = args.interval * (args.intervals + 1) + 2
     progress = Progress(Path(folder.name), engine=engine, total_steps=total, rank=dist.get_rank())
@@ -160,15 +160,11 @@ def measure(args: argparse.Namespace, method: Method) -> dict[str, Any]:
             seconds.append(step(number))
             flops.append(
                 step_flops(
-                    shapes,
-                    head=args.hidden * args.vocabulary,
-                    batch=args.batch,
-                    length=args.length,
+                    *parts,
                     active=sparse.active,
                     embeddings="embeddings" in method.always_on,
                     train_head="head" in method.always_on,
                     checkpointing=args.checkpointing,
-                    attention_backward=2.5,
                 )
             )
     with Tracker() as tracker:

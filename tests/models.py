@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tests.families import MORE
+
 COMMON: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -43,10 +45,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def family_fields(family: str) -> dict[str, Any]:
+    """What a family's configuration has beyond `COMMON`."""
+    return FAMILIES[family][1] if family in FAMILIES else MORE.get(family, {})
+
+
 def tiny_model(family: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """A model of four blocks of the given transformers type, with random weights and eager attention."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, ("", {}))[1], **fields})
+    config = AutoConfig.for_model(family, **{**COMMON, **family_fields(family), **fields})
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 

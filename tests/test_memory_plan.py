@@ -9,7 +9,10 @@ import pytest
 
 from tests import distributed
 
-CASES = ("stage 2, embeddings frozen", "stage 2, gpt2", "stage 3, offload", "stage 3, checkpointing")
+CASES = (
+    *("stage 2, embeddings frozen", "stage 2, gpt2", "stage 3, offload", "stage 3, checkpointing"),
+    *(f"stage 2, {family}" for family in ("gemma3", "qwen3-moe")),
+)
 
 
 def _compare(rank: int) -> list[tuple[str, float]]:

@@ -84,6 +84,7 @@ def test_a_plan_by_hand() -> None:
         embedded=10,
         depth=4,
         num_active=1,
+        saved=100 + 3 * 60,
         checkpointing=False,
         largest=40,
         embeddings=0,
@@ -110,7 +111,7 @@ def test_a_plan_by_hand() -> None:
 
 def test_stage_3_holds_what_it_gathers_and_hpz_a_copy() -> None:
     nothing = Activations(0, 0, 0)
-    shape = StepShape(nothing, nothing, nothing, 0, 0, 4, 1, False, 40, 0, 1000, (40,))
+    shape = StepShape(nothing, nothing, nothing, 0, 0, 4, 1, 0, False, 40, 0, 1000, (40,))
     zero = {"ranks": 4, "weight_bytes": 2, "gradient_bytes": 2, "reduce_bucket": 40, "max_live": 300}
     held = memory(ModelState(500, 20, 40, 80), shape, Zero(stage=3, machine_ranks=2, **zero), host={})
     assert held.resident["buckets"] == 80 and held.resident["weights for each machine"] == 1000
@@ -124,7 +125,7 @@ def test_stage_3_holds_what_it_gathers_and_hpz_a_copy() -> None:
 
 def test_nvme_holds_masters_and_moments_and_the_host_what_they_pass_through() -> None:
     nothing = Activations(0, 0, 0)
-    shape = StepShape(nothing, nothing, nothing, 0, 0, 4, 1, False, 40, 0, 1000, (400, 100))
+    shape = StepShape(nothing, nothing, nothing, 0, 0, 4, 1, 0, False, 40, 0, 1000, (400, 100))
     zero = Zero(stage=3, ranks=2, weight_bytes=2, gradient_bytes=2, offload=True, nvme_buffers=4)
     state = ModelState(1000, gradients=2 * 250 + 4 * 250, masters=1000, moments=2000, offload=True)
     held = memory(state, shape, zero, host={})
@@ -144,7 +145,7 @@ def test_a_plan_with_nvme_says_what_lies_there(tmp_path: Path, capsys: pytest.Ca
 
 def test_weights_in_host_memory_are_gathered_also_on_a_single_rank() -> None:
     nothing = Activations(0, 0, 0)
-    shape = StepShape(nothing, nothing, nothing, 0, 0, 4, 1, False, 40, 0, 1000, (400, 100))
+    shape = StepShape(nothing, nothing, nothing, 0, 0, 4, 1, 0, False, 40, 0, 1000, (400, 100))
     zero = Zero(stage=3, ranks=1, weight_bytes=2, gradient_bytes=2, max_live=300, offload=True, offload_param=True)
     held = memory(ModelState(2000, 6, 4, 8, offload=True), shape, zero, host={})
     assert held.host == {"weights": 2000, "gradients": 6, "masters": 4, "moments": 8} and "weights" not in held.resident

@@ -5,7 +5,7 @@ The dry run, the planner and the benchmarks share these formulas: `state` (what 
 """
 
 from trainer.accounting.communication import Volume, step_volume
-from trainer.accounting.flops import BlockShape, block_shape, step_flops
+from trainer.accounting.flops import BlockFlops, step_flops
 from trainer.accounting.peak import Activations, Memory, StepShape, Zero, fused_loss, memory
 from trainer.accounting.state import (
     ModelState,
@@ -19,14 +19,13 @@ from trainer.accounting.state import (
 
 __all__ = [
     "Activations",
-    "BlockShape",
+    "BlockFlops",
     "Memory",
     "ModelState",
     "StepShape",
     "Volume",
     "Zero",
     "banked_bytes",
-    "block_shape",
     "dense_gradient_bytes",
     "fused_loss",
     "measured_state",

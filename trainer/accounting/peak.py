@@ -29,10 +29,11 @@ class Activations:
 class StepShape:
     """The sizes that determine a step's transient bytes.
 
-    `active` and `passed`: a block that trains, and one that only passes gradients on; backward passes `depth` blocks,
-    of which `num_active` train. `loss`: final norm, head and loss. In bytes: `evaluation`, a forward without gradients
-    (0: none), and `embedded`, a hidden state. In elements: `largest`, the largest parameter that trains; `embeddings`,
-    the input embeddings if they train; `total`, the model; `groups`, the optimizer's groups.
+    `active` and `passed`: a block that trains, and one that only passes gradients on, the largest of each; backward
+    passes `depth` blocks, of which `num_active` train. `loss`: final norm, head and loss. In bytes: `evaluation`, a
+    forward without gradients (0: none), `embedded`, a hidden state, and `saved`, what forward keeps of the blocks that
+    backward passes unless it computes them again. In elements: `largest`, the largest parameter that trains;
+    `embeddings`, the input embeddings if they train; `total`, the model; `groups`, the optimizer's groups.
     """
 
     active: Activations
@@ -42,6 +43,7 @@ class StepShape:
     embedded: int
     depth: int
     num_active: int
+    saved: int
     checkpointing: bool
     largest: int
     embeddings: int
@@ -176,8 +178,7 @@ def _saved(shape: StepShape) -> int:
     """Return what forward keeps of all blocks, including the input of the first of them."""
     if shape.checkpointing:
         return shape.embedded * (shape.depth + 1)
-    passed = shape.depth - shape.num_active
-    return shape.embedded + shape.num_active * shape.active.saved + passed * shape.passed.saved
+    return shape.embedded + shape.saved
 
 
 def _gathered(shape: StepShape, zero: Zero) -> int:

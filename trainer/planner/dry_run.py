@@ -75,5 +75,5 @@ def describe(config: RunConfig, ranks: int) -> str:
     if plan.banked:
         where = " in host memory" if config.bank.place == "host" else ""
         lines.append(f"  {'bank':<{_WIDTH}}{readable(plan.banked):>12}{where} more, once all blocks have been drawn")
-    lines += [str(plan.loss), planned(plan)]
+    lines += [str(plan.loss), *plan.notes, planned(plan)]
     return "\n".join(lines)

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.accounting import (
+    Activations,
+    BlockFlops,
     Memory,
     ModelState,
     StepShape,
     Volume,
     Zero,
     banked_bytes,
-    block_shape,
     fused_loss,
     memory,
     model_state,
@@ -26,11 +27,9 @@ from trainer.accounting import (
     step_flops,
     step_volume,
 )
-from trainer.accounting.peak import Activations
 from trainer.config import RunConfig, resolve_batch
 from trainer.config.deepspeed.buckets import zero_size
 from trainer.config.deepspeed.resolve import resolve
-from trainer.config.text import in_short
 from trainer.data.tokenizer import load_tokenizer, tokenizer_name
 from trainer.engine.slots import PLACEHOLDER
 from trainer.engine.sparse import Sparse
@@ -38,7 +37,8 @@ from trainer.model import load as models
 from trainer.model.blocks import Block, find, full_numel
 from trainer.model.fused_head import obstacle
 from trainer.model.loss import LossChoice
-from trainer.planner.activations import Tracer
+from trainer.planner.passes import BlockPasses, PassError, Passes
+from trainer.planner.tracing import Pass
 from trainer.run.setup import Built, build_model, offload_device
 from trainer.updates import Footprint
 
@@ -62,17 +62,29 @@ class Plan:
     offloaded: int  # bytes copied between card and host in a step
     banked: int  # bytes that the bank stores once all blocks have been drawn
     rule: Footprint  # of the update rule's own state
+    notes: tuple[str, ...]  # what could not be traced
 
 
 @dataclass(frozen=True)
 class Traced:
-    """Activations of a block that trains (`active`), of one that only passes gradients on (`passed`), and of norm, head
-    and plain loss (`outside`). `evaluated`: forward bytes in evaluation, (of a block, of the loss)."""
+    """Passes through each block, and through norm, head and plain loss (`outside`). In bytes: `hidden`, a block's
+    input, and `evaluated`, a forward in evaluation, (of a block, of the loss)."""
 
-    active: Activations
-    passed: Activations
-    outside: Activations
+    blocks: list[BlockPasses]
+    outside: Pass
+    hidden: int
     evaluated: tuple[int, int]
+    notes: tuple[str, ...]
+
+    def largest(self, kind: str) -> Activations:
+        """Return those of the blocks with the highest peak, if they all train (`active`) or none (`passed`)."""
+        return max((getattr(block, kind).activations for block in self.blocks), key=lambda found: found.peak)
+
+    def saved(self, lowest: int, num_active: int) -> int:
+        """Return the most that forward keeps of the blocks from `lowest` on, of which `num_active` train."""
+        blocks = [(block.passed.activations.saved, block.active.activations.saved) for block in self.blocks[lowest:]]
+        more = sorted((active - passed for passed, active in blocks), reverse=True)
+        return sum(passed for passed, _ in blocks) + sum(more[:num_active])
 
 
 class Planner:
@@ -105,13 +117,12 @@ class Planner:
     def plan_built(self, config: RunConfig, ranks: int, built: Built) -> Plan:
         """Plan a run whose empty model is already built. Raises `ModelError` if a pass through one block fails."""
         try:
-            traced = self._activations(config, built.model, built.sparse, built.ds["zero_optimization"]["stage"])
-        except Exception as error:  # of any kind: the model's own code may raise it
+            traced = self._passes(config, built)
+        except PassError as error:
             key = "model.random" if config.model.path is None else "model.path"
             raise models.ModelError(
                 f"{key}: a pass through one block of this model, with data.max_length={config.data.max_length} and "
-                f"train.micro_batch_size={config.train.micro_batch_size}, fails: {type(error).__name__}: "
-                f"{in_short(str(error))}"
+                f"train.micro_batch_size={config.train.micro_batch_size}, fails: {error}"
             ) from error
         return _planned(config, ranks, built, traced, on_cpu=self._on_cpu)
 
@@ -135,7 +146,8 @@ class Planner:
             self._models[key] = models.on_meta(config.model, tokenizer)
         return self._models[key]
 
-    def _activations(self, config: RunConfig, model: Any, sparse: Sparse, stage: int) -> Traced:
+    def _passes(self, config: RunConfig, built: Built) -> Traced:
+        model, base, sparse, stage = built.model, built.base, built.sparse, built.ds["zero_optimization"]["stage"]
         key = json.dumps(
             [
                 config.model.model_dump(exclude={"activation_checkpointing"}),
@@ -149,27 +161,16 @@ class Planner:
             default=str,
         )
         if key not in self._traced:
-            block = max(sparse.blocks, key=lambda b: sum(full_numel(p) for p in b.module.parameters()))
-            names = [name.removeprefix(f"{block.path}.") for name in block.parameters]
-
-            def tracer(batch: int) -> Tracer:
-                return Tracer(model, sparse.structure, batch=batch, length=config.data.max_length, zero3=stage == 3)
-
-            training = tracer(config.train.micro_batch_size)
-            passed = training.block(block.module, trains=(), input_requires_grad=True)
-            outside = training.outside()
-            eval_batch = config.eval.micro_batch_size or config.train.micro_batch_size
-            evaluating = tracer(eval_batch) if eval_batch != config.train.micro_batch_size else None
+            batch, length = config.train.micro_batch_size, config.data.max_length
+            training = Passes(model, sparse.structure, sparse.blocks, batch=batch, length=length, zero3=stage == 3)
+            eval_batch = config.eval.micro_batch_size or batch
+            evaluating = training if eval_batch == batch else replace(training, batch=eval_batch)
             self._traced[key] = Traced(
-                active=training.block(block.module, trains=names, input_requires_grad=True),
-                passed=passed,
-                outside=outside,
-                evaluated=(
-                    (
-                        evaluating.block(block.module, trains=(), input_requires_grad=False) if evaluating else passed
-                    ).forward,
-                    (evaluating.outside() if evaluating else outside).forward,
-                ),
+                blocks=training.of_blocks(),
+                outside=training.outside(head=base.get_output_embeddings().weight.requires_grad),
+                hidden=training.hidden_bytes,
+                evaluated=evaluating.forward_bytes(),
+                notes=tuple(training.notes),
             )
         return self._traced[key]
 
@@ -213,7 +214,7 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
     vocabulary, hidden = base.get_output_embeddings().weight.shape
     tokens = config.train.micro_batch_size * config.data.max_length
     train_head = base.get_output_embeddings().weight.requires_grad
-    loss, evaluated = traced.outside, traced.evaluated
+    loss, evaluated = traced.outside.activations, traced.evaluated
     eval_tokens = (config.eval.micro_batch_size or config.train.micro_batch_size) * config.data.max_length
     if choice.fused:
         fused = partial(
@@ -224,13 +225,14 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
     evaluates = config.data.eval is not None or config.data.eval_fraction > 0
     embeddings = base.get_input_embeddings().weight
     shape = StepShape(
-        active=traced.active,
-        passed=traced.passed,
+        active=traced.largest("active"),
+        passed=traced.largest("passed"),
         loss=loss,
         evaluation=(eval_tokens * hidden * weight_bytes + max(evaluated)) if evaluates else 0,
-        embedded=tokens * hidden * weight_bytes,
+        embedded=traced.hidden,
         depth=len(sparse.blocks) - lowest,
         num_active=len(sparse.active),
+        saved=traced.saved(lowest, len(sparse.active)),
         checkpointing=config.model.activation_checkpointing,
         largest=max(dense),
         embeddings=embeddings.numel() if embeddings.requires_grad else 0,
@@ -275,15 +277,12 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
         ),
         flops=accumulation
         * step_flops(
-            [block_shape(block, base.config) for block in sparse.blocks],
-            head=hidden * vocabulary,
-            batch=config.train.micro_batch_size,
-            length=config.data.max_length,
+            [block.flops for block in traced.blocks],
+            BlockFlops(*[traced.outside.forward] + [traced.outside.backward] * 3),
             active=[lowest, *range(len(sparse.blocks) - shape.num_active + 1, len(sparse.blocks))],
             embeddings=bool(shape.embeddings),
             train_head=train_head,
             checkpointing=shape.checkpointing,
-            attention_backward=2.5,
         ),
         volume=step_volume(
             stage=stage,
@@ -300,6 +299,7 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
         offloaded=_through_host(zero, shape, in_optimizer, accumulation),
         banked=banked + rule.kept,
         rule=rule,
+        notes=traced.notes,
     )
 
 

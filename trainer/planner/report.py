@@ -36,6 +36,7 @@ def short(plan: Plan, machine: Machine) -> str:
     if plan.memory.total_host:
         memory += f"; host memory of a node {readable(plan.memory.total_host * machine.gpus)}"
     lines.append(memory)
+    lines += plan.notes
     if machine.gpu_memory is not None or machine.host_memory is not None:
         lines.append(_verdict(plan, machine))
     return "\n".join(lines)
@@ -75,6 +76,7 @@ def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
         + (f", {readable(plan.offloaded)} copied between card and host" if plan.offloaded else "")
     )
     lines += _time_lines(plan, machine, samples)
+    lines += plan.notes
     if machine.gpu_memory is not None or machine.host_memory is not None:
         lines.append(_verdict(plan, machine))
     return "\n".join(lines)
@@ -159,6 +161,7 @@ def mapping(plan: Plan, machine: Machine, suggestions: list[Suggestion], *, samp
         "volume": asdict(plan.volume) | {"sent": plan.volume.sent(plan.ranks)},
         "seconds": asdict(spent) if spent else None,
         "steps": num_steps(plan.config, samples),
+        "notes": plan.notes,
         "fits": not shortage(plan, machine),
         "suggestions": [{"settings": s.settings, "needed": needed(s.plan), "cost": s.cost} for s in suggestions],
     }

@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import count_used_parameters_in_backward
-from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: F401 - for `trainer.planner.activations`
+from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: F401 - for `trainer.planner.tracing`
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, ZeRoTraceMode
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
