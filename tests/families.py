@@ -1,6 +1,7 @@
 """Small sizes of the families of decoder models that transformers has, beside those of `tests/models.py`.
 
-Each tiny: four blocks of width 32. What is here is what a family's configuration has beyond `COMMON`.
+Each tiny: four blocks of width 32. What is here is what a family's configuration has beyond `COMMON`, without
+dropout and noise: ranks would draw other units.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 128, "expansion_ratio": 2},
     "bloom": {"n_layer": 4, "n_head": 4},
-    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoehybrid": {
         "num_local_experts": 4,
         "mamba_n_heads": 4,
@@ -174,10 +175,32 @@ MORE: dict[str, dict[str, Any]] = {
     "persimmon": {},
     "codegen": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_positions": 128},
     "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_positions": 128},
-    "gpt_bigcode": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "gpt_bigcode": {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 128,
+    },
     "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 16},
-    "xglm": {"d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 64},
-    "biogpt": {},
+    "xglm": {
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "layerdrop": 0.0,
+        "d_model": 32,
+        "num_layers": 4,
+        "attention_heads": 4,
+        "ffn_dim": 64,
+    },
+    "biogpt": {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "activation_dropout": 0.0,
+        "layerdrop": 0.0,
+    },
     "olmo2": {},
     "olmo3": {},
     "helium": {"head_dim": 8},
@@ -192,7 +215,7 @@ MORE: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "num_experts_per_tok": 2,
     },
-    "seed_oss": {"head_dim": 8},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0, "head_dim": 8},
     "granite": {"logits_scaling": 8.0},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 32, "num_experts_per_tok": 2},

@@ -16,6 +16,8 @@ from tests.launching import metrics, write_inputs
 from tests.models import tiny_llama
 from tests.run.whole_runs import Run, evaluation_samples, loss_by_hand
 from trainer.data.tokenizer import bytes_tokenizer
+from trainer.model.blocks import Piece
+from trainer.model.merging import Merger
 from trainer.selectors import build
 
 IST = [
@@ -90,6 +92,28 @@ def test_the_adapter_holds_all_blocks_and_has_the_last_evaluation_loss(run: Run)
     for name, tensor in merged.state_dict().items():
         adapted_here = any(target in name for target in ("q_proj", "v_proj", "down_proj"))
         assert adapted_here or torch.equal(tensor, untouched[name]), name
+
+
+def _merges_fail(rank: int) -> None:
+    def merge(self: Merger, piece: Piece, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError("not of this kind")
+
+    Merger.merge = merge  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_merge_that_fails_is_said_once(wanted: bool, tmp_path: Path) -> None:
+    """Without a folder of the base, adapters are merged unasked: then it is only a warning."""
+    write_inputs(tmp_path)
+    values = ["method=lora", "substrate.peft.r=2", "substrate.peft.target_modules=[q_proj]", "train.steps=1"]
+    values += ["schedule.warmup_steps=0", "deepspeed=zero2", f"substrate.merge={'true' if wanted else 'auto'}"]
+    finished = forked.run(["tiny.yaml", *values], tmp_path, before=_merges_fail)
+    words = "substrate.merge: PEFT cannot merge LORA into LlamaForCausalLM: not of this kind"
+    assert finished.code == (2 if wanted else 0), finished.everything
+    assert finished.everything.count(words) == 1
+    assert (f"WARNING: {words}" in finished.stdout) != wanted
+    folder = tmp_path / "runs" / "tiny"
+    assert (folder / "adapter").exists() and not (folder / "model").exists()
 
 
 @pytest.mark.slow

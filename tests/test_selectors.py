@@ -32,6 +32,12 @@ def test_a_draw_is_pure_distinct_and_of_constant_size(name: str) -> None:
         assert list(drawn) == sorted(drawn) and set(drawn) <= set(range(8))
 
 
+@pytest.mark.parametrize("name", REGISTRY)
+def test_constant_says_whether_the_same_blocks_train_throughout(name: str) -> None:
+    selector = build(name, seed=3, **SETTINGS[name])
+    assert selector.constant == (len({selector.select(i, 8) for i in range(40)}) == 1) == (not selector.changes(8))
+
+
 def test_another_process_draws_the_same() -> None:
     draw = "s = build('uniform', seed=3, blocks=3); print([s.select(i, 8) for i in range(5)])"
     code = f"from trainer.selectors import build; {draw}"

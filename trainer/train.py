@@ -37,7 +37,7 @@ from trainer.run.loop import Loop
 from trainer.run.model_checks import check_model
 from trainer.run.progress import Meter, Progress
 from trainer.run.rank_watch import RankWatch
-from trainer.run.remarks import one_line, report, rounding_warning, warnings
+from trainer.run.remarks import one_line, report, rounding_warning, title, warnings
 from trainer.run.resuming import FinishedError
 from trainer.run.step import summed_over
 from trainer.run.swap_folder import own_swap_folder
@@ -121,14 +121,15 @@ def _train(
     needed = setup.bytes_to_write(config, built, merge=merge) if rank == 0 else 0
     checkpoints.require_space(needed, "this run needs at least")
 
-    # Print what trains, on which data, and how much memory it needs.
+    # Print the method and the model, what trains, on which data, and how much memory it needs.
     progress = Progress(folder.path, engine=engine, total_steps=num_steps, rank=rank, first_step=history.step)
     for line in [
+        title(config, built, ranks),
         f"run folder {folder.path}: {one_line(sparse, config, num_steps)}",
         *folder.remarks,
+        *describe_data(data, config.data.max_length),
         str(loss),
         *watch.start(fused=loss.fused),
-        *describe_data(data, config.data.max_length),
         *remarks,
         *built.warnings,
         *warnings(config, sparse, num_steps),
@@ -167,7 +168,7 @@ def _train(
             print(peak, flush=True)
     if failure is not None and config.must_merge:
         raise failure
-    if failure is not None:
+    if failure is not None and rank == 0:
         print(f"WARNING: {printable(str(failure))}", flush=True)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from trainer.cli import process as entry
+from trainer.cli.main import main
 
 
 def test_importing_the_entry_point_needs_no_torch() -> None:
@@ -17,6 +19,20 @@ def test_importing_the_entry_point_needs_no_torch() -> None:
     code = f"import sys, trainer.cli.train; print([name for name in {slow} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (found.stdout, found.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "plan", "submit"])
+def test_what_the_file_system_refuses_is_a_message(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(path: str, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    place = {"submit": "cluster"}.get(command, "cli")
+    monkeypatch.setattr(importlib.import_module(f"trainer.{place}.{command}"), "load", load)
+    job = ["--gpus", "1", "--time", "1:00:00"] if command == "submit" else []
+    assert main([command, "closed.yaml", *job]) == 2
+    assert "Permission denied: 'closed.yaml'" in capsys.readouterr().err
 
 
 def test_rank_0_says_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.launching import write_inputs
-from trainer.cli.main import COMMANDS, main
+from trainer.cli.main import COMMANDS, Command, main
 
 
-def test_usage_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_is_made_of_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(COMMANDS, "weigh", Command("no.such.module:main", "[--heavy] RUN", "says what a run weighs"))
     assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert "train RECIPE.yaml" in text and "prepare RECIPE.yaml" in text
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    left = " ".join(" ".join(line[:59] for line in lines).split())
+    right = " ".join(" ".join(line[59:] for line in lines[2:]).split())
+    for name, command in COMMANDS.items():
+        assert f"{name} {command.arguments}" in left
+        assert command.purpose in right
+    assert re.search(r"^  weigh \[--heavy\] RUN +says what a run weighs$", "\n".join(lines), re.MULTILINE)
     assert main([]) == 2
+
+
+def test_a_command_is_imported_when_it_is_called() -> None:
+    code = "import sys, trainer.cli.main; print(sorted(name for name in sys.modules if name in sys.argv[1:]))"
+    modules = [command.function.partition(":")[0] for command in COMMANDS.values()]
+    found = subprocess.run([sys.executable, "-c", code, "torch", *modules], capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_modules_that_import_torch_are_marked(command: str) -> None:
+    """The process is prepared before torch is imported."""
+    module = COMMANDS[command].function.partition(":")[0]
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.stdout == f"{COMMANDS[command].imports_torch}\n", found.stderr
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

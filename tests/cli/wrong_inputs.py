@@ -134,6 +134,10 @@ OPTIONS: dict[str, list[tuple[str, ...]]] = {
         *(("--flops", speed) for speed in ("fast", "nan", "inf", "0", "-1")),
         ("--samples", "-3"),
         ("--bandwidth",),
+        ("--samples", "100"),
+        ("--bandwidth", "50GB"),
+        ("--host-bandwidth", "25GB"),
+        ("--short", "--flops", "measured"),
         ("--short", "--json"),
     ],
     "submit": [

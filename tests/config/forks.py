@@ -41,12 +41,15 @@ def import_everything() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["OMP_NUM_THREADS"] = "1"  # a fork has no threads of its parent's
     import trainer.checkpoint
-    import trainer.cli.main
-    import trainer.cli.plan
     import trainer.data.show
     import trainer.model.adapters
     import trainer.planner.dry_run
     import trainer.train  # noqa: F401
+    from trainer.cli.main import COMMANDS
+    from trainer.settings import implementation
+
+    for command in COMMANDS.values():
+        implementation(command.function)
 
 
 def in_fork(act: Callable[[], int], *, folder: Path) -> Outcome:

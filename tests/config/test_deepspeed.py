@@ -1,6 +1,7 @@
 """trainer/config/deepspeed/: presets, "auto", contradictions, refusals, sizes."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tests.config.deepspeed_runs import config, problems, resolve_json
 from trainer.config import ConfigError, RunConfig
 from trainer.config.deepspeed import keys as deepspeed_keys
 from trainer.config.deepspeed.buckets import size_buckets
-from trainer.config.deepspeed.presets import PRESET_FOLDER, presets, read
+from trainer.config.deepspeed.presets import PRESET_FOLDER, PRESETS, presets, read
 from trainer.config.deepspeed.resolve import resolve
 
 SIZES = {"largest_parameter": 4097, "largest_group": 20_000, "largest_block": 20_000, "hidden": 64}
@@ -32,6 +33,25 @@ def test_presets_are_the_files_and_no_others() -> None:
         "zero3_offload",
     ]
     assert len(list(PRESET_FOLDER.iterdir())) == 9
+
+
+def test_every_preset_is_described_and_nothing_else() -> None:
+    assert sorted(PRESETS) == presets()
+    description = RunConfig.model_fields["deepspeed"].description or ""
+    assert all(f"{name}: {text}" in description for name, text in PRESETS.items())
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_description_says_what_is_partitioned_and_where_state_is_stored(preset: str) -> None:
+    zero = read(preset)["zero_optimization"]
+    same = re.match(r"as (zero\d), with ", PRESETS[preset])
+    text = PRESETS[same[1]] if same else PRESETS[preset]
+    partitioned = ["optimizer state", "gradients", "weights"][: zero["stage"]]
+    assert [what for what in ("optimizer state", "gradients", "weights") if what in text] == partitioned
+    offloaded = {"cpu": "optimizer state in host memory", "nvme": "optimizer state on NVMe"}
+    device = zero.get("offload_optimizer", {}).get("device")
+    assert [where for where, words in offloaded.items() if words in PRESETS[preset]] == ([device] if device else [])
+    assert ("copy of the weights on each machine" in PRESETS[preset]) == ("zero_hpz_partition_size" in zero)
 
 
 @pytest.mark.parametrize("preset", presets())

@@ -54,6 +54,22 @@ def test_scaled_gradients_are_refused_for_state_of_its_own_alone() -> None:
     assert found(update={"name": "dense"}, model=fp16) == []
 
 
+@pytest.mark.parametrize(
+    ("selector", "refused"),
+    [
+        ({"name": "all"}, False),
+        ({"name": "fixed", "blocks": [0, -1]}, False),
+        ({"name": "uniform"}, True),
+        ({"name": "unknown"}, True),
+        ({"name": ["fixed"]}, True),
+    ],
+)
+def test_a_bank_and_8_bit_moments_are_refused_for_blocks_that_switch(selector: dict[str, Any], refused: bool) -> None:
+    said = found(method="lora", selector=selector, bank={"name": "cpu"}, optimizer={"name": "adamw_8bit"})
+    assert [line.partition(",")[0] for line in said] == ["bank.name: cpu"] * refused
+    assert found(method="lora", selector=selector, bank={"name": "discard"}, optimizer={"name": "adamw_8bit"}) == []
+
+
 @pytest.mark.parametrize(("seed", "problems"), [(5, 1), (None, 0)])
 def test_the_seed_of_draws_is_the_run_s(seed: int | None, problems: int) -> None:
     selector = {"name": "uniform"} | ({} if seed is None else {"seed": seed})

@@ -7,7 +7,10 @@ import json
 import pytest
 
 from tests.data.conftest import rows_of
+from trainer.config.sources import FORMATS as DESCRIPTIONS
 from trainer.data.errors import DataError
+from trainer.data.formats import FORMATS
+from trainer.data.formats.fields import braces
 from trainer.data.rows import detect
 
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -19,6 +22,15 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
 def only(write, row, **keys):
     (found,) = rows_of(write(row), **keys)
     return found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_help_names_the_columns_of_a_format(name):
+    """And no others: the help says once for all formats that system_prompt is another name of system."""
+    columns, _, optional = DESCRIPTIONS[name].partition("optionally ")
+    assert columns.startswith(braces(FORMATS[name].columns))
+    named = optional.split(", ") if optional else []
+    assert sorted(named) == sorted(set(FORMATS[name].optional) - {"system_prompt"})
 
 
 def test_alpaca_is_rendered_as_published(write):

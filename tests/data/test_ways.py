@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from tests.data.conftest import prepared, rows_of
 from trainer.data.errors import DataError
+from trainer.data.formats import FORMATS
 from trainer.data.tokenizer import bytes_tokenizer
 
 
@@ -20,9 +21,21 @@ def said(*contents, tools=None):
     return {"messages": messages} if tools is None else {"messages": messages, "tools": tools}
 
 
+def asked(prompt, completion, **more):
+    return {"prompt": prompt, "completion": completion, **more}
+
+
+def turn(role, content):
+    return [{"role": role, "content": content}]
+
+
 def called(arguments, **more):
     call = {"type": "function", "function": {"name": "wait", "arguments": arguments}}
     return {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+
+def told(*contents, **more):
+    return {"conversations": [{"from": role, "value": value} for role, value in contents], **more}
 
 
 def tool(**properties):
@@ -56,6 +69,29 @@ ANY = {
         said(("user", "a"), ("assistant", "b")),
         {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": True}]},
         {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "weight": 1}]},
+    ],
+    "prompts": [
+        asked(turn("user", "a"), turn("assistant", "b")),
+        asked("c", "d"),
+        asked("true", "4"),
+        asked("7", "null"),
+        asked(turn("user", "4"), turn("assistant", '{"a": 1}'), system="s", tools=[tool()]),
+    ],
+    "prompts-of-parts": [
+        asked(turn("user", [{"type": "text", "text": "a"}]), turn("assistant", "4")),
+        asked(turn("user", "true"), turn("assistant", [{"type": "text", "text": "[1]"}])),
+    ],
+    "completions": [asked("a", "b"), asked("c", "4"), asked("d", None)],
+    "tools-or-text": [
+        said(("user", "a"), ("assistant", "b"), tools=[tool(x={"type": "integer"})]),
+        said(("user", "a"), ("assistant", "b"), tools=json.dumps([tool(y={"type": "string"})])),
+        said(("user", "a"), ("assistant", "b"), tools=None),
+    ],
+    "sharegpt": [
+        told(("human", "a"), ("gpt", "4"), system="s", tools=[tool()]),
+        told(("human", "b"), ("function_call", {"name": "f", "arguments": {"x": 1}}), tools=json.dumps([tool()])),
+        told(("human", [{"type": "text", "text": "c"}]), ("function_call", '{"name": "f", "arguments": {}}')),
+        told(("human", "null"), ("gpt", '[{"a": 1}]')),
     ],
     "columns": [
         {"question": "a", "answer": "b", "context": None},
@@ -193,6 +229,50 @@ def test_every_way_of_reading_gives_the_same_samples(tmp_path, monkeypatch, name
     for way in WAYS:
         (tmp_path / way.__name__).mkdir()
         assert samples(tmp_path, way(rows, made, tmp_path / way.__name__, monkeypatch)) == wanted, way.__name__
+
+
+def use_json(rows, place):
+    """Write rows as `datasets` writes them by default when a column's types differ."""
+    Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(place / "a.parquet")
+    return place / "a.parquet"
+
+
+def test_conversations_beside_texts_are_read_as_conversations(tmp_path):
+    rows = [asked(turn("user", "a"), turn("assistant", "b")), asked("c", "d")]
+    conversation, text = rows_of(use_json(rows, tmp_path))
+    assert conversation.messages == (*turn("user", "a"), *turn("assistant", "b"))
+    assert conversation.trains == (True,) and conversation.prompt == conversation.answer == ""
+    assert (text.prompt, text.answer, text.messages) == ("c", "d", ())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        asked("a", turn("assistant", "b")),
+        asked(turn("user", "a"), "b"),
+        asked({"role": "user", "content": "a"}, "b"),
+        asked("a", {"role": "assistant", "content": "b"}),
+        asked([1, 2], [3]),
+        asked(turn("user", "a"), {"b": 1}),
+    ],
+    ids=str,
+)
+def test_lists_and_objects_are_never_trained_on_as_text(tmp_path, row):
+    rows = [asked("a", "b"), asked(turn("user", "a"), turn("assistant", "b")), row]
+    said = {}
+    for file in (jsonl(rows, tmp_path / "a.jsonl"), use_json(rows, tmp_path)):
+        with pytest.raises(DataError) as refused:
+            rows_of(file)
+        (said[file.suffix],) = (problem.split(": ", 1)[1] for problem in refused.value.problems)
+    assert said[".jsonl"] == said[".parquet"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_declares_what_its_columns_contain(name):
+    format = FORMATS[name]
+    others = {"alpaca": {"history"}, "prompt": {"tools"}, "messages": {"tools"}, "sharegpt": {"tools"}}.get(name, set())
+    assert not set(format.texts) & set(format.messages)
+    assert {*format.columns, *format.optional} == {*format.texts, *format.messages} | others
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.docs.pages import ROOT, blocks
+from tests.docs.pages import ROOT, Block, blocks
 from tests.launching import environment, free_port, launch, metrics, write_inputs
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -57,7 +57,8 @@ def _command(extended: Path, place: Path, words: list[str]) -> str:
 
 
 def test_each_addition_is_its_files_and_a_line_in_a_registry() -> None:
-    """A selector is one file; a rule or a bank two, of which one imports no torch; each is named in one more."""
+    """A selector is one file; a rule or a bank two, of which one imports no torch; each is named in one more. A
+    method is only named."""
     touched: dict[str, list[str]] = {}
     for block in blocks(PAGE):
         named = FILE.findall(block.before)
@@ -71,13 +72,37 @@ def test_each_addition_is_its_files_and_a_line_in_a_registry() -> None:
         "A data format": ["data/formats/summary.py", "config/sources.py"],
         "A bank": ["engine/banks/host.py", "settings/banks/host.py", "settings/banks/__init__.py"],
         "A command": ["cli/size.py", "cli/main.py"],
+        "A method": ["config/methods.py"],
     }
+
+
+@pytest.mark.parametrize("block", blocks(PAGE, "diff"), ids=str)
+def test_a_registry_gets_one_line_and_loses_none(block: Block) -> None:
+    """And the import of a class, if the registry lists classes."""
+    lines = block.text.splitlines()
+    added = [line[1:] for line in lines if line.startswith("+")]
+    imports = [line for line in added if line.startswith("from ")]
+    assert len(added) - len(imports) == 1 and len(imports) <= 1
+    assert not any(line.startswith("-") for line in lines)
+    file = FILE.findall(block.before)[-1]
+    assert bool(imports) == file.endswith("/__init__.py"), file
 
 
 def test_the_changes_apply_to_the_package_as_it_is(tmp_path: Path) -> None:
     _extend(tmp_path)
     for path in (tmp_path / "trainer").rglob("*.py"):
         compile(path.read_text(), str(path), "exec")
+
+
+@pytest.mark.slow
+def test_a_method_from_the_page(extended: Path, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    values = ["method=lisa_lora", "substrate.peft.r=2", "substrate.peft.target_modules=[q_proj]", "train.steps=2"]
+    script = str(extended / "launch" / "train.py")
+    said = _command(extended, tmp_path, [sys.executable, script, "tiny.yaml", *values, "schedule.warmup_steps=0"])
+    assert "lisa_lora on a random llama (54,368 parameters, fp32), 1 rank, ZeRO stage 3\n" in said
+    assert "2 of 4 blocks at a time (uniform, a new draw every 20 steps), with nothing else" in said
+    assert (tmp_path / "runs" / "tiny" / "adapter").is_dir()
 
 
 @pytest.mark.slow
@@ -100,6 +125,10 @@ def test_a_selector_a_rule_a_format_and_a_command_from_the_page(extended: Path, 
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert losses[-1] < losses[0]
     assert "runs/tiny: " in _command(extended, tmp_path, [sys.executable, "-m", "trainer", "size", "runs/tiny"])
+    usage = _command(extended, tmp_path, [sys.executable, "-m", "trainer", "--help"])
+    assert re.search("^  size RUN +says how large a run folder is$", usage, re.MULTILINE)
+    keys = _command(extended, tmp_path, [sys.executable, script, "--help"])
+    assert "summary: {document, summary}, optionally system" in " ".join(keys.split())
 
 
 @pytest.mark.slow

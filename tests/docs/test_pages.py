@@ -19,6 +19,7 @@ from tests.docs.pages import PAGES, ROOT, Block, all_blocks, anchors, prose
 from tests.launching import RECIPES
 from trainer.cli.main import COMMANDS, main
 from trainer.config import ConfigError, load, parse_command_line
+from trainer.config.deepspeed.presets import PRESETS
 from trainer.config.page import configuration_page
 
 ids = str  # of blocks: where they are
@@ -33,6 +34,13 @@ def test_the_readme_is_short() -> None:
 def test_the_configuration_page_is_what_the_schema_says() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == configuration_page(), (
         "run: python -m trainer.config.page > docs/configuration.md"
+    )
+
+
+def test_the_table_of_presets_is_what_their_descriptions_say() -> None:
+    table = "".join(f"| `{name}` | {text} |\n" for name, text in PRESETS.items())
+    assert (
+        f"| preset | what it does |\n| --- | --- |\n{table}\n" in (ROOT / "docs" / "memory-and-machines.md").read_text()
     )
 
 

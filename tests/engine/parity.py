@@ -18,6 +18,7 @@ from tests.comparing import largest_difference  # noqa: F401 - for the tests aro
 from tests.models import FAMILIES, tiny_llama, tiny_model
 from trainer.engine import banks
 from trainer.engine.banks import Bank
+from trainer.model.blocks import find
 from trainer.model.load import DTYPES
 from trainer.selectors import build
 
@@ -50,7 +51,7 @@ class Cell:
     always_on: tuple[str, ...] = ("embeddings", "head", "norm")
     dtype: str = "fp32"
     evaluate: bool = False
-    family: str | None = None  # of tests.models.FAMILIES; None: a Llama of `depth` blocks
+    family: str | None = None  # of tests.models.FAMILIES or tests.families.MORE; None: a Llama of `depth` blocks
     reward_rate: float = 10.0  # of selector importance
     dora: bool = False
     lora: int = 0  # rank of adapters, which then train in place of the weights; the head is in PEFT's modules_to_save
@@ -161,7 +162,8 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
     """Return the weights after training in one process with Adam state by parameter, and each step's active set."""
     model = build_model(cell)
     names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    path = "base_model.model." * bool(cell.lora) + FAMILIES[cell.family or "llama"][0]
+    known = FAMILIES.get(cell.family or "llama")  # found by hand, so that finding is tested too
+    path = "base_model.model." * bool(cell.lora) + (known[0] if known else find(model).path)
     layers = [
         {n: p for n, p in names.items() if n.startswith(f"{path}.{i}.")} for i in range(len(model.get_submodule(path)))
     ]

@@ -13,6 +13,7 @@ import trainer
 from tests import distributed
 from tests.engine import parity
 from tests.engine.parity import Cell, largest_difference, reference, strata
+from tests.families import MORE
 from tests.models import FAMILIES, tiny_llama, tiny_model
 from trainer.engine.zero.errors import RegistrationError
 
@@ -22,7 +23,7 @@ TOLERANCE = 1e-6
 def _families(rank: int, families: tuple[str, ...], tied: bool) -> dict[str, float]:
     """Return the largest difference of any weight from the plain loop, by family and stage, after two switches."""
     differences = {}
-    parity.tiny_model = lambda family: tiny_model(family, tie_word_embeddings=tied)
+    parity.tiny_model = lambda family: tiny_model(family, **({"tie_word_embeddings": True} if tied else {}))
     for family in families:
         cell = Cell(family=family, steps=6, weight_decay=0.1)
         expected = reference(cell)[0] if rank == 0 else {}
@@ -31,6 +32,52 @@ def _families(rank: int, families: tuple[str, ...], tied: bool) -> dict[str, flo
             if rank == 0:
                 differences[f"{family}, stage {stage}"] = largest_difference(weights, expected)
     return differences
+
+
+# In these rounding grows a hundredfold within six steps, in the plain loop as well: they normalise queries and keys of
+# nearly nothing.
+SENSITIVE = ("gemma3n_text", "gemma4_text")
+
+
+@pytest.mark.slow
+def test_more_families_train_as_in_a_plain_loop() -> None:
+    families = tuple(family for family in MORE if family not in SENSITIVE)
+    differences = distributed.run(_families, families, False, ranks=2, deadline=400)[0]
+    assert len(differences) == 2 * len(families) > 100
+    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
+    assert not wrong, wrong
+
+
+def _one_rounding_apart(family: str) -> nn.Module:
+    model = tiny_model(family)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 2.0**-23 * torch.randint(-1, 2, parameter.shape, generator=generator))
+    return model
+
+
+def _sensitive(rank: int) -> dict[str, tuple[float, float]]:
+    found = {}
+    for family in SENSITIVE:
+        for stage in (2, 3):
+            cell = Cell(family=family, steps=6, weight_decay=0.1, stage=stage)
+            parity.tiny_model = tiny_model
+            weights, _ = strata(rank, cell)
+            if rank == 0:
+                expected = reference(cell)[0]
+                parity.tiny_model = _one_rounding_apart
+                moved = largest_difference(reference(cell)[0], expected)
+                found[f"{family}, stage {stage}"] = (largest_difference(weights, expected), moved)
+    return found
+
+
+@pytest.mark.slow
+def test_sensitive_families_differ_less_than_plain_loops_that_begin_one_rounding_apart() -> None:
+    """Gemma 3n: 2.5e-6 against 1.7e-5. Gemma 4: 5e-4 against 9e-3."""
+    found = distributed.run(_sensitive, ranks=2, deadline=200)[0]
+    assert len(found) == 4
+    assert all(difference < moved for difference, moved in found.values()), found
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def _banked(rank: int, cells: list[Cell]) -> list[Banked]:
 
 def state_of(sparse: trainer.Sparse) -> dict[tuple[str, str], Tensor]:
     """Copies of this rank's masters and moments, by parameter and kind."""
-    registration = sparse._registered()
+    registration = sparse._attached().registration
     pieces = [piece for number in range(len(registration.groups)) for piece in registration.slices(number)]
     return {(piece.name, kind): tensor.clone() for piece in pieces for kind, tensor in piece.tensors.items()}
 

@@ -200,12 +200,12 @@ def _trained(rank: int, cell: Cell, *, checked: bool) -> dict[str, Tensor]:
         now = [p.grad for p in engine.module.parameters()]
         assert all(a is b for a, b in zip(now, gradients, strict=True)), [type(g) for g in gradients]
         if cell.stage == 3:
-            assert not sparse._registered().fetch_order()
+            assert not sparse._attached().registration.fetch_order()
             assert all(p.numel() == 0 for p in engine.module.parameters()), "all partitioned again"
     orders = []
     for step in range(cell.steps):
         train_step(cell, engine, step, rank)
-        orders.append(len(sparse._registered().fetch_order()))
+        orders.append(len(sparse._attached().registration.fetch_order()))
     weights = full_weights(engine) | {"orders": torch.tensor(orders)}
     engine.destroy()
     return weights

@@ -74,6 +74,22 @@ def test_metrics_hold_evaluations_before_during_and_after(run: Run) -> None:
     assert evaluations[6] < evaluations[4] < evaluations[0]
 
 
+def test_the_first_lines_name_method_model_folder_data_and_plan_once_and_in_this_order(run: Run) -> None:
+    lines = run.finished.stderr.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("lisa on "))
+    assert lines[first] == "lisa on a random llama (53,856 parameters, fp32), 2 ranks, ZeRO stage 3"
+    begin = [
+        "run folder runs/tiny: 2 of 4 blocks at a time (uniform, ",
+        "train ",
+        "eval ",
+        "loss: plain ",
+        "planned peak ",
+    ]
+    for line, expected in zip(lines[first + 1 :], begin, strict=False):
+        assert line.startswith(expected)
+    assert run.finished.everything.count("lisa on a random llama") == 1
+
+
 def test_the_plan_is_said_before_the_run_and_stands_in_the_metrics_after_it(run: Run) -> None:
     """On CPUs, which do not count, nothing is measured, and that is said."""
     assert "planned peak " in run.finished.everything and "planned, not measured on a CPU." in run.finished.stdout
@@ -108,6 +124,14 @@ def test_a_run_says_nothing_that_nobody_can_act_on(run: Run) -> None:
     said = [line for line in run.finished.everything.splitlines() if not launchers.match(line)]
     for words in ("Warning", "deprecated", "Writing model shards", "built successfully", "accelerator"):
         assert [line for line in said if words in line] == []
+
+
+def test_what_deepspeed_guesses_is_not_said(tmp_path: Path) -> None:
+    guessing = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}
+    start = "from trainer.cli.process import prepare_process; prepare_process()"
+    guess = "from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_name())"
+    done = launch([sys.executable, "-c", f"{start}; {guess}"], tmp_path, variables=guessing)
+    assert (done.code, done.stderr) == (0, "") and done.stdout.strip() in ("cpu", "cuda")
 
 
 def test_a_run_that_diverges_stops_without_a_model_and_beside_an_earlier_run(run: Run) -> None:

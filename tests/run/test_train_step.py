@@ -235,6 +235,29 @@ def _unknown_head(rank: int) -> None:
     assert summed_loss(engine(input_ids=ids).logits, ids).isfinite()
 
 
+def _fused_as_plain(rank: int, family: str) -> tuple[list[float], list[float]]:
+    """The norm of the first step's gradient, and the weights' sum after it, of the plain and of the fused loss."""
+    ids = ragged_batches(0)[0]["input_ids"]
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    found: tuple[list[float], list[float]] = ([], [])
+    for fused, values in zip((False, True), found, strict=True):
+        model = tiny_model(family, router_aux_loss_coef=0.1)
+        engine, objective = start(model, stage=2, ranks=1, micro_batch=2, fused=fused)
+        if fused:
+            check_fused(engine, objective)
+        engine.train()
+        train_step(engine, objective, [batch])
+        values += [float(engine.get_global_grad_norm()), float(sum(p.double().sum() for p in model.parameters()))]
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "phimoe", "granitemoehybrid", "granitemoe", "cohere", "gemma2"])
+def test_the_fused_loss_is_the_models_own(family: str) -> None:
+    """Whatever it calls its backbone and its experts, its logits scaled and capped, with its router's loss or none."""
+    ((plain, fused),) = distributed.run(_fused_as_plain, family, ranks=1)
+    assert fused == pytest.approx(plain, rel=1e-4)
+
+
 # --- probes ------------------------------------------------------------------------------------------------------
 
 

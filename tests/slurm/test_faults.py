@@ -121,7 +121,7 @@ def test_a_time_limit_saves_and_the_job_goes_on(lab: Lab, place: Path, undisturb
     (place / "small.yaml").write_text(text.replace("steps: 8", f"steps: {steps}"))
     done = job.wait("COMPLETED", restarts=1, deadline=300)
     assert done["Restarts"] == "1" and f"resuming after step {saved}, from " in job.said()
-    assert f"Saved before its time was over: job {job.number} goes back into the queue." in job.said()
+    assert f"The run was told to stop: job {job.number} goes back into the queue." in job.said()
     other = place / "other"
     other.mkdir()
     write_inputs(other)

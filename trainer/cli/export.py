@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.cli.process import prepare_process, refusals, refuse
+from trainer.cli.process import prepare_process, refuse
 from trainer.config.argument_paths import path_argument
 from trainer.config.arguments import Parser
 from trainer.config.text import printable
+from trainer.errors import refusals
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)B", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -178,7 +179,7 @@ def _out_problem(out: Path, inputs: Sequence[Path]) -> str | None:
     if not above.is_dir():
         return f"{out}: {above} is not a folder; name another OUT"
     for path in inputs:
-        ours = any((path / name).exists() for name in ("checkpoints", "latest", "config.json", "delta.json"))
+        ours = any(os.path.exists(path / name) for name in ("checkpoints", "latest", "config.json", "delta.json"))
         if ours and place.is_relative_to(path.resolve()):
             return f"{out}: is inside {path}, which is only read; name another OUT"
     if len(os.fsencode(out.name)) > _LONGEST_NAME:

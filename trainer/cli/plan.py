@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from trainer.cli.process import EXIT_REFUSED, refusals, refuse
+from trainer.cli.process import EXIT_REFUSED, refuse
 from trainer.config import ConfigError, RunConfig, load, parse_command_line
 from trainer.config.arguments import Parser, count
 from trainer.config.text import printable, quoted
+from trainer.errors import refusals
 from trainer.planner import report
 from trainer.planner.advice import suggest
 from trainer.planner.machine import Machine, num_steps, parse_bytes, shortage
@@ -33,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
             return _load(command.config_path, [*command.overrides, *settings])
 
         config = load_with(())
+        if unused := _unused(arguments, config):
+            return refuse(unused, rank=0)
         machine = Machine(
             nodes=arguments.nodes,
             gpus=arguments.gpus,
@@ -45,6 +48,12 @@ def main(argv: Sequence[str]) -> int:
         num_steps(config, arguments.samples)  # refuses more than can be counted
         planner = Planner()
         plan = planner.plan(config, machine.ranks, local_ranks=machine.gpus)
+        if arguments.host_bandwidth is not None and not plan.offloaded:
+            return refuse(
+                f"--host-bandwidth has no effect because deepspeed={config.deepspeed} copies nothing between card and "
+                "host in a step: leave it out, or choose a preset with offload",
+                rank=0,
+            )
         missing = shortage(plan, machine)
         suggestions, least = suggest(planner, load_with, config, machine) if missing else ([], None)
     if refused:
@@ -71,6 +80,23 @@ def _load(path: str | None, overrides: Sequence[str]) -> RunConfig:
         if [problem.partition(":")[0] for problem in error.problems] != ["data.train"]:
             raise
         return load(path, [*overrides, "data.train=none"], check_files=False)
+
+
+def _unused(arguments: argparse.Namespace, config: RunConfig) -> str | None:
+    """Return a message about an option that the plan would not use, whatever its value; None if there is none."""
+    if arguments.short:
+        for name in ("flops", "bandwidth", "host_bandwidth", "samples"):
+            if getattr(arguments, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                return f"{option} has no effect because --short shows no times: leave one of them out"
+    if arguments.samples is not None and config.train.steps is not None:
+        return (
+            f"--samples has no effect because train.steps={config.train.steps} is the length of the run: leave it out, "
+            "or set train.steps=null and train.epochs"
+        )
+    if arguments.bandwidth is not None and arguments.nodes * arguments.gpus == 1:
+        return "--bandwidth has no effect because one rank sends nothing: leave it out, or raise --gpus or --nodes"
+    return None
 
 
 def _measured_flops(config: RunConfig) -> float:

@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trainer.cli.process import prepare_process, refusals, refuse
-from trainer.config import ConfigError, load, parse_command_line
+from trainer.cli.process import prepare_process, refuse
+from trainer.config import load, parse_command_line
 from trainer.config.text import printable
+from trainer.errors import refusals
 
 USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N]
 
@@ -21,14 +22,14 @@ in green, or in ⟦brackets⟧ if the output is no terminal (FORCE_COLOR=1 force
 
 def main(argv: Sequence[str]) -> int:
     """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, or 2 after a message."""
-    try:
+    with refusals() as refused:
         command = parse_command_line(argv, options=("--show", "--help"))
         if command.show_help:
             print(USAGE, end="")
             return 0
         config = load(command.config_path, command.overrides)
-    except ConfigError as error:
-        return refuse(str(error), rank=0)
+    if refused:
+        return refuse(refused[0], rank=0)
 
     prepare_process()
     from trainer.data.cache import prepare_run

@@ -1,18 +1,16 @@
-"""Code shared by all commands: exit codes, errors in words, and the set-up of a process before torch is imported."""
+"""Code shared by all commands: exit codes, how a refusal is printed, and the set-up before torch is imported."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.cluster.ranks import in_step, number
 from trainer.config.text import printable
-from trainer.errors import StrataError
 
 EXIT_REFUSED = 2
 # Launchers kill the job about a second after the first process exits, srun after 20 as slurm.sbatch calls it. Rank 0
@@ -20,23 +18,6 @@ EXIT_REFUSED = 2
 _PATIENCE_SECONDS, _PATIENCE_SECONDS_UNDER_SRUN = 10, 45
 # Libraries whose deprecations concern their authors or this package's: no user of a command can act on them.
 _LIBRARIES = "accelerate|bitsandbytes|datasets|deepspeed|peft|torch|transformers"
-
-
-@contextmanager
-def refusals() -> Iterator[list[str]]:
-    """Catch errors that a user can mend, and append their message to the list that the context yields.
-
-    These are every `StrataError`, and errors of files and file systems: a full disk, a folder that cannot be written.
-    """
-    from safetensors import SafetensorError  # imported late: most commands read no weights
-
-    messages: list[str] = []
-    try:
-        yield messages
-    except StrataError as error:
-        messages.append(str(error))
-    except (OSError, SafetensorError) as error:
-        messages.append(f"{type(error).__name__}: {error}")
 
 
 def prepare_process() -> None:
@@ -56,6 +37,10 @@ def prepare_process() -> None:
     if in_step(os.environ) and cores < (number(os.environ, "SLURM_CPUS_ON_NODE") or 1):
         processes = 1  # srun has bound each task to its own cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # On processors with AVX-512: that a package is missing with which 4-bit weights would be faster on the CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # The run's first lines and `doctor` say on what it runs.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     if sys.warnoptions:  # python -W or PYTHONWARNINGS
         return
     for category in (FutureWarning, DeprecationWarning):

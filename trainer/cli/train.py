@@ -12,12 +12,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.cli.process import EXIT_REFUSED, prepare_process, refusals, refuse
+from trainer.cli.process import EXIT_REFUSED, prepare_process, refuse
 from trainer.cluster.ranks import LaunchError, first_of_all, take_rank
-from trainer.config import ConfigError, RunConfig, help_text, load, parse_command_line
+from trainer.config import RunConfig, help_text, load, parse_command_line
 from trainer.config.command_line import wants_help
 from trainer.config.deepspeed.resolve import resolve
 from trainer.config.text import printable
+from trainer.errors import refusals
 from trainer.run.interruption import Interruption
 from trainer.run.rank_watch import EXIT_FAILED, RankWatch
 
@@ -34,12 +35,12 @@ def main(argv: Sequence[str], *, default_recipe: Path | None = None) -> int:
     except LaunchError as error:
         return refuse(str(error), error.task)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
+    with refusals() as refused:
         command = parse_command_line(argv, default_recipe=str(default_recipe) if default_recipe else None)
         config = load(command.config_path, command.overrides)
         resolve(config, ranks)
-    except ConfigError as error:
-        return refuse(str(error), rank)
+    if refused:
+        return refuse(refused[0], rank)
     if alone:
         print(f"\nWhat a single rank would do. To train, {printable(alone)}", file=sys.stderr)
     if command.dry_run:

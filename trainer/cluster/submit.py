@@ -17,6 +17,7 @@ from trainer.config import ConfigError, RunConfig, load, parse_command_line
 from trainer.config.arguments import Parser, count
 from trainer.config.deepspeed.resolve import resolve
 from trainer.config.text import has_control_characters, printable, quoted
+from trainer.errors import refusals
 
 # SLURM's notation: minutes, minutes:seconds, hours:minutes:seconds, and days before hours, such as 2-00:00:00.
 _TIME = re.compile(r"([0-9]{1,6}-)?[0-9]{1,9}(:[0-9]{1,2}){0,2}")
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             f"--notice: got {arguments.notice} seconds, and SLURM may be {_EARLY_SECONDS} early, which leaves nothing "
             f"of --time {arguments.time}: lower --notice, or raise --time"
         )
-    try:
+    with refusals() as refused:
         # Read as the job will read them.
         command = parse_command_line([arguments.recipe, *arguments.settings], options=())
         if command.config_path is None:
@@ -73,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
         config = load(command.config_path, command.overrides)
         resolve(config, arguments.nodes * arguments.gpus)
         script = _script(arguments, config)
-    except ConfigError as error:
-        return _refuse(str(error))
+    if refused:
+        return _refuse(refused[0])
     if arguments.print:
         print(script, end="")
         return 0

@@ -14,7 +14,7 @@ from trainer.config.architecture import architecture_problems
 from trainer.config.core_yaml import YamlError
 from trainer.config.deepspeed import presets
 from trainer.config.errors import ConfigError, nearest
-from trainer.config.reading import obstacle, read_file
+from trainer.config.reading import folder_obstacle, obstacle, read_file
 from trainer.config.schema import RunConfig
 from trainer.config.sources import DATA_SUFFIXES, hub_name, source_list
 from trainer.config.text import quoted
@@ -24,6 +24,8 @@ MODEL_MARKER, ADAPTER_MARKER = "config.json", "adapter_config.json"
 _MOST_JSON_BYTES = 2**28
 # File systems allow 255 bytes, of which OUTPUT-2, OUTPUT-JOB.log and temporary names need some.
 _LONGEST_NAME = 200
+# The keys of folders that need not be listed.
+_WRITTEN = ("output", "data.cache")
 
 
 def dump(config: RunConfig) -> str:
@@ -95,14 +97,14 @@ def _resolve_path(path: str, bases: Sequence[Path]) -> str:
 
 
 def path_problems(values: Mapping[str, Any]) -> list[str]:
-    """Find paths of a configuration that cannot exist: unknown home folders and impossible names."""
+    """Find paths of a configuration that cannot be used: unknown home folders, impossible names, closed folders."""
     problems = []
     for key, path in _named_paths(values):
         expanded = os.path.expanduser(path)
         if expanded.startswith("~"):
             user = expanded.partition("/")[0]
             problems.append(f"{key}: got {quoted(path)}, but there is no home folder {quoted(user)}; write the folder")
-        elif reason := obstacle(expanded):
+        elif reason := obstacle(expanded) or (None if key in _WRITTEN else folder_obstacle(expanded)):
             problems.append(f"{key}: got {quoted(path)}: {reason}; name another")
     return problems
 
@@ -247,14 +249,25 @@ def _model_problems(key: str, path: str, bases: Sequence[Path], *, marker: str |
         return [f"{key}: {missing}; allowed: {expected}"]
     if not folder.is_dir():
         return [f"{key}: {path!r} is a file; allowed: {expected}"]
-    if marker == MODEL_MARKER and (folder / ADAPTER_MARKER).is_file():
+    if marker == MODEL_MARKER and os.path.isfile(folder / ADAPTER_MARKER):
         return [
             f"{key}: {path!r} contains an adapter ({ADAPTER_MARKER}), no model of its own; set model.path to the base "
             f"{_base_of(folder)}and, to continue training the adapter, substrate.adapter={path}"
         ]
-    if marker and not (folder / marker).is_file():
+    if marker and not os.path.isfile(folder / marker):
         return [f"{key}: folder {path!r} has no {marker}; allowed: {expected}"]
+    if marker and (reason := _unreadable(folder / marker)):
+        return [f"{key}: cannot read {str(folder / marker)!r}: {reason}; allow it, or name another folder"]
     return _weight_problems(key, path, folder) if marker else []
+
+
+def _unreadable(file: Path) -> str | None:
+    """Return why a regular file cannot be opened, or None."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _base_of(adapter: Path) -> str:

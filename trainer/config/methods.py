@@ -39,7 +39,6 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "selector": {"name": "cyclic", "blocks": 1, "interval": 100, "order": "reshuffled"},
         "always_on": _ALL_OFF,
     },
-    "full": {**_COMMON, "selector": {"name": "all", "interval": 20}, "always_on": ALL_ON},
     # IST, arXiv 2410.11772: constants of the authors' ist.py, adapters of their llama_7B_LoRA_IST.sh. The state of
     # inactive adapters is kept.
     "ist": {**_ADAPTERS, "selector": {"name": "importance"}},
@@ -54,6 +53,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     # LoRA, arXiv 2106.09685, with the same adapters; all of them always train.
     "lora": {**_ADAPTERS, "selector": {"name": "all", "interval": 20}},
+    "full": {**_COMMON, "selector": {"name": "all", "interval": 20}, "always_on": ALL_ON},
 }
 # Used for parts that neither a method nor the user sets.
 DEFAULT_PARTS = METHODS["lisa"]

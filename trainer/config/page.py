@@ -22,6 +22,7 @@ command line, as in `selector.blocks=4`. Values follow YAML 1.2: `010` is 10, an
 text. For an unknown key, the error names the nearest known one. `python -m trainer train --help` prints the same list.
 
 Some sections, such as `selector`, have variants. The key `name` chooses one, and decides which other keys are allowed.
+The defaults of `substrate`, `selector`, `update`, `bank` and `always_on` are those without `method`.
 """
 
 

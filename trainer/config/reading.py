@@ -39,3 +39,15 @@ def obstacle(path: str | Path) -> str | None:
     except ValueError as error:  # a NUL in the name
         return str(error)
     return None
+
+
+def folder_obstacle(path: str | Path) -> str | None:
+    """Return why the files in a folder cannot be listed and opened, else None; None too if `path` is no folder."""
+    if not os.path.isdir(path):
+        return None
+    try:
+        os.listdir(path)
+        os.stat(os.path.join(path, os.curdir))  # refused if the folder can be listed and not entered
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from trainer.config.methods import DEFAULT_PARTS, expand_method
+from trainer.config.deepspeed.presets import PRESETS
+from trainer.config.methods import DEFAULT_PARTS, METHODS, expand_method
 from trainer.config.rules import rule_problems
 from trainer.config.sources import FORMATS, source_list
 from trainer.selectors import REGISTRY as SELECTORS
@@ -27,7 +28,9 @@ ScheduleName = Literal[
 ]
 
 
-Format = Literal[("auto", *FORMATS)]  # type: ignore[valid-type]
+def _each(descriptions: Mapping[str, str]) -> str:
+    """Return the names of a registry with their descriptions, for the help of a key that chooses one of them."""
+    return "; ".join(f"{name}: {description}" for name, description in descriptions.items())
 
 
 class ModelConfig(Section):
@@ -111,17 +114,23 @@ def _one_of(registry: Mapping[str, type[Section]]) -> Any:
 
 # A type checker knows the common base of what a registry lists.
 if TYPE_CHECKING:
+    Format: TypeAlias = str
+    Method: TypeAlias = str
     AnySelector: TypeAlias = Selector
     AnyUpdate: TypeAlias = UpdateSettings
     AnyBank: TypeAlias = BankSettings
 else:
+    Format, Method = Literal[("auto", *FORMATS)], Literal[tuple(METHODS)]
     AnySelector, AnyUpdate, AnyBank = _one_of(SELECTORS), _one_of(UPDATES), _one_of(BANKS)
 
 
+_WITH_ADAPTERS = "The default is false with substrate.name=adapter."
+
+
 class AlwaysOn(Section):
-    embeddings: bool = Field(True, description="Train the input embeddings in every interval.")
-    head: bool = Field(True, description="Train the output head in every interval.")
-    norm: bool = Field(True, description="Train the final norm in every interval.")
+    embeddings: bool = Field(True, description=f"Train the input embeddings in every interval. {_WITH_ADAPTERS}")
+    head: bool = Field(True, description=f"Train the output head in every interval. {_WITH_ADAPTERS}")
+    norm: bool = Field(True, description=f"Train the final norm in every interval. {_WITH_ADAPTERS}")
 
 
 class OptimizerConfig(Section):
@@ -192,9 +201,8 @@ class DataSource(Section):
     )
     format: Format = Field(
         "auto",
-        description="alpaca {instruction, input, output}, qa {question, answer}, prompt {prompt, completion}, messages "
-        "(OpenAI's, with tools), sharegpt {conversations}, text (loss on every token); auto: chosen by the columns. "
-        "Optional columns: system (not with prompt and text), history and input (alpaca), context (qa).",
+        description=f"auto: chosen by the columns; {_each(FORMATS)}. The column system may also be named "
+        "system_prompt.",
     )
     subset: Text | None = Field(None, description="Which configuration, if a Hub data set or folder has several.")
     split: Text | None = Field(
@@ -274,9 +282,11 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """The configuration of a run. Built from a mapping, in which `method` supplies what the parts leave out."""
 
-    method: Literal["lisa", "badam", "ist", "id3", "lora", "full"] | None = Field(
+    method: Method | None = Field(
         None,
-        description="Set substrate, selector, update, bank and always_on as published; keys you set take precedence.",
+        description="Set substrate, selector, update, bank and always_on as published; keys you set take precedence. "
+        "null: these parts have LISA's values, but with substrate.name=adapter the bank is device and always_on is "
+        "false.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="Seed of random weights, block draws, data order and splits."
@@ -294,7 +304,8 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     data: DataConfig
     deepspeed: Text = Field(
-        "zero3", description="Preset in ds_configs/ (without .json), or path of a DeepSpeed JSON file."
+        "zero3",
+        description=f"Preset in ds_configs/ (without .json), or path of a DeepSpeed JSON file. {_each(PRESETS)}.",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     resume: Text = Field(

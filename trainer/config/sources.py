@@ -6,8 +6,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-# The formats of rows, each in a file of its name in trainer/data/formats.
-FORMATS = ("alpaca", "qa", "prompt", "messages", "sharegpt", "text")
+# The formats of rows, each in a file of its name in trainer/data/formats: their columns, for the help of `format`.
+FORMATS = {
+    "alpaca": "{instruction, output}, optionally input, history, system",
+    "qa": "{question, answer}, optionally context, system",
+    "prompt": "{prompt, completion}, texts, or lists of messages with optionally system, tools",
+    "messages": "{messages} as OpenAI writes them, optionally system, tools",
+    "sharegpt": "{conversations}, optionally system, tools",
+    "text": "{text}, with the loss on every token",
+}
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?::(\w[^/]*))?")
 

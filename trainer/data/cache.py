@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3  # raise it whenever the same file and settings give other samples: it is part of a folder's name
+FORMAT_VERSION = 4  # raise it whenever the same file and settings give other samples: it is part of a folder's name
 EARLIER_VERSION = 2  # of caches, and so of fingerprints, before there was `made_of`
 LOCK_NOTICE_SECONDS = 30
 TRAIN, HELD_OUT = "train", "held_out"  # the splits of a source in its folder of the cache

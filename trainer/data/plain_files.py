@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data import strict_json
 from trainer.data.errors import DataError, in_short
 from trainer.data.formats import FORMATS
+from trainer.data.formats.conversations import CONTENT_KEYS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -233,16 +234,16 @@ def _each_field(decoders: Mapping[str, Decoder]) -> Decoder | None:
     return lambda value: value and {**value, **{name: decode(value[name]) for name, decode in decoders.items()}}
 
 
-_TEXTS = {column for format in FORMATS.values() for column in (*format.columns, *format.optional)} - {
-    "messages", "conversations", "tools", "history",
-}  # fmt: skip
+_TEXTS = {column for format in FORMATS.values() for column in format.texts}
+_MESSAGES = {column for format in FORMATS.values() for column in format.messages}
 
 
 def _parse_json(text: str | None, path: tuple[str, ...]) -> Any:
     """Return the value that a JSON column stores as text.
 
     If some values of a column are texts and others are not, `datasets` stores a text that is valid JSON, such as 4 or
-    true, unquoted. In a field that allows only text, such a value is therefore the text.
+    true, unquoted. In a field that allows only text, such a value is therefore the text. In a column that may also
+    contain messages, a list or an object is what it looks like: `read` refuses it unless it is a list of messages.
     """
     if text is None:
         return None
@@ -250,12 +251,18 @@ def _parse_json(text: str | None, path: tuple[str, ...]) -> Any:
         value = strict_json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{'.'.join(path)}: not JSON that can be read: {error}") from error
-    of_message = len(path) == 3 and path[0] in ("messages", "conversations") and path[2] in ("content", "value")
-    if isinstance(value, str) or not (of_message or (len(path) == 1 and path[0] in _TEXTS)):
+    if isinstance(value, str):
         return value
-    # The content of a message may also be a list of OpenAI's parts.
-    parts = of_message and isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)
-    return value if parts else text
+    match path:
+        case [column] if column in _MESSAGES:
+            return value if isinstance(value, list | dict) else text
+        case [column] if column in _TEXTS:
+            return text
+        case [column, "[]", key] if column in _MESSAGES and key in CONTENT_KEYS:
+            # The content of a message may also be a list of OpenAI's parts.
+            parts = isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value)
+            return value if parts else text
+    return value
 
 
 READERS: dict[str, Callable[[str, Path], Records]] = {

@@ -221,7 +221,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase, place: Path, folder: Path, na
 
 
 def _misread(tokenizer: PreTrainedTokenizerBase, place: Path, folder: Path) -> list[str]:
-    """Say if what lies in `folder` is read as another tokenizer: the type of a model may decide the class."""
+    """Say if the files in `folder` are read as another tokenizer: the type of a model may decide the class."""
     if type(tokenizer).__module__.startswith("transformers_modules."):
         return []
     try:

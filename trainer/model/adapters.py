@@ -36,7 +36,7 @@ from trainer.model.adapter_checks import (
     read_configuration,
     refuse_method,
 )
-from trainer.model.blocks import full_shape
+from trainer.model.blocks import full_shape, is_partitioned
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -264,7 +264,7 @@ def _check_weights(adapted: PeftModel, folder: str, *, empty: bool) -> list[nn.P
 
 def _gathered(parameters: list[nn.Parameter], **options: Any) -> Any:
     """Gather ZeRO-3's parameters while inside."""
-    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned), **options)
 
 

@@ -38,6 +38,14 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return whether this rank stores only a partition of the parameter (ZeRO-3).
+
+    Outside `trainer.engine.zero`, only this function and the two above read attributes that ZeRO-3 adds to parameters.
+    """
+    return hasattr(parameter, "ds_id")
+
+
 def decays(parameter: nn.Parameter) -> bool:
     """Return whether weight decay applies: to matrices only, never to norms and biases."""
     return len(full_shape(parameter)) >= 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainer.model.loss import AGREEMENT, summed_loss
+from trainer.model.loss import AGREEMENT, add_fused_head, summed_loss
 
 _VOCABULARY = 256
 
@@ -24,8 +24,6 @@ def obstacle(model: PreTrainedModel, blocks: str) -> str | None:
     `blocks` is the path of its list of blocks. Also returns None for a model that does not run without blocks: then
     `check_fused` compares the losses of the whole model at the start of the run.
     """
-    from trl.trainer.utils import add_fused_lm_head  # seconds to import
-
     name = type(model).__name__
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -37,7 +35,7 @@ def obstacle(model: PreTrainedModel, blocks: str) -> str | None:
         except Exception:  # of many types
             return None
         try:
-            add_fused_lm_head(small)
+            add_fused_head(small)
             fused = -small(inputs_embeds=hidden, labels=ids, fused_lm_head=True).log_probs.sum()
         except Exception as error:  # AttributeError, TypeError, ...
             return f"the fused head does not fit {name} ({error})"

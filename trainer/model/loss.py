@@ -44,6 +44,23 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def add_fused_head(model: PreTrainedModel) -> None:
+    """Add TRL's `add_fused_lm_head` to `model`, whatever it calls its backbone (Llama 4) and its number of experts
+    (Phi-3.5-MoE, Granite)."""
+    from trl.trainer.utils import add_fused_lm_head  # seconds to import
+
+    if model.base_model is model:  # its class names an attribute that it does not have
+        embeddings = model.get_input_embeddings()
+        model.base_model_prefix = next(
+            name for name, child in model.named_children() if any(module is embeddings for module in child.modules())
+        )
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
+        # An alias, as the configurations of Mixtral and others have it; aliases are not saved.
+        type(config).attribute_map = {**type(config).attribute_map, "num_experts": "num_local_experts"}
+    add_fused_lm_head(model)
+
+
 class Objective:
     """The loss that a causal language model is trained on.
 
@@ -70,9 +87,7 @@ class Objective:
         wanted = router_loss and _has_experts(model)
         self.router_coefficient = float(getattr(config, "router_aux_loss_coef", None) or 0.0) if wanted else 0.0
         if fused:
-            from trl.trainer.utils import add_fused_lm_head  # seconds to import
-
-            add_fused_lm_head(model)
+            add_fused_head(model)
             # It asks transformers whether the head must be gathered, and transformers asks for this object.
             stage = deepspeed["zero_optimization"]["stage"] if deepspeed else 0
             self._zero3 = HfDeepSpeedConfig(deepspeed) if stage == 3 else None
@@ -158,7 +173,11 @@ def check_fused(engine: Any, objective: Objective) -> None:
     ids = _some_tokens(engine).view(2, 16)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     try:
-        objective(engine, batch)  # in training mode, with the router's loss
+        _, router_loss = objective(engine, batch)  # in training mode
+        if router_loss is not None:
+            own = engine(input_ids=ids, output_router_logits=True)
+            if getattr(own, "aux_loss", None) is None:  # the fused head has one, even where the model has none
+                objective.router_coefficient = 0.0
         with _evaluating(engine):
             fused, _ = objective(engine, batch)
             plain = summed_loss(engine(input_ids=ids).logits, ids)

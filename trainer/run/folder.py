@@ -70,7 +70,7 @@ class RunFolder:
     lease: Lease | None = None
 
     def publishing(self) -> AbstractContextManager[None]:
-        """While inside, on rank 0, the folder belongs to this run alone; raises `LeaseError` if it no longer does."""
+        """Reserve the folder for this run on rank 0 within a `with` block; raises `LeaseError` if another has it."""
         return nullcontext() if self.lease is None else self.lease.held()
 
     def check_lease(self) -> None:
@@ -86,9 +86,9 @@ class RunFolder:
 def start_run_folder(
     config: RunConfig, data: Collection[str] = (), watch: RankWatch | None = None
 ) -> Iterator[RunFolder]:
-    """While inside, the folder belongs to this run alone and contains the resolved configuration. `data` contains the
-    fingerprint of the training data, and the one that earlier versions computed. `watch` leaves the folder if it has to
-    end this process.
+    """Reserve a folder for this run within a `with` block, and write the resolved configuration there. `data` contains
+    the fingerprint of the training data, and the one that earlier versions computed. `watch` releases the folder if it
+    has to end this process.
 
     Raises `CheckpointError` on all ranks: `FinishedError` if there is nothing left to do, `LeaseError` if another job
     trains in the folder.

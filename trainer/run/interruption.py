@@ -61,8 +61,8 @@ class Interruption:
 
     @contextmanager
     def listening(self, leave: Callable[[int], object] = os._exit) -> Iterator[None]:
-        """While inside, signals do not kill the process: before `remember` is called they end it at once, with
-        `EXIT_INTERRUPTED`.
+        """Handle signals within a `with` block, instead of being killed by them: before `remember` is called they end
+        the process at once, with `EXIT_INTERRUPTED`.
 
         The main thread raises `SystemExit`. If it cannot, because it waits in a collective, `leave` is called with the
         exit code, in another thread.

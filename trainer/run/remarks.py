@@ -1,4 +1,4 @@
-"""The warnings and the summary line before a run, and its report at the end."""
+"""The first lines and the warnings before a run, and its report at the end."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
-from trainer.config import RunConfig
+from trainer.config import METHODS, RunConfig
 from trainer.data.cache import Prepared
 from trainer.engine.rounding import half_unit
 from trainer.engine.sparse import Sparse
 from trainer.engine.zero.slices import stored
 from trainer.model.blocks import full_numel
-from trainer.run.setup import emulates
+from trainer.run.setup import Built, emulates
+
+# The parts of a method that have names.
+_NAMED_PARTS = ("substrate", "selector", "update", "bank")
 
 
 def warnings(config: RunConfig, sparse: Sparse, num_steps: int) -> list[str]:
@@ -61,6 +64,27 @@ def rounding_warning(config: RunConfig, sparse: Sparse) -> list[str]:
         f"{reached:.1e}, and half a unit in the last place of a typical weight is {lost_below:.1e} ({weights.dtype}). "
         "Keep fp32 master weights with bank.name=cpu, raise optimizer.lr or selector.interval, or set model.dtype=fp32"
     ]
+
+
+def title(config: RunConfig, built: Built, ranks: int) -> str:
+    """Return the first line of a run: its method, its model, and on how many ranks it trains."""
+    names = {part: getattr(config, part).name for part in _NAMED_PARTS}
+    point = METHODS[config.method] if config.method else {}
+    own = ", ".join(f"{part} {name}" for part, name in names.items() if not point or name != point[part]["name"])
+    method = " with ".join(filter(None, [config.method, own]))
+    model = config.model.path or f"a random {(config.model.random or {})['model_type']}"
+    parameters = sum(_whole_numel(parameter) for parameter in built.model.parameters())
+    dtype = config.model.dtype + (f", base in {config.model.quantization}" if config.model.quantization else "")
+    stage = built.ds["zero_optimization"]["stage"]
+    return (
+        f"{method} on {model} ({parameters:,} parameters, {dtype}), {ranks} rank{'s' * (ranks > 1)}, ZeRO stage {stage}"
+    )
+
+
+def _whole_numel(parameter: torch.Tensor) -> int:
+    """Return the elements of a parameter, which bitsandbytes may have packed: two in each byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return full_numel(parameter) if packed is None else math.prod(packed.shape)
 
 
 def one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:

@@ -82,9 +82,9 @@ class UpdateRule(ABC):
         """Return the names of the block's parameters in DeepSpeed's optimizer: the same kinds in every block."""
 
     def prepare(self, parameters: Mapping[str, nn.Parameter], *, reachable: Collection[str]) -> None:
-        """Called once, before anything is allocated. `parameters`: all that the rule could train, in the same order on
-        every rank; `reachable`: the names of those that the selector ever reaches. Raises `ValueError` if the rule's
-        settings do not fit them."""
+        """Prepare the rule, once, before anything is allocated. `parameters`: all that the rule could train, in the
+        same order on every rank; `reachable`: the names of those that the selector ever reaches. Raises `ValueError` if
+        the rule's settings do not fit them."""
 
     def enter(self, name: str, weights: Tensor) -> None:
         """Prepare the parameter `name`, which becomes active; `weights` is this rank's flat range of it."""
@@ -117,7 +117,7 @@ class UpdateRule(ABC):
         """Drop all received gradients: the step was skipped, as some are infinite or NaN on this or another rank."""
 
     def leave(self, name: str, *, keep: bool) -> None:
-        """Called when `name` is frozen again: `keep` its optimizer state until it enters again, or drop the state."""
+        """Freeze the parameter `name` again: `keep` its optimizer state until it enters again, or drop the state."""
 
     def footprint(
         self, active: Sequence[int], inactive: Sequence[int], *, ranks: int, weight_bytes: int, accumulation: int

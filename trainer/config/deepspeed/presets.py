@@ -14,6 +14,18 @@ from trainer.config.text import has_control_characters, in_short, quoted
 from trainer.settings.nested import get
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent.parent / "ds_configs"
+# What each preset in that folder does, for the help of `deepspeed` and docs/memory-and-machines.md.
+PRESETS = {
+    "zero0": "every rank stores everything (in fp32 only, as the reference)",
+    "zero1": "optimizer state is partitioned over the ranks",
+    "zero1_offload": "as zero1, with optimizer state in host memory",
+    "zero2": "optimizer state and gradients are partitioned over the ranks",
+    "zero2_offload": "as zero2, with optimizer state in host memory",
+    "zero3": "optimizer state, gradients and weights are partitioned over the ranks",
+    "zero3_hpz": "as zero3, with a second copy of the weights on each machine, from which its ranks gather them",
+    "zero3_nvme": "as zero3, with optimizer state on NVMe",
+    "zero3_offload": "as zero3, with optimizer state in host memory",
+}
 _MISSING = object()
 # Blocks into which a run writes without checking all of their keys.
 _ALSO_FILLED = ("fp16", "timers", "timers.throughput")

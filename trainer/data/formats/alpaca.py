@@ -44,4 +44,9 @@ def _history(pairs: Any) -> list[tuple[str, str]]:
     ]
 
 
-FORMAT = Format(("instruction", "output"), read, optional=("input", "history", *SYSTEM))
+FORMAT = Format(
+    ("instruction", "output"),
+    read,
+    optional=("input", "history", *SYSTEM),
+    texts=("instruction", "output", "input", *SYSTEM),
+)

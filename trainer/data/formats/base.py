@@ -35,7 +35,9 @@ Ignore = Callable[[Any, Sequence[str]], Any]
 class Format:
     """A way to write a sample as a row.
 
-    `columns` are required and identify the format; `optional` are those with an established meaning.
+    `columns` are required and identify the format; `optional` are those with an established meaning. Of both, `texts`
+    contain text and nothing else, and `messages` may contain lists of messages. The reader of tables needs both,
+    because a column of JSON may store a text as if it were a value.
     `read(where, values)` returns a checked row, or raises `ValueError`. `takes_optional(values)` returns whether a row
     has a place for the optional columns. Two functions concern formats whose columns contain objects:
     `without_ignored(values, ignore)` removes the keys that a user ignores from the objects, and `unread(values)` yields
@@ -45,6 +47,8 @@ class Format:
     columns: tuple[str, ...]
     read: Callable[[str, Mapping[str, Any]], Row]
     optional: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     takes_optional: Callable[[Mapping[str, Any]], bool] = lambda values: True
     without_ignored: Callable[[Mapping[str, Any], Ignore], Mapping[str, Any]] = lambda values, ignore: values
     unread: Callable[[Mapping[str, Any]], Iterator[tuple[str, bool]]] = lambda values: iter(())

@@ -11,6 +11,7 @@ from trainer.data.formats.fields import braces, is_empty, kind, parsed, plain, t
 
 # The keys for the role and the content of a message, in each spelling, and the keys that both spellings have.
 _SPELLINGS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+CONTENT_KEYS = tuple(content for _, content in _SPELLINGS.values())
 _MESSAGE_KEYS = ("train", "weight", "tool_calls")
 _PART_KEYS = ("type", "text")
 # The keys of a call that services require, and those of its function that every template writes.
@@ -237,4 +238,12 @@ def conversation_format(
             if isinstance(values[column], list):
                 yield from _unread(values[column], keys)
 
-    return Format(columns, read, optional=("tools", *SYSTEM), without_ignored=without_ignored, unread=unread)
+    return Format(
+        columns,
+        read,
+        optional=("tools", *SYSTEM),
+        texts=SYSTEM,
+        messages=columns,
+        without_ignored=without_ignored,
+        unread=unread,
+    )

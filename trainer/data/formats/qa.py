@@ -19,4 +19,9 @@ def read(where: str, values: Mapping[str, Any]) -> Row:
     return Row(where, prompt=prompt, answer=answer(values["answer"], "answer"))
 
 
-FORMAT = Format(("question", "answer"), read, optional=("context", *SYSTEM))
+FORMAT = Format(
+    ("question", "answer"),
+    read,
+    optional=("context", *SYSTEM),
+    texts=("question", "answer", "context", *SYSTEM),
+)

@@ -13,4 +13,4 @@ def read(where: str, values: Mapping[str, Any]) -> Row:
     return Row(where, answer=answer(values["text"], "text"))
 
 
-FORMAT = Format(("text",), read)
+FORMAT = Format(("text",), read, texts=("text",))
