@@ -238,6 +238,11 @@ class DataConfig(Section):
     overflow: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="What to do with samples longer than max_length."
     )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error",
+        description="What to do with a row that cannot be read or that the chat template refuses: end with its place "
+        "and the reason, or leave it out; such rows are counted, and the first three are named.",
+    )
     packing: bool = Field(
         False,
         description="Pack several samples into each row of max_length tokens; a sample attends only to itself. Batch "

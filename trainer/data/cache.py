@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from trainer.config.schema import DataSource, RunConfig, TrainSource
 from trainer.data.cached import check_samples, read_cached, seal
 from trainer.data.encode import ROWS_PER_CHUNK, Overflow, Report, Sample, encode, find_unused_keys
-from trainer.data.errors import DataError, in_short
+from trainer.data.errors import BadRows, DataError, in_short
 from trainer.data.formats.base import Row
 from trainer.data.rows import Unused, read_rows
 from trainer.data.sources import Opened, open_source
@@ -36,18 +36,22 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 4  # raise it whenever the same file and settings give other samples: it is part of a folder's name
 EARLIER_VERSION = 2  # of caches, and so of fingerprints, before there was `made_of`
 LOCK_NOTICE_SECONDS = 30
+OnBadRow = Literal["error", "drop"]
 TRAIN, HELD_OUT = "train", "held_out"  # the splits of a source in its folder of the cache
 
 
 @dataclass(frozen=True)
 class Part:
     """The samples of one source: memory-mapped {input_ids, labels}, numpy arrays. If they are packed, each is a row of
-    samples and also has `seq_lengths`. `ignored` names the columns, and keys of messages, that no sample contains."""
+    samples and also has `seq_lengths`. `ignored` names the columns, and keys of messages, that no sample contains.
+    `num_bad` rows of the source, part held out or not, could not be used; `first_bad` says what is wrong with ten."""
 
     path: str
     samples: Dataset
     report: Report
     ignored: tuple[str, ...] = ()
+    num_bad: int = 0
+    first_bad: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def prepare_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
         max_length=data.max_length,
         overflow=data.overflow,
         packing=data.packing,
+        on_bad_row=data.on_bad_row,
         cache=Path(data.cache).expanduser() if data.cache else beside,
         seed=config.seed,
     )
@@ -111,6 +116,7 @@ def prepare(
     packing: bool,
     cache: str | Path,
     seed: int,
+    on_bad_row: OnBadRow = "error",
 ) -> Prepared:
     """Tokenise the training and evaluation sources once for all processes, and open the result.
 
@@ -122,10 +128,11 @@ def prepare(
 
     If `eval_fraction` is above 0 (which requires an empty `eval`), rows of each training source are set aside for
     evaluation. They are drawn by `seed` alone, so that neither max_length nor the tokenizer changes which ones.
+    `on_bad_row="drop"` leaves out rows that cannot be read or rendered instead of raising.
     """
     if eval and eval_fraction:
         raise DataError([f"data.eval_fraction: {eval_fraction}, but data.eval is given, too; give one of them"])
-    maker = _Maker(tokenizer, max_length, overflow, packing, Path(cache), seed)
+    maker = _Maker(tokenizer, max_length, overflow, packing, Path(cache), seed, on_bad_row)
     made: list[_Made] = []
     problems: list[str] = []
     for source in [*train, *eval]:
@@ -186,6 +193,7 @@ class _Maker:
     packing: bool
     cache: Path
     seed: int
+    on_bad_row: OnBadRow
 
     def make(self, source: DataSource, eval_fraction: float) -> _Made:
         """Return the samples of a source from its folder. The folder is built if it is missing or damaged."""
@@ -207,7 +215,7 @@ class _Maker:
                 [f"data.cache: cannot write to {str(self.cache)!r}: {error}; name another folder"]
             ) from error
         earlier = None
-        if opened.as_before and not source.ignore:
+        if opened.as_before and not source.ignore and self.on_bad_row == "error":
             earlier = self._earlier_key(source, content, eval_fraction)
         return _Made(parts, of_source, settings, earlier)
 
@@ -221,6 +229,7 @@ class _Maker:
             "data.max_length": self.max_length,
             "data.overflow": self.overflow,
             "data.packing": self.packing,
+            "data.on_bad_row": self.on_bad_row,
             "model.tokenizer": {"sha256": _digest(identity)},
             "the tokenizer's chat template": {"sha256": _digest(template)},
             "the installed version of trl": version("trl") if self.packing or identity["patched_by"] else None,
@@ -258,11 +267,13 @@ class _Maker:
                     logger.warning("%s is damaged (%s): it is built anew", folder, damage)
                     _remove(folder, damage)
             unused = Unused(source.path, source.ignore)
-            rows = read_rows(source.path, opened.records(), source.format, unused)
+            bad = BadRows(source.path, drop=self.on_bad_row == "drop")
+            rows = read_rows(source.path, opened.records(), source.format, unused, bad)
             find_unused_keys(rows, self.tokenizer, unused)
             if unused.problems():
                 raise DataError(unused.problems())
-            self._build(folder, source.path, _split(source.path, rows, eval_fraction, self.seed), unused.ignored)
+            splits = _split(source.path, rows, eval_fraction, self.seed)
+            self._build(folder, source.path, splits, unused.ignored, bad)
         try:
             return _parts(source.path, folder)
         except ValueError as damage:
@@ -273,7 +284,9 @@ class _Maker:
                 ]
             ) from damage
 
-    def _build(self, folder: Path, path: str, splits: dict[str, list[Row]], ignored: tuple[str, ...]) -> None:
+    def _build(
+        self, folder: Path, path: str, splits: dict[str, list[Row]], ignored: tuple[str, ...], bad: BadRows
+    ) -> None:
         """Write every split to a temporary folder and rename it, so that a folder with the final name is complete."""
         unfinished = f"{folder.name}.{socket.gethostname()}."
         # Remove leftovers of a killed process; the lock allows it. Only those of this host, because some network file
@@ -286,11 +299,12 @@ class _Maker:
             reports = {}
             for name, rows in splits.items():
                 file = temporary / f"{name}.arrow"
-                reports[name] = asdict(self._write(file, path, rows))
+                reports[name] = asdict(self._write(file, path, rows, bad))
                 if self.packing:
                     _pack(file, self.max_length)
                 check_samples(file, vocabulary=vocabulary_size(self.tokenizer), max_length=self.max_length)
-            seal(temporary, {"key": folder.name, "reports": reports, "ignored": list(ignored)})
+            left_out = {"num_bad": bad.count, "first_bad": bad.first}
+            seal(temporary, {"key": folder.name, "reports": reports, "ignored": list(ignored), **left_out})
             os.rename(temporary, folder)
         except OSError:
             if not folder.is_dir():  # else a host on which the lock has no effect was faster, with the same content
@@ -298,7 +312,7 @@ class _Maker:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write(self, file: Path, path: str, rows: Sequence[Row]) -> Report:
+    def _write(self, file: Path, path: str, rows: Sequence[Row], bad: BadRows) -> Report:
         """Write rows as one Arrow stream, the format that `datasets` maps into memory, chunk by chunk."""
         import pyarrow as pa
 
@@ -315,7 +329,8 @@ class _Maker:
                 writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema=schema))
                 waiting.clear()
 
-            report = encode(path, rows, self.tokenizer, max_length=self.max_length, overflow=self.overflow, keep=keep)
+            length, overflow = self.max_length, self.overflow
+            report = encode(path, rows, self.tokenizer, max_length=length, overflow=overflow, keep=keep, bad=bad)
             flush()
         return report
 
@@ -363,6 +378,8 @@ def _parts(path: str, folder: Path) -> dict[str, Part]:
                 Dataset.from_file(str(folder / f"{name}.arrow")).with_format("numpy"),
                 Report(**report),
                 tuple(info["ignored"]),
+                info["num_bad"],
+                tuple(info["first_bad"]),
             )
             for name, report in info["reports"].items()
         }

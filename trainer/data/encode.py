@@ -13,11 +13,11 @@ import numpy as np
 
 from trainer.data.answers import RefusedRow, find_answers
 from trainer.data.batches import IGNORED
-from trainer.data.errors import DataError
+from trainer.data.errors import MAX_PROBLEMS, BadRows, DataError
 from trainer.data.formats.base import Row
 from trainer.data.formats.conversations import CALL_KEYS, FUNCTION_KEYS
 from trainer.data.formats.fields import is_empty
-from trainer.data.rows import MAX_PROBLEMS, Unused
+from trainer.data.rows import Unused
 from trainer.data.tokenizer import GENERATION_MARK
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def encode(
     max_length: int,
     overflow: Overflow,
     keep: Callable[[Sample], object],
+    bad: BadRows | None = None,
 ) -> Report:
     """Encode rows and pass each sample to `keep` as it is made: a large source does not have to fit in memory twice.
 
@@ -67,12 +68,14 @@ def encode(
     the first token, which nothing predicts. The answer to a prompt is a target, and so is the end of text after it. All
     of a plain text is a target. Messages are rendered by the tokenizer's chat template, and the assistant's tokens are
     the targets, message by message. If a sample has more than `max_length` tokens, "truncate" cuts its end, "drop"
-    leaves it out, and "error" raises. A sample without a target is dropped. Raises `DataError`, also if no sample is
-    left.
+    leaves it out, and "error" raises. A sample without a target is dropped. Raises `DataError` for rows that cannot be
+    rendered, unless `bad` drops them, and if no sample is left.
     """
+    bad = BadRows(path) if bad is None else bad
+    bad_before = bad.count
     num_samples = num_truncated = num_tokens = num_targets = num_without = 0
     too_long: list[str] = []
-    for row, ids, labels in _encode_rows(path, rows, tokenizer):
+    for row, ids, labels in _encode_rows(rows, tokenizer, bad):
         length = len(ids)
         labels[:1] = IGNORED
         if length > max_length and overflow == "error":
@@ -92,21 +95,22 @@ def encode(
         keep({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     if too_long:
         raise DataError([*too_long, "raise data.max_length, or set data.overflow to truncate or drop"])
+    num_rows = len(rows) - (bad.count - bad_before)
     if num_samples == 0:
         raise DataError(
             [
-                f"{path}: none of {len(rows)} samples is left: {num_without} have no token to train on among the first "
-                f"data.max_length={max_length} (all are masked), {len(rows) - num_without} are longer "
-                f"(data.overflow={overflow}); raise data.max_length, or look at the tokenizer's chat template"
+                *bad.first,
+                f"{path}: none of {num_rows} samples is left: {num_without} have no token to train on among the first "
+                f"data.max_length={max_length} (all are masked), {num_rows - num_without} are longer "
+                f"(data.overflow={overflow}); raise data.max_length, or look at the tokenizer's chat template",
             ]
         )
-    return Report(num_samples, num_truncated, len(rows) - num_samples, num_tokens, num_targets)
+    return Report(num_samples, num_truncated, num_rows - num_samples, num_tokens, num_targets)
 
 
-def _encode_rows(path: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, bad: BadRows) -> Encoded:
     """Yield each row with its ids and labels, not yet cut to the limit."""
     templates = Templates(tokenizer)
-    problems: list[str] = []
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         # A source of {prompt, completion} may contain texts and conversations.
         for conversations, group in groupby(rows[start : start + ROWS_PER_CHUNK], lambda row: bool(row.messages)):
@@ -114,26 +118,15 @@ def _encode_rows(path: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerB
             if not conversations:
                 yield from _encode_texts(chunk, tokenizer)
                 continue
-            rendered = _render_all(path, chunk, tokenizer, templates, problems)
-            if not problems:
-                yield from _encode_messages(chunk, rendered, tokenizer)
-    if problems:
-        raise DataError(problems)
-
-
-def _render_all(
-    path: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, templates: Templates, problems: list[str]
-) -> list[Rendered]:
-    """Render rows, and add to `problems` those that cannot be rendered. Raises `DataError` at `MAX_PROBLEMS`."""
-    rendered = []
-    for row in rows:
-        try:
-            rendered.append(_render(row, tokenizer, templates.for_row(row), templates.tokens))
-        except RefusedRow as refused:
-            problems.append(f"{row.where}: {refused}")
-            if len(problems) == MAX_PROBLEMS:
-                raise DataError([*problems, f"{path}: stopped after {MAX_PROBLEMS} problems"]) from refused
-    return rendered
+            rendered = []
+            for row in chunk:
+                try:
+                    rendered.append((row, _render(row, tokenizer, templates.for_row(row), templates.tokens)))
+                except RefusedRow as refused:
+                    bad.add(f"{row.where}: {refused}")
+            if rendered:
+                yield from _encode_messages(rendered, tokenizer)
+    bad.check()
 
 
 def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -155,15 +148,15 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> En
         yield row, _int32(prompt + answer), _int32([IGNORED] * len(prompt) + answer)
 
 
-def _encode_messages(rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode_messages(rendered: Sequence[tuple[Row, Rendered]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     encoded = tokenizer(
-        [text for text, _ in rendered],
+        [text for _, (text, _) in rendered],
         add_special_tokens=False,
         return_attention_mask=False,
         return_offsets_mapping=True,
         verbose=False,
     )
-    for index, (row, (_, spans)) in enumerate(zip(rows, rendered, strict=True)):
+    for index, (row, (_, spans)) in enumerate(rendered):
         ids = _int32(encoded["input_ids"][index])
         starts, ends = np.asarray(encoded["offset_mapping"][index], dtype=np.int64).reshape(-1, 2).T
         labels = np.full_like(ids, IGNORED)

@@ -1,4 +1,4 @@
-"""Define `DataError`, and shorten the messages of other libraries for it."""
+"""Define `DataError`, collect rows that cannot be used, and shorten the messages of other libraries."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from trainer.errors import StrataError
 
+MAX_PROBLEMS = 10  # one broken line is often one of thousands
+
 
 class DataError(StrataError, ValueError):
     """Report data that cannot be trained on: one line for each of `problems`, with file and line or key to change."""
@@ -14,6 +16,31 @@ class DataError(StrataError, ValueError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+
+
+class BadRows:
+    """Collect the rows of a source that cannot be used: `count` them, and keep what is wrong with the first ten.
+
+    With `drop` they are left out. Otherwise the tenth ends the reading, and `check` raises for fewer.
+    """
+
+    def __init__(self, path: str, *, drop: bool = False) -> None:
+        self._path, self._drop = path, drop
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """Record a row and what is wrong with it. Raises `DataError` at the tenth, unless they are dropped."""
+        self.count += 1
+        if len(self.first) < MAX_PROBLEMS:
+            self.first.append(problem)
+        if len(self.first) == MAX_PROBLEMS and not self._drop:
+            raise DataError([*self.first, f"{self._path}: stopped after {MAX_PROBLEMS} problems"])
+
+    def check(self) -> None:
+        """Raise `DataError` if there is any, unless they are dropped."""
+        if self.first and not self._drop:
+            raise DataError(self.first)
 
 
 def in_short(error: BaseException) -> str:

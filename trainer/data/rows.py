@@ -6,12 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trainer.data.errors import DataError
+from trainer.data.errors import BadRows, DataError
 from trainer.data.formats import FORMATS
 from trainer.data.formats.base import Row
 from trainer.data.formats.fields import braces, is_empty, kind
-
-MAX_PROBLEMS = 10  # one broken line is often one of thousands
 
 # Columns, and keys of messages, that say where a row comes from. They are left out, and named. `parallel_tool_calls` is
 # a setting of OpenAI's interface, stored beside their `messages`.
@@ -73,16 +71,21 @@ class Unused:
 
 
 def read_rows(
-    path: str, records: Iterable[tuple[str, Any]], format: str = "auto", unused: Unused | None = None
+    path: str,
+    records: Iterable[tuple[str, Any]],
+    format: str = "auto",
+    unused: Unused | None = None,
+    bad: BadRows | None = None,
 ) -> list[Row]:
     """Return checked rows of the records of a `sources.Opened`. "auto" detects the format by the first row's columns.
 
-    Raises `DataError` with up to ten problems. Columns that the format does not use are collected in `unused`; the
-    caller raises its `problems` after adding the keys of messages. Without `unused` they are raised here.
+    Raises `DataError` with up to ten problems, unless `bad` drops such rows. Columns that the format does not use are
+    collected in `unused`; the caller raises its `problems` after adding the keys of messages. Without `unused` they are
+    raised here.
     """
     collected = Unused(path) if unused is None else unused
+    bad = BadRows(path) if bad is None else bad
     rows: list[Row] = []
-    problems: list[str] = []
     first = None  # the row by which the format was detected
     for where, values in records:
         try:
@@ -95,14 +98,13 @@ def read_rows(
                 format, first = detect(values), where
             rows.append(_row(where, values, format, first, collected))
         except (ValueError, RecursionError) as problem:
-            problems.append(f"{where}: {problem}")
-            if len(problems) == MAX_PROBLEMS:
-                raise DataError([*problems, f"{path}: stopped after {MAX_PROBLEMS} problems"]) from None
-    problems += collected.problems() if unused is None else []
-    if problems:
-        raise DataError(problems)
+            bad.add(f"{where}: {problem}")
+    if unused is None and collected.problems():
+        raise DataError([*bad.first, *collected.problems()])
+    bad.check()
     if not rows:
-        raise DataError([f"{path}: contains no rows; each must be {_known()}"])
+        what = f"none of {bad.count} rows can be used" if bad.count else "contains no rows"
+        raise DataError([*bad.first, f"{path}: {what}; each must be {_known()}"])
     return rows
 
 

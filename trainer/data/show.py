@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainer.data.cache import Part, Prepared
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+SHOWN = 3  # rows that were left out
 BRACKETS = "⟦", "⟧"
 
 
@@ -40,7 +41,8 @@ def shown(data: Prepared, tokenizer: PreTrainedTokenizerBase, count: int, *, col
 
 def describe(data: Prepared, max_length: int) -> list[str]:
     """Return a line about each source: its samples and tokens, what was left out, and its share of a mix."""
-    lines = []
+    lines: list[str] = []
+    named: set[str] = set()
     for index, (title, part) in enumerate(_parts(data)):
         report, rows = part.report, len(part.samples)
         line = (
@@ -54,6 +56,10 @@ def describe(data: Prepared, max_length: int) -> list[str]:
         if data.weights and index < len(data.train_parts):
             line += f"; {data.weights[index] / sum(data.weights):.1%} of what is seen"
         lines.append(line)
+        if part.num_bad and part.path not in named:  # held-out rows have the same source
+            named.add(part.path)
+            lines.append(f"  {part.num_bad:,} rows of {part.path} left out (data.on_bad_row: drop), among them")
+            lines += [f"    {problem}" for problem in part.first_bad[:SHOWN]]
     return lines
 
 
