@@ -28,7 +28,9 @@ LONG = (
     "tests/export/",
     "tests/cli/",
     "tests/slurm/",
-    "tests/test_",
+    "tests/benchmarks/",
+    "tests/planner/",
+    "tests/accounting/",
 )
 
 

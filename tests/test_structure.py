@@ -79,6 +79,15 @@ def test_files_and_classes_are_of_a_size_to_read() -> None:
                 assert len(methods) <= MOST_METHODS, f"{path}: {node.name}"
 
 
+def test_tests_lie_in_the_folder_of_their_room() -> None:
+    tests = Path(__file__).parent
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    folders = {path.parent.relative_to(tests).parts[0] for path in tests.glob("*/**/test_*.py")}
+    assert folders - rooms == {"benchmarks", "docs", "earlier", "gpu", "slurm"}
+    of_the_tests = {"test_comparing.py", "test_forked.py", "test_mutations.py", "test_structure.py"}
+    assert {path.name for path in tests.glob("test_*.py")} == of_the_tests
+
+
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import forked
 from tests.launching import metrics, write_inputs
-from tests.test_launch_adapters import write_base
+from tests.run.test_launch_adapters import write_base
 from trainer.cli.main import main
 
 BUDGET = 157

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "seventy_b.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "seventy_b.py"
 
 
 def measure(folder: Path, *words: str, code: int = 0) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ CASES = (
 
 
 def _compare(rank: int) -> list[tuple[str, float]]:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
     from memory_plan import CASES as ALL
     from memory_plan import Size, compare
 
