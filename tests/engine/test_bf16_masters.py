@@ -24,9 +24,9 @@ def _bf16(rank: int, stages: tuple[int, ...]) -> list[tuple[bool, bool]]:
             kept = []
             for step in range(13):  # two rounds over six blocks
                 train_step(cell, engine, step, rank)
-                for piece in sparse._registered().slices(0):
+                for piece in sparse._attached().registration.slices(0):
                     if piece.name in numbers:
-                        weight = sparse._registered().shares.local_shard(
+                        weight = sparse._attached().registration.shares.local_shard(
                             dict(engine.module.named_parameters())[piece.name]
                         )
                         part = weight[: piece.stop - piece.start] if stage == 3 else weight[piece.start : piece.stop]

@@ -64,7 +64,7 @@ def _trained(
     sparse.attach(engine, guard_every=1, probe_batches=probes, loss_function=loss_function)
     torch.manual_seed(5 + rank)
     orders: list[Any] = []
-    measure, registration = sparse._measure, sparse._registered()
+    measure, registration = sparse._measure, sparse._attached().registration
 
     def measured(step: int) -> None:
         measure(step)

@@ -39,7 +39,7 @@ def _wide(rank: int, stages: tuple[int, ...]) -> list[tuple[float, bool]]:
         for step in range(cell.steps):
             train_step(cell, engine, step, rank)
         expected, _ = reference(cell)
-        live = {id(p) for group in sparse._registered().registered() for p in group}
+        live = {id(p) for group in sparse._attached().registration.registered() for p in group}
         wanted = {id(p) for p in sparse.trainable_parameters()}
         same_holder = held.__dict__ is engine.optimizer.__dict__ if stage else held is engine.optimizer
         results.append((largest_difference(full_weights(engine), expected), live == wanted and same_holder))

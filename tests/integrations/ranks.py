@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.engine.parity import full_weights, largest_difference
+from tests.engine.switching import TopGradientEntries
 from tests.integrations.loops import (
     ACCUMULATION,
     BETAS,
@@ -48,6 +51,7 @@ from tests.integrations.loops import (
 )
 from trainer import Sparse, prepare
 from trainer.integrations.transformers import layerwise
+from trainer.model.blocks import Block
 from trainer.selectors import Uniform
 
 
@@ -211,7 +215,7 @@ def refusals(folder: Path) -> dict[str, str]:
     def ask(
         name: str,
         *,
-        prepared: PreTrainedModel | None = None,
+        prepared: Callable[[PreTrainedModel], Sparse] = lambda model: prepare_model(model, cell),
         model: dict[str, Any] | None = None,
         optimizer: Any = None,
         **changes: Any,
@@ -219,19 +223,46 @@ def refusals(folder: Path) -> dict[str, str]:
         args = arguments(folder, cell, **changes)
         model = model or {"model": load(folder.parent)}
         trainer = Trainer(args=args, eval_dataset=rows(cell), optimizer_cls_and_kwargs=optimizer, **model)
-        callbacks = list(trainer.callback_handler.callbacks)
-        messages[name] = message_of(lambda: layerwise(trainer, prepare_model(prepared or trainer.model, cell)))
-        assert trainer.callback_handler.callbacks == callbacks
-        assert trainer.optimizer_cls_and_kwargs == optimizer
+        trainer.model.enable_input_require_grads()  # a hook that `layerwise` removes
+        sparse = prepared(trainer.model)
+        before = everything_in(trainer)
+        messages[name] = message_of(lambda: layerwise(trainer, sparse))
+        assert everything_in(trainer) == before, name
         leave_deepspeed()
 
     ask("no DeepSpeed", deepspeed=None)
-    ask("another model", prepared=fresh())
+    ask("another model", prepared=lambda model: prepare_model(fresh(), cell))
     ask("model_init", model={"model_init": fresh})
     ask("optimizer section", deepspeed=deepspeed_config(cell, optimizer={"type": "AdamW", "params": {"lr": "auto"}}))
     ask("optimizer with parameters", optimizer=(torch.optim.SGD, {"params": []}))
     ask("reentrant", activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+    ask("nothing for the optimizer", prepared=nothing_for_the_optimizer)
     return messages
+
+
+def everything_in(trainer: Trainer) -> dict[str, Any]:
+    """The attributes of a trainer, and what `layerwise` may change inside them."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return {
+        "attributes": {name: id(value) for name, value in vars(trainer).items()},
+        "optimizer": trainer.optimizer_cls_and_kwargs,
+        "callbacks": list(trainer.callback_handler.callbacks),
+        "deepspeed": None if plugin is None else deepcopy(plugin.deepspeed_config),
+        "hooks": list(trainer.model.get_input_embeddings()._forward_hooks),
+        "parameters": [name for name, _ in trainer.model.named_parameters()],
+    }
+
+
+class EverythingByRule(TopGradientEntries):
+    """A rule that gives DeepSpeed's optimizer nothing."""
+
+    def in_optimizer(self, block: Block) -> set[str]:
+        return set()
+
+
+def nothing_for_the_optimizer(model: PreTrainedModel) -> Sparse:
+    selector = Uniform(seed=55, blocks=2, interval=2)
+    return prepare(model, selector=selector, update=EverythingByRule(k=3), always_on=())
 
 
 def message_of(action: Any) -> str:

@@ -109,6 +109,7 @@ def test_training_again_is_refused(answers: dict[str, Any], name: str) -> None:
         ("optimizer section", "remove the section"),
         ("optimizer with parameters", "sets params"),
         ("reentrant", "use_reentrant=True"),
+        ("nothing for the optimizer", "nothing is left for the optimizer"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(answers: dict[str, Any], name: str, words: str) -> None:

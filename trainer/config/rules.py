@@ -5,6 +5,7 @@ from typing import Any
 
 from trainer.config.methods import ALL_ON
 from trainer.config.sources import source_list
+from trainer.selectors import REGISTRY as SELECTORS
 from trainer.settings.banks import REGISTRY as BANKS
 from trainer.settings.nested import get, number
 from trainer.settings.updates import REGISTRY as UPDATES
@@ -85,7 +86,8 @@ def _weight_rules(values: Mapping[str, Any]) -> list[str]:
 
 
 def _optimizer_rules(values: Mapping[str, Any]) -> list[str]:
-    bank, switches = get(values, "bank.name"), get(values, "selector.name") != "all"
+    bank, selector = get(values, "bank.name"), get(values, "selector.name")
+    switches = not (isinstance(selector, str) and selector in SELECTORS and SELECTORS[selector].constant)
     dropping = [name for name, settings in BANKS.items() if settings.place is None]
     if get(values, "optimizer.name") == "adamw_8bit" and switches and bank not in (None, *dropping):
         return [

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
 from trainer.engine.experts import refuse_waiting_experts
+from trainer.engine.probe import LossFunction
 from trainer.engine.zero.registration import Registration
+from trainer.selectors import Selector
 from trainer.updates import UpdateRule
 
 logger = logging.getLogger(__name__)
@@ -27,6 +31,21 @@ def refuse_unfit_engine(engine: DeepSpeedEngine, update: UpdateRule, *, sparse_r
     if sparse_rule and engine.fp16_enabled():
         raise ValueError(f"fp16 gradients are scaled, which {name} does not see: use bf16")
     refuse_waiting_experts(engine, sparse_rule=sparse_rule)
+
+
+def refuse_unfit_probes(
+    selector: Selector, probe_batches: Iterator[Any] | None, loss_function: LossFunction | None
+) -> None:
+    """Raise `ValueError` for only one of `probe_batches` and `loss_function`, or for none if `selector` measures."""
+    if (probe_batches is None) != (loss_function is None):
+        raise ValueError("attach() got one of probe_batches and loss_function: it takes both or neither")
+    if selector.measures and probe_batches is None:
+        raise cannot_measure(selector)
+
+
+def cannot_measure(selector: Selector) -> ValueError:
+    """Return the error for a selector that wants a measurement without batches to make it on."""
+    return ValueError(f"{type(selector).__name__} measures: give attach() probe_batches and loss_function")
 
 
 def check_registration(registration: Registration, *, saves: bool, banks: bool, trained: int) -> None:

@@ -1,4 +1,4 @@
-"""The guard: what trains is what was drawn, on every rank, and nothing else moves.
+"""Guard that exactly the drawn blocks train, on every rank, and that nothing else changes.
 
 The same wrong training has shipped again and again in layer-wise trainers: layers that are drawn and never change,
 frozen layers that do. Neither shows in the loss. The guard looks at the optimizer's own structures at every switch,

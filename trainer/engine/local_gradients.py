@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from trainer.engine.zero.registration import Registration
-from trainer.model.ownership import own_bounds
+from trainer.model.ownership import own_bounds, share_size
 from trainer.updates import UpdateRule
 
 
@@ -135,7 +135,7 @@ class LocalGradients:
 def _reduce_to_owner(gradient: Tensor, length: int) -> Tensor:
     """Return the mean over ranks of this rank's range of `gradient`: [shape] on every rank -> [length], fp32."""
     ranks = dist.get_world_size()
-    chunk = -(-gradient.numel() // ranks)
+    chunk = share_size(gradient.numel(), ranks)
     start, stop = own_bounds(gradient.numel())
     assert length == stop - start
     if ranks == 1:

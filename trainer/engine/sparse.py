@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from trainer.engine.attach_checks import check_registration, refuse_unfit_engine
+from trainer.engine.attach_checks import cannot_measure, check_registration, refuse_unfit_engine, refuse_unfit_probes
 from trainer.engine.banks import Bank
 from trainer.engine.banks.discard import redrawn_as_recorded
+from trainer.engine.engine_state import engine_state, restore_engine_state
 from trainer.engine.experts import gather_experts_together
 from trainer.engine.fetch_order import FetchOrder
 from trainer.engine.guard import Guard
@@ -28,7 +30,6 @@ from trainer.engine.probe import LossFunction, Prober
 from trainer.engine.slots import PLACEHOLDER, Slots, trained_by_rule
 from trainer.engine.suppression import refuse_unsuppressed, suppressed_adapters, suppressed_residuals
 from trainer.engine.switching import StateSource, Switcher
-from trainer.engine.zero.loss_scale import loss_scale_state, restore_loss_scale
 from trainer.engine.zero.register import register
 from trainer.engine.zero.registration import Registration
 from trainer.engine.zero.slices import Slice
@@ -38,8 +39,18 @@ from trainer.model.blocks import Block
 from trainer.selectors import Selector
 from trainer.updates import UpdateRule
 
-# Attributes of DeepSpeed's engine that count steps and samples.
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+@dataclass(frozen=True)
+class _Attached:
+    """What exists once an engine is attached."""
+
+    engine: DeepSpeedEngine
+    registration: Registration
+    switcher: Switcher
+    local: LocalGradients
+    guard: Guard
+    fetch_order: FetchOrder
+    prober: Prober | None
 
 
 class Sparse:
@@ -82,9 +93,7 @@ class Sparse:
         self._sparse_rule = bool(self._slots.of_rule(range(num_blocks)))
         self.interval = 0
         self.times_active = [0] * num_blocks
-        self._engine: DeepSpeedEngine | None = None
-        self._registration: Registration | None = None
-        self._prober: Prober | None = None
+        self._parts: _Attached | None = None  # read it through `_attached`
         self._observed_at = -1
         self._applied = True  # whether the update rule applied its part of the last optimizer step
         self._before_change: list[Callable[[], object]] = []
@@ -107,7 +116,7 @@ class Sparse:
     @property
     def steps(self) -> int:
         """Return the number of optimizer steps applied so far. Steps skipped for overflow do not count."""
-        engine = self._attached()
+        engine = self._attached().engine
         return engine.global_steps - engine.skipped_steps
 
     @property
@@ -118,7 +127,7 @@ class Sparse:
         None if nothing can be lost (fp32 weights, or a bank that keeps masters), and before the first switch that could
         lose something.
         """
-        return self._switcher.rounded_away if self._engine is not None else None
+        return None if self._parts is None else self._parts.switcher.rounded_away
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what trains now: the active blocks' parameters and the always-on ones."""
@@ -139,26 +148,27 @@ class Sparse:
     def held(self) -> dict[str, list[torch.Tensor]]:
         """Return the live tensors of the model's state on this rank, by kind: weights, gradients, masters, moments, and
         the indices of a sparse update rule."""
-        held: dict[str, list[torch.Tensor]] = {"indices": []} | self._registered().held()
-        held["gradients"] = [*held["gradients"], *self._local.held()]
+        attached = self._attached()
+        held: dict[str, list[torch.Tensor]] = {"indices": []} | attached.registration.held()
+        held["gradients"] = [*held["gradients"], *attached.local.held()]
         return {kind: [*tensors, *self.update.held().get(kind, [])] for kind, tensors in held.items()}
 
     @property
     def state_names(self) -> frozenset[str]:
         """Return the names of the optimizer state that has one value for each weight, such as `exp_avg`."""
-        return frozenset(self._registered().layout.per_weight)
+        return frozenset(self._attached().registration.layout.per_weight)
 
     @property
     def device(self) -> torch.device:
         """Return the device on which the engine computes."""
-        return self._attached().device
+        return self._attached().engine.device
 
     def inspecting(self) -> AbstractContextManager[None]:
         """While inside, the engine's module can be run forward and backward without any effect on training.
 
         Compute gradients with `torch.autograd.grad`, which does not write to parameters.
         """
-        return inspecting(self._registered())
+        return inspecting(self._attached().registration)
 
     # --- for checkpoints ---------------------------------------------------------------------------------------
 
@@ -167,26 +177,26 @@ class Sparse:
 
         The shares of all ranks make up the parameter. After writing to a share, call `publish`.
         """
-        shares = self._registered().shares
+        shares = self._attached().registration.shares
         return shares.owned_start(parameter), shares.owned_range(parameter)
 
     def entries(self, name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """Return what a sparse update rule stores for this rank's share of a parameter: `indices` into the flat
         parameter, and under `weight` and every other key one value for each. Empty if it stores nothing."""
+        start, weights = self.owned(parameter)
         kept = self.update.slices(name)
         if not kept:
             return {}
-        start, weights = self.owned(parameter)
         return {**kept, "weight": weights[(kept["indices"] - start).to(weights.device)]}
 
     def publish(self, parameter: nn.Parameter) -> None:
         """Copy each rank's share of `parameter` to the other ranks that store it. Collective."""
-        self._registered().shares.publish(parameter)
+        self._attached().registration.shares.publish(parameter)
 
     def optimizer_slices(self, names: Collection[str]) -> Iterator[Slice]:
         """Yield this rank's masters and moments of the parameters `names`, live and banked. They are valid until the
         next change (`before_change`)."""
-        registration = self._registered()
+        registration = self._attached().registration
         self.bank.wait()
         for number, group in enumerate(self.groups()):
             if any(name in names for name in group):
@@ -206,7 +216,7 @@ class Sparse:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state except tensors, as JSON-compatible values that are the same on every rank."""
-        engine = self._attached()
+        attached = self._attached()
         return {
             "rule": type(self.update).__name__,
             "slots": list(self._slots.members),
@@ -215,10 +225,8 @@ class Sparse:
             "selector": self.selector.state_dict(),
             "update": self.update.state_dict(),
             "observed_at": self._observed_at,
-            "probes": self._prober.taken if self._prober is not None else 0,
-            "learning_rates": [float(group["lr"]) for group in engine.basic_optimizer.param_groups],
-            "engine": {name: getattr(engine, name) for name in _COUNTERS},
-            "loss_scale": loss_scale_state(engine),
+            "probes": attached.prober.taken if attached.prober is not None else 0,
+            **engine_state(attached.engine),
             "rounded_away": self.rounded_away,
             "redrawn": self.redrawn,
         }
@@ -230,24 +238,19 @@ class Sparse:
         Blocks return to the slots that they were in, because sums over groups depend on the blocks' order. Call
         `compare_ranks` afterwards.
         """
-        engine, registration = self._attached(), self._registered()
+        attached = self._attached()
+        switcher = attached.switcher
         self.change()
-        registration.drop_gradients()
-        for name in _COUNTERS:
-            setattr(engine, name, state["engine"][name])
-        # A step ends when `micro_steps` is a multiple of the accumulation steps, whose number may have changed.
-        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-        for group, rate in zip(engine.basic_optimizer.param_groups, state["learning_rates"], strict=True):
-            group["lr"] = rate
-        restore_loss_scale(engine, state["loss_scale"])
+        attached.registration.drop_gradients()
+        restore_engine_state(attached.engine, state)
         self.selector.load_state_dict(state["selector"])
         self.interval, self.times_active = state["interval"], list(state["times_active"])
         if self.redrawn is not None:
             self.redrawn = redrawn_as_recorded(state, self.bank, warn=self.selector.changes(len(self.blocks)))
         self._observed_at = state["observed_at"]
-        if self._prober is not None:
-            self._prober.skip(state["probes"])
-        self._switcher.restore(state["slots"], source)
+        if attached.prober is not None:
+            attached.prober.skip(state["probes"])
+        switcher.restore(state["slots"], source)
         self.update.load_state_dict(state.get("update", {}))
         active = self._slots.trained_by_rule()
         for name in self._slots.trained_by_rule(range(len(self.blocks))):
@@ -256,14 +259,15 @@ class Sparse:
                 # Parameters that were frozen after their file was written lost their state, unless a bank keeps it.
                 keys = stored.keys() - {"weight"} if self.bank.keeps or name in active else {"indices"}
                 self.update.restore(name, {key: value for key, value in stored.items() if key in keys})
-        self._local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps)
-        self._switcher.follow_rounding()
-        self._switcher.rounded_away = state.get("rounded_away")
+        attached.local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps)
+        switcher.follow_rounding()
+        switcher.rounded_away = state.get("rounded_away")
 
     def compare_ranks(self) -> None:
         """Raise `GuardError` on all ranks if their active sets differ, or if the optimizer of any does not contain
         exactly the active set. Collective."""
-        self._guard.after_switch(interval=self.interval, step=self.steps, active=self.active, expected=self.groups())
+        guard = self._attached().guard
+        guard.after_switch(interval=self.interval, step=self.steps, active=self.active, expected=self.groups())
 
     def param_groups(
         self, *, lr: float | None = None, weight_decay: float = 0.0, lr_always_on: float | None = None
@@ -280,7 +284,7 @@ class Sparse:
             raise ValueError(
                 "nothing is left for the optimizer: choose an always-on part, or an update rule that registers tensors"
             )
-        if self._slots.placeholder is not None and self._engine is None:
+        if self._slots.placeholder is not None and self._parts is None:
             self.model.register_parameter(PLACEHOLDER, self._slots.placeholder)
         return groups
 
@@ -304,52 +308,47 @@ class Sparse:
         `engine.save_checkpoint` and `load_checkpoint` keep their signatures and write and read Strata's format.
         Raises `trainer.engine.zero.errors.RegistrationError` for an engine that cannot be switched.
         """
-        if self._engine is not None:
+        if self._parts is not None:
             raise RuntimeError("already attached: prepare the model once for each engine")
-        if (probe_batches is None) != (loss_function is None):
-            raise ValueError("attach() got one of probe_batches and loss_function: it takes both or neither")
-        if self.selector.measures and probe_batches is None:
-            raise _cannot_measure(self.selector)
+        refuse_unfit_probes(self.selector, probe_batches, loss_function)
         refuse_unfit_engine(engine, self.update, sparse_rule=self._sparse_rule)
         registration = register(engine, self.groups())
         trained = sum(structure_of.full_numel(p) for p in self.trainable_parameters())
         banks = self.bank.keeps and self.selector.changes(len(self.blocks))
         check_registration(registration, saves=saves, banks=banks, trained=trained)
-        self._switcher = Switcher(registration, self.bank, self._slots, self.blocks)
-        self._engine, self._registration = engine, registration
-        self._fetch_order = FetchOrder(self.blocks)
-        if self._slots.placeholder is not None:
-            delattr(self.model, PLACEHOLDER)  # nothing else should see it
-        self._local = LocalGradients(self.update, registration, is_last=partial(_is_last_micro_batch, engine))
-        self._local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps)
-        self._guard = Guard(
+        prober = None
+        if probe_batches is not None and loss_function is not None:
+            suppress = suppressed_adapters if self.substrate == "adapter" else suppressed_residuals
+            prober = Prober(
+                registration, self.blocks, suppress=suppress, batches=probe_batches, loss_function=loss_function
+            )
+        guard = Guard(
             registration,
             self.blocks,
             every=guard_every,
             expect_motion=not self._sparse_rule,
             adapters=self.substrate == "adapter",
         )
-        if probe_batches is not None and loss_function is not None:
-            self._prober = Prober(
-                registration,
-                self.blocks,
-                suppress=suppressed_adapters if self.substrate == "adapter" else suppressed_residuals,
-                batches=probe_batches,
-                loss_function=loss_function,
-            )
-        self._guard.after_switch(interval=0, step=0, active=self.active, expected=self.groups())
+        local = LocalGradients(self.update, registration, is_last=partial(_is_last_micro_batch, engine))
+        switcher = Switcher(registration, self.bank, self._slots, self.blocks)
+        self._parts = _Attached(engine, registration, switcher, local, guard, FetchOrder(self.blocks), prober)
+        if self._slots.placeholder is not None:
+            delattr(self.model, PLACEHOLDER)  # nothing else should see it
+        local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps)
+        guard.after_switch(interval=0, step=0, active=self.active, expected=self.groups())
         self._wrap_forward(engine)
-        self._wrap_step(engine)
+        self._wrap_step(self._parts)
         self._on_attach(self, engine)
 
     # --- during training ---------------------------------------------------------------------------------------
 
     def _before_forward(self) -> None:
+        attached = self._attached()
         # Ask the module: `engine.eval()` does not change the engine's own flag.
-        if not (self._attached().module.training and torch.is_grad_enabled()):
+        if not (attached.engine.module.training and torch.is_grad_enabled()):
             return  # evaluation sees the set that has just trained
         if self._slots.placeholder is not None:
-            self._registered().expect_no_gradients()
+            attached.registration.expect_no_gradients()
         step = self.steps
         self._measure(step)
         if step // self.selector.interval != self.interval:
@@ -362,27 +361,29 @@ class Sparse:
         wanted = self.selector.needs(step)
         if wanted is None:
             return
-        if self._prober is None:
-            raise _cannot_measure(self.selector)
-        self.selector.observe(wanted, self._prober.measure(wanted))
+        prober = self._attached().prober
+        if prober is None:
+            raise cannot_measure(self.selector)
+        self.selector.observe(wanted, prober.measure(wanted))
 
     @torch.no_grad()
     def _switch(self, interval: int, step: int) -> None:
         """Replace the active set. A block that stays keeps its slot and, unless `redrawn` is "reset", its state."""
-        registration = self._registered()
+        attached = self._attached()
+        registration, guard = attached.registration, attached.guard
         self.change()
-        moved, problem = self._guard.before_switch()
+        moved, problem = guard.before_switch()
         renew = self.redrawn == "reset" and self.selector.changes(len(self.blocks))
-        staying = self._switcher.switch(self.selector.select(interval, len(self.blocks)), renew=renew)
+        staying = attached.switcher.switch(self.selector.select(interval, len(self.blocks)), renew=renew)
         renewed = self._slots.of_rule(staying if renew else ()).keys()
-        self._local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps, renewed=renewed)
-        order = self._fetch_order.after_switch(registration.fetch_order(), lowest=self.active[0])
+        attached.local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps, renewed=renewed)
+        order = attached.fetch_order.after_switch(registration.fetch_order(), lowest=self.active[0])
         if order is not None:
             registration.expect_fetch_order(order)
         self.interval = interval
-        if self._guard.due(step):
+        if guard.due(step):
             self.bank.wait()  # the guard reads masters that may still be copied from the bank
-        self._guard.after_switch(
+        guard.after_switch(
             interval=interval, step=step, active=self.active, expected=self.groups(), moved=moved, problem=problem
         )
 
@@ -396,7 +397,8 @@ class Sparse:
 
         engine.forward = forward
 
-    def _wrap_step(self, engine: DeepSpeedEngine) -> None:
+    def _wrap_step(self, attached: _Attached) -> None:
+        engine, registration = attached.engine, attached.registration
         inner, was_applied = engine.step, engine.was_step_applied
 
         @wraps(inner)
@@ -411,17 +413,17 @@ class Sparse:
             boundary = not engine.managed_gradient_accumulation() or engine.is_gradient_accumulation_boundary()
             if boundary:
                 self.change()
-                self._registered().before_step()
+                registration.before_step()
             # Read before the step, which advances the schedule.
             learning_rate = engine.basic_optimizer.param_groups[0]["lr"] * self._rate_of_blocks
             inner(*args, **kwargs)
-            self._registered().after_step()
+            registration.after_step()
             if boundary:
                 by_deepspeed = was_applied()
-                self._applied = self._local.finish(applied=by_deepspeed, learning_rate=learning_rate)
+                self._applied = attached.local.finish(applied=by_deepspeed, learning_rate=learning_rate)
                 engine.skipped_steps += by_deepspeed and not self._applied
             if engine.was_step_applied():
-                self._guard.after_step(learning_rate)
+                attached.guard.after_step(learning_rate)
                 for index in self.active:
                     self.times_active[index] += 1
 
@@ -429,18 +431,10 @@ class Sparse:
         # A step may also be skipped for gradients of a sparse update rule, which DeepSpeed does not see.
         engine.was_step_applied = lambda: was_applied() and self._applied
 
-    def _attached(self) -> DeepSpeedEngine:
-        if self._engine is None:
+    def _attached(self) -> _Attached:
+        if self._parts is None:
             raise RuntimeError("not attached to an engine yet: call attach(engine) after deepspeed.initialize")
-        return self._engine
-
-    def _registered(self) -> Registration:
-        assert self._registration is not None
-        return self._registration
-
-
-def _cannot_measure(selector: Selector) -> ValueError:
-    return ValueError(f"{type(selector).__name__} measures: give attach() probe_batches and loss_function")
+        return self._parts
 
 
 def _is_last_micro_batch(engine: DeepSpeedEngine) -> bool:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.checkpoint.lease import LeaseError
 from trainer.export.shards import Alone, ExportError, complete_or_not_at_all, digest, write_model
 from trainer.model.adapters import Adapted
-from trainer.model.blocks import Piece, pieces
+from trainer.model.blocks import Piece, is_partitioned, pieces
 from trainer.model.merging import Merger, plain_twin
 
 __all__ = ["ExportError", "export", "export_adapter", "export_merged", "save", "write_adapter", "write_merged"]
@@ -231,7 +231,7 @@ def _gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     copies: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in copies:
-            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            with deepspeed.zero.GatheredParameters([tensor], enabled=is_partitioned(tensor)):
                 copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if writes else tensor
     return {name: copies[id(tensor)] for name, tensor in tensors.items()} if writes else {}
 

@@ -38,10 +38,6 @@ def layerwise(trainer: Trainer, sparse: Sparse, **attach: Any) -> None:
     --base PATH` writes a model without loading all of it into memory.
     """
     _check(trainer, sparse)
-    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-    if zero.get("stage") == 3:
-        # Without it transformers writes no weights, and advises a script for DeepSpeed's own checkpoints.
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
     # transformers ignores `optimizers=` under DeepSpeed, but uses `optimizer_cls_and_kwargs`, parameters included.
     args = trainer.args
     optimizer, settings = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
@@ -52,6 +48,11 @@ def layerwise(trainer: Trainer, sparse: Sparse, **attach: Any) -> None:
             "args.optim='adamw_torch'"
         )
     groups = sparse.param_groups(weight_decay=args.weight_decay)
+    # Nothing below is refused, and nothing above changes the trainer.
+    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if zero.get("stage") == 3:
+        # Without it transformers writes no weights, and advises a script for DeepSpeed's own checkpoints.
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     trainer.optimizer_cls_and_kwargs = (optimizer, {**settings, "params": groups})
     # Activation checkpointing adds a hook that makes embeddings require gradients, so that backward always runs down to
     # the first block. PEFT and TRL install it early; once `train()` installs it again, the first can't be removed.

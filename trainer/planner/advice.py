@@ -96,9 +96,9 @@ def _changes(config: RunConfig, machine: Machine) -> Iterator[Change]:
     for name in above:
         if machine.ranks > 1 or "offload" in name or "nvme" in name:
             yield Change((f"deepspeed={name}",), _PRESETS[name], "stage")
-    if config.bank.name == "device" and config.selector.name != "all":
+    if config.bank.name == "device" and not config.selector.constant:
         yield Change(("bank.name=cpu",), "optimizer state is copied between host and device at a switch", "bank")
-    if config.bank.name != "discard" and config.selector.name != "all":
+    if config.bank.name != "discard" and not config.selector.constant:
         yield Change(("bank.name=discard",), "blocks lose their optimizer state when they are frozen", "bank")
     blocks = getattr(config.selector, "blocks", None)
     for count in sorted({blocks // 2, 1}, reverse=True) if isinstance(blocks, int) and blocks > 1 else ():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from trainer.settings import Count
 
 class All(Selector):
     """Choose all blocks in every interval; no switch ever happens."""
+
+    constant: ClassVar[bool] = True
 
     name: Literal["all"] = Field("all", description="All blocks (full fine-tuning).")
     interval: Count = Field(20, description="Optimizer steps in an interval; the blocks are always the same.")

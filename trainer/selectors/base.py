@@ -53,6 +53,8 @@ class Selector(Section, ABC):
 
     # Whether `needs` ever requests a measurement; then the engine requires probe batches.
     measures: ClassVar[bool] = False
+    # Whether the same blocks train throughout, in any model: then no bank is ever used.
+    constant: ClassVar[bool] = False
 
     name: str = ""
     interval: Count
@@ -97,7 +99,7 @@ class Selector(Section, ABC):
 
     def changes(self, num_blocks: int) -> bool:
         """Return whether intervals may differ in their blocks; False if the same ones train throughout."""
-        return len(self.reachable(num_blocks)) > self.num_active(num_blocks)
+        return not self.constant and len(self.reachable(num_blocks)) > self.num_active(num_blocks)
 
     def needs(self, step: int) -> Measurement | None:
         """Return the measurement wanted before optimizer step `step` (from 0), if any."""

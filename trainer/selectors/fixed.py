@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,6 +13,8 @@ from trainer.settings import Count
 
 class Fixed(Selector):
     """Choose the given `blocks` throughout; negative indices count from the end."""
+
+    constant: ClassVar[bool] = True
 
     name: Literal["fixed"] = Field("fixed", description="The same blocks throughout.")
     blocks: tuple[int, ...] = Field(strict=False, description="Indices of blocks; negative ones count from the end.")

@@ -6,18 +6,22 @@ from collections.abc import Mapping
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-# What changes in a DynamicLossScaler; the rest is configuration.
-_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+from trainer.engine.zero.private_names import PRIVATE_NAMES
+
+_STATE = PRIVATE_NAMES["dynamic loss scaler"]
 
 
 def loss_scale_state(engine: DeepSpeedEngine) -> dict[str, float]:
-    """Return the state of the loss scaler; empty if there is none."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return {k: v for k, v in vars(scaler).items() if k in _STATE} if scaler is not None else {}
+    """Return the state of the loss scaler; empty if the scale is constant, as it is for every dtype but fp16."""
+    return {name: getattr(engine.optimizer.loss_scaler, name) for name in _STATE} if _is_dynamic(engine) else {}
 
 
 def restore_loss_scale(engine: DeepSpeedEngine, state: Mapping[str, float]) -> None:
-    """Restore what `loss_scale_state` returned."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is not None:
-        vars(scaler).update(state)
+    """Restore what `loss_scale_state` returned. A constant scale is configuration, and stays what it is."""
+    for name in _STATE:
+        if name in state and _is_dynamic(engine):
+            setattr(engine.optimizer.loss_scaler, name, state[name])
+
+
+def _is_dynamic(engine: DeepSpeedEngine) -> bool:
+    return engine.fp16_enabled() and engine.optimizer.dynamic_loss_scale

@@ -43,6 +43,7 @@ class ReplicatedParameter(nn.Parameter):
     param_idx_in_group: int
     grad_accum: Tensor | None
     _hp_mapping: Any  # where its fp32 master weights and moments are, for `safe_get_full_*`
+    _zero_optimizer: Any  # set only with offload_optimizer
 
 
 class GroupMaster(Tensor):

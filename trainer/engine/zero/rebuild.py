@@ -45,26 +45,28 @@ def check_names(engine: DeepSpeedEngine, stage: str) -> None:
         )
 
 
-def check_settings(engine: DeepSpeedEngine) -> None:
+def check_settings(engine: DeepSpeedEngine, stage: str) -> None:
     """Raise `RegistrationError` for settings of DeepSpeed that cannot be switched on any ZeRO stage."""
     zero, basic = engine.optimizer, engine.basic_optimizer
-    if getattr(zero, "optimizer", basic) is not basic:
+    if stage == "stage 0":
+        return
+    if zero.optimizer is not basic:
         raise RegistrationError(
             f"DeepSpeed steps a {type(zero.optimizer).__name__} of its own in place of the {type(basic).__name__} "
             "that it was given: use torch.optim.AdamW or DeepSpeedCPUAdam"
         )
-    for name, harmless, key in (
-        ("zenflow", False, "zero_optimization.zenflow"),
-        ("use_muon", False, "optimizer Muon"),
-        ("partial_offload", 1.0, "zero_optimization.offload_optimizer.ratio below 1"),
-        ("zero_quantized_nontrainable_weights", False, "zero_optimization.zero_quantized_nontrainable_weights"),
-        ("low_precision_master_weights_and_grads", False, "bf16_master_weights_and_grads"),
-        ("bf16_master_weights_and_gradients", False, "bf16_master_weights_and_grads"),
-        ("fp16_master_weights_and_gradients", False, "fp16_master_weights_and_grads"),
-    ):
-        value = getattr(zero, name, harmless)
-        # Without offload the ratio is 0 and means nothing.
-        if value and value != harmless and not (name == "partial_offload" and not zero.offload_optimizer):
+    chosen: dict[str, object] = {
+        "optimizer Muon": type(basic).__module__.startswith("deepspeed.") and "Muon" in type(basic).__name__,
+        "zero_optimization.zenflow": zero.zenflow,
+        "bf16_master_weights_and_grads": zero.bf16_master_weights_and_gradients,
+        "fp16_master_weights_and_grads": zero.fp16_master_weights_and_gradients,
+    }
+    if stage == "stage 3":
+        if zero.offload_optimizer and zero.partial_offload != 1.0:  # without offload the ratio means nothing
+            chosen["zero_optimization.offload_optimizer.ratio below 1"] = f"{zero.partial_offload}"
+        chosen["zero_optimization.zero_quantized_nontrainable_weights"] = zero.zero_quantized_nontrainable_weights
+    for key, value in chosen.items():
+        if value:
             raise RegistrationError(f"{key} (here {value}) cannot be switched: leave it out")
 
 

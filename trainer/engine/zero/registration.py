@@ -33,7 +33,7 @@ class Registration(ABC, Generic[P]):
         self.optimizer = engine.optimizer
         self.groups: list[dict[str, P]] = [dict(group) for group in groups]
         check_names(engine, self.stage)
-        check_settings(engine)
+        check_settings(engine, self.stage)
         self._check_supported()
         self.numel_before = sum(full_numel(p) for group in self.registered() for p in group)
         self.rebuilt = not matches(self)
@@ -197,10 +197,10 @@ class Registration(ABC, Generic[P]):
     def build(self) -> None:
         """Make a new ZeRO optimizer. The old object takes over its attributes, so references to the old one
         (accelerate's wrapper, the tuple that `deepspeed.initialize` returned) remain valid."""
-        new = self.engine._configure_zero_optimizer(self.engine.basic_optimizer)
-        self.optimizer.__dict__ = new.__dict__  # both names mean one optimizer from here on
-        self.engine.optimizer = self.optimizer = new
-        new.register_grad_acc_post_hook(self.engine._backward_post_hook)
+        zero = self.engine._configure_zero_optimizer(self.engine.basic_optimizer)
+        self.optimizer.__dict__ = zero.__dict__  # both names mean one optimizer from here on
+        self.engine.optimizer = self.optimizer = zero
+        zero.register_grad_acc_post_hook(self.engine._backward_post_hook)
 
     def own_storage(self, parameters: Iterable[P]) -> None:
         """Give parameters that are views of a flat buffer storage of their own, so that the buffer can be freed."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.engine.zero.parameters import P
 from trainer.model.blocks import full_numel
-from trainer.model.ownership import own_bounds
+from trainer.model.ownership import own_bounds, share_size
 
 
 class Shares(ABC, Generic[P]):
@@ -28,7 +28,7 @@ class Shares(ABC, Generic[P]):
 
     @abstractmethod
     def owned_range(self, parameter: P) -> Tensor:
-        """Return the live weights of this rank's `bounds`, flat. Call `publish` after writing to them."""
+        """Return the live weights of this rank's share, flat. Call `publish` after writing to them."""
 
     @abstractmethod
     def publish(self, parameter: P) -> None:
@@ -52,7 +52,7 @@ class SharesOfWholes(Shares[P]):
 
     def publish(self, parameter: P) -> None:
         ranks, numel = dist.get_world_size(), parameter.numel()
-        chunk = -(-numel // ranks)
+        chunk = share_size(numel, ranks)
         mine = parameter.data.new_zeros(chunk)
         owned = self.owned_range(parameter)
         mine[: owned.numel()] = owned

@@ -29,6 +29,7 @@ from trainer.engine.zero.registration import Registration
 from trainer.engine.zero.shares import Shares
 from trainer.engine.zero.slices import exchange_storage, own_copy
 from trainer.engine.zero.stage3_offload import StateOffload, view_into
+from trainer.model.ownership import part
 
 
 class Stage3(Registration[PartitionedParameter]):
@@ -80,10 +81,8 @@ class Stage3(Registration[PartitionedParameter]):
     def _ranges(self, index: int) -> list[tuple[int, int, int]]:
         ranges, offset = [], 0
         for parameter in self.groups[index].values():
-            size = parameter.partition_numel()
-            start = min(parameter.ds_numel, dist.get_rank(group=parameter.ds_process_group) * size)
-            ranges.append((offset, start, min(parameter.ds_numel, start + size)))
-            offset += size
+            ranges.append((offset, *_bounds(parameter)))
+            offset += parameter.partition_numel()
         return ranges
 
     def _own_storage_per_group(self) -> None:
@@ -373,10 +372,8 @@ class PartitionedShares(Shares[PartitionedParameter]):
         self._zero = zero
 
     def local_shard(self, parameter: PartitionedParameter) -> Tensor:
-        rank = dist.get_rank(group=parameter.ds_process_group)
-        size = parameter.partition_numel()
-        held = min(size, max(0, parameter.ds_numel - rank * size))  # the last ranks' partitions end in padding
-        return parameter.ds_tensor.data.view(-1)[:held]
+        start, stop = _bounds(parameter)
+        return parameter.ds_tensor.data.view(-1)[: stop - start]  # the last ranks' partitions end in padding
 
     def owned_range(self, parameter: PartitionedParameter) -> Tensor:
         return self.local_shard(parameter)
@@ -394,6 +391,12 @@ class PartitionedShares(Shares[PartitionedParameter]):
     def publish_entries(self, entries: Sequence[tuple[PartitionedParameter, Tensor]]) -> None:
         for parameter, _ in entries:
             self.publish(parameter)
+
+
+def _bounds(parameter: PartitionedParameter) -> tuple[int, int]:
+    """Return the range [start, stop) of the flat parameter that this rank's partition contains."""
+    rank = dist.get_rank(group=parameter.ds_process_group)
+    return part(parameter.ds_numel, parameter.partition_numel(), rank)
 
 
 def _let_gathers_wait(zero: DeepSpeedZeroOptimizer_Stage3) -> None:

@@ -14,7 +14,9 @@ class DiscardSettings(BankSettings):
     place: ClassVar[Literal["device", "host"] | None] = None
 
     name: Literal["discard"] = Field(
-        "discard", description="Discard optimizer state and fp32 master weights at a switch."
+        "discard",
+        description="Discard optimizer state and fp32 master weights at a switch. With substrate.name=adapter the "
+        "default is device.",
     )
     redrawn: Literal["reset", "keep"] = Field(
         "reset",
