@@ -118,7 +118,7 @@ def test_a_cache_of_an_earlier_version_is_not_used(write, tmp_path, tokenizer):
     path = write(*ROWS)
     found = prepared(tmp_path, tokenizer, path)
     opened = data.open_source(data.TrainSource(path=str(path)))
-    maker = data._Maker(tokenizer, 64, "truncate", False, tmp_path / "cache", 0, "error")
+    maker = data._Maker(tokenizer, 64, "truncate", False, tmp_path / "cache", 0, "error", "text")
     earlier = tmp_path / "cache" / maker._earlier_key(data.TrainSource(path=str(path)), opened.content(), 0.0)
     shutil.copytree(folder_of(tmp_path / "cache"), earlier)
     flip(earlier / "train.arrow", 300)

@@ -243,6 +243,11 @@ class DataConfig(Section):
         description="What to do with a row that cannot be read or that the chat template refuses: end with its place "
         "and the reason, or leave it out; such rows are counted, and the first three are named.",
     )
+    special_tokens_in_text: Literal["text", "allow"] = Field(
+        "text",
+        description="What becomes of control tokens, such as <|im_end|>, that messages, questions and answers spell: "
+        "they stay text, or become tokens. {text} and texts in {prompt, completion} are taken as they are.",
+    )
     packing: bool = Field(
         False,
         description="Pack several samples into each row of max_length tokens; a sample attends only to itself. Batch "

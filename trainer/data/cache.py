@@ -20,6 +20,7 @@ import numpy as np
 
 from trainer.config.schema import DataSource, RunConfig, TrainSource
 from trainer.data.cached import check_samples, read_cached, seal
+from trainer.data.control_tokens import ControlTokens, TokensInText
 from trainer.data.encode import ROWS_PER_CHUNK, Overflow, Report, Sample, encode, find_unused_keys
 from trainer.data.errors import BadRows, DataError, in_short
 from trainer.data.formats.base import Row
@@ -44,7 +45,8 @@ TRAIN, HELD_OUT = "train", "held_out"  # the splits of a source in its folder of
 class Part:
     """The samples of one source: memory-mapped {input_ids, labels}, numpy arrays. If they are packed, each is a row of
     samples and also has `seq_lengths`. `ignored` names the columns, and keys of messages, that no sample contains.
-    `num_bad` rows of the source, part held out or not, could not be used; `first_bad` says what is wrong with ten."""
+    `num_bad` rows of the source, part held out or not, could not be used; `first_bad` says what is wrong with ten.
+    `num_spelling` rows spell `control_tokens`, which are kept as text."""
 
     path: str
     samples: Dataset
@@ -52,6 +54,8 @@ class Part:
     ignored: tuple[str, ...] = ()
     num_bad: int = 0
     first_bad: tuple[str, ...] = ()
+    num_spelling: int = 0
+    control_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def prepare_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
         overflow=data.overflow,
         packing=data.packing,
         on_bad_row=data.on_bad_row,
+        special_tokens_in_text=data.special_tokens_in_text,
         cache=Path(data.cache).expanduser() if data.cache else beside,
         seed=config.seed,
     )
@@ -117,6 +122,7 @@ def prepare(
     cache: str | Path,
     seed: int,
     on_bad_row: OnBadRow = "error",
+    special_tokens_in_text: TokensInText = "text",
 ) -> Prepared:
     """Tokenise the training and evaluation sources once for all processes, and open the result.
 
@@ -129,10 +135,11 @@ def prepare(
     If `eval_fraction` is above 0 (which requires an empty `eval`), rows of each training source are set aside for
     evaluation. They are drawn by `seed` alone, so that neither max_length nor the tokenizer changes which ones.
     `on_bad_row="drop"` leaves out rows that cannot be read or rendered instead of raising.
+    `special_tokens_in_text="allow"` makes tokens of control tokens that rows spell, instead of text.
     """
     if eval and eval_fraction:
         raise DataError([f"data.eval_fraction: {eval_fraction}, but data.eval is given, too; give one of them"])
-    maker = _Maker(tokenizer, max_length, overflow, packing, Path(cache), seed, on_bad_row)
+    maker = _Maker(tokenizer, max_length, overflow, packing, Path(cache), seed, on_bad_row, special_tokens_in_text)
     made: list[_Made] = []
     problems: list[str] = []
     for source in [*train, *eval]:
@@ -194,6 +201,7 @@ class _Maker:
     cache: Path
     seed: int
     on_bad_row: OnBadRow
+    special_tokens_in_text: TokensInText
 
     def make(self, source: DataSource, eval_fraction: float) -> _Made:
         """Return the samples of a source from its folder. The folder is built if it is missing or damaged."""
@@ -215,7 +223,8 @@ class _Maker:
                 [f"data.cache: cannot write to {str(self.cache)!r}: {error}; name another folder"]
             ) from error
         earlier = None
-        if opened.as_before and not source.ignore and self.on_bad_row == "error":
+        as_before = opened.as_before and not source.ignore and self.on_bad_row == "error"
+        if as_before and not any(part.num_spelling for part in parts.values()):
             earlier = self._earlier_key(source, content, eval_fraction)
         return _Made(parts, of_source, settings, earlier)
 
@@ -230,6 +239,7 @@ class _Maker:
             "data.overflow": self.overflow,
             "data.packing": self.packing,
             "data.on_bad_row": self.on_bad_row,
+            "data.special_tokens_in_text": self.special_tokens_in_text,
             "model.tokenizer": {"sha256": _digest(identity)},
             "the tokenizer's chat template": {"sha256": _digest(template)},
             "the installed version of trl": version("trl") if self.packing or identity["patched_by"] else None,
@@ -295,16 +305,18 @@ class _Maker:
             shutil.rmtree(leftover, ignore_errors=True)
         temporary = folder.with_name(f"{unfinished}{uuid.uuid4().hex}")
         temporary.mkdir()
+        control = ControlTokens(self.tokenizer, self.special_tokens_in_text)
         try:
             reports = {}
             for name, rows in splits.items():
                 file = temporary / f"{name}.arrow"
-                reports[name] = asdict(self._write(file, path, rows, bad))
+                reports[name] = asdict(self._write(file, path, rows, bad, control))
                 if self.packing:
                     _pack(file, self.max_length)
                 check_samples(file, vocabulary=vocabulary_size(self.tokenizer), max_length=self.max_length)
-            left_out = {"num_bad": bad.count, "first_bad": bad.first}
-            seal(temporary, {"key": folder.name, "reports": reports, "ignored": list(ignored), **left_out})
+            found: dict[str, Any] = {"num_bad": bad.count, "first_bad": bad.first}
+            found |= {"num_spelling": control.rows, "control_tokens": list(control.seen)}
+            seal(temporary, {"key": folder.name, "reports": reports, "ignored": list(ignored), **found})
             os.rename(temporary, folder)
         except OSError:
             if not folder.is_dir():  # else a host on which the lock has no effect was faster, with the same content
@@ -312,7 +324,7 @@ class _Maker:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write(self, file: Path, path: str, rows: Sequence[Row], bad: BadRows) -> Report:
+    def _write(self, file: Path, path: str, rows: Sequence[Row], bad: BadRows, control: ControlTokens) -> Report:
         """Write rows as one Arrow stream, the format that `datasets` maps into memory, chunk by chunk."""
         import pyarrow as pa
 
@@ -329,8 +341,16 @@ class _Maker:
                 writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema=schema))
                 waiting.clear()
 
-            length, overflow = self.max_length, self.overflow
-            report = encode(path, rows, self.tokenizer, max_length=length, overflow=overflow, keep=keep, bad=bad)
+            report = encode(
+                path,
+                rows,
+                self.tokenizer,
+                max_length=self.max_length,
+                overflow=self.overflow,
+                keep=keep,
+                bad=bad,
+                control=control,
+            )
             flush()
         return report
 
@@ -380,6 +400,8 @@ def _parts(path: str, folder: Path) -> dict[str, Part]:
                 tuple(info["ignored"]),
                 info["num_bad"],
                 tuple(info["first_bad"]),
+                info["num_spelling"],
+                tuple(info["control_tokens"]),
             )
             for name, report in info["reports"].items()
         }

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trainer.data.answers import RefusedRow, find_answers
+from trainer.data.answers import RefusedRow, Span, find_answers
 from trainer.data.batches import IGNORED
+from trainer.data.control_tokens import ControlTokens
 from trainer.data.errors import MAX_PROBLEMS, BadRows, DataError
 from trainer.data.formats.base import Row
 from trainer.data.formats.conversations import CALL_KEYS, FUNCTION_KEYS
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 Overflow = Literal["truncate", "drop", "error"]
 Sample = dict[str, np.ndarray]
-Rendered = tuple[str, list[tuple[int, int]]]
+Rendered = tuple[str, list[Span]]
+# Ids, where in the text each of them is, and the spans of the text that are trained on.
+Tokens = tuple[Sequence[int], Sequence[Span], Sequence[Span]]
 Encoded = Iterator[tuple[Row, np.ndarray, np.ndarray]]
 
 _ANOTHER = "leave it out of the rows, or give a tokenizer whose chat template writes it"
@@ -61,6 +64,7 @@ def encode(
     overflow: Overflow,
     keep: Callable[[Sample], object],
     bad: BadRows | None = None,
+    control: ControlTokens | None = None,
 ) -> Report:
     """Encode rows and pass each sample to `keep` as it is made: a large source does not have to fit in memory twice.
 
@@ -69,13 +73,15 @@ def encode(
     of a plain text is a target. Messages are rendered by the tokenizer's chat template, and the assistant's tokens are
     the targets, message by message. If a sample has more than `max_length` tokens, "truncate" cuts its end, "drop"
     leaves it out, and "error" raises. A sample without a target is dropped. Raises `DataError` for rows that cannot be
-    rendered, unless `bad` drops them, and if no sample is left.
+    rendered, unless `bad` drops them, and if no sample is left. By default `control` keeps control tokens in rows as
+    text.
     """
+    control = ControlTokens(tokenizer) if control is None else control
     bad = BadRows(path) if bad is None else bad
     bad_before = bad.count
     num_samples = num_truncated = num_tokens = num_targets = num_without = 0
     too_long: list[str] = []
-    for row, ids, labels in _encode_rows(rows, tokenizer, bad):
+    for row, ids, labels in _encode_rows(rows, tokenizer, bad, control):
         length = len(ids)
         labels[:1] = IGNORED
         if length > max_length and overflow == "error":
@@ -108,7 +114,9 @@ def encode(
     return Report(num_samples, num_truncated, num_rows - num_samples, num_tokens, num_targets)
 
 
-def _encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, bad: BadRows) -> Encoded:
+def _encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, bad: BadRows, control: ControlTokens
+) -> Encoded:
     """Yield each row with its ids and labels, not yet cut to the limit."""
     templates = Templates(tokenizer)
     for start in range(0, len(rows), ROWS_PER_CHUNK):
@@ -116,12 +124,15 @@ def _encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, bad: B
         for conversations, group in groupby(rows[start : start + ROWS_PER_CHUNK], lambda row: bool(row.messages)):
             chunk = list(group)
             if not conversations:
-                yield from _encode_texts(chunk, tokenizer)
+                yield from _encode_texts(chunk, tokenizer, control)
                 continue
-            rendered = []
+            rendered: list[tuple[Row, Rendered | Tokens]] = []
             for row in chunk:
                 try:
-                    rendered.append((row, _render(row, tokenizer, templates.for_row(row), templates.tokens)))
+                    spells = control.found(row)
+                    shown = control.hidden(row) if spells else row
+                    found = _render(shown, tokenizer, templates.for_row(row), templates.tokens)
+                    rendered.append((row, control.tokenise(row, *found) if spells else found))
                 except RefusedRow as refused:
                     bad.add(f"{row.where}: {refused}")
             if rendered:
@@ -129,7 +140,7 @@ def _encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, bad: B
     bad.check()
 
 
-def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> Encoded:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None:
         raise DataError(["model.tokenizer: has no end-of-text token (eos_token), so no answer would ever end"])
@@ -141,6 +152,8 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> En
     prompts = tokenizer([row.prompt for row in rows], **options)["input_ids"]
     answers = tokenizer([row.answer for row in rows], **options)["input_ids"]
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+        if control.found(row):
+            prompt, answer = control.as_text(row.prompt), control.as_text(row.answer)
         # A verbatim text may itself begin or end with these tokens.
         prompt = [bos, *prompt] if adds_bos and (prompt or answer)[:1] != [bos] else prompt
         if row.answer:  # else nothing is trained on, and the sample is dropped
@@ -148,17 +161,19 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> En
         yield row, _int32(prompt + answer), _int32([IGNORED] * len(prompt) + answer)
 
 
-def _encode_messages(rendered: Sequence[tuple[Row, Rendered]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode_messages(rendered: Sequence[tuple[Row, Rendered | Tokens]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     encoded = tokenizer(
-        [text for _, (text, _) in rendered],
+        [found[0] if len(found) == 2 else "" for _, found in rendered],
         add_special_tokens=False,
         return_attention_mask=False,
         return_offsets_mapping=True,
         verbose=False,
     )
-    for index, (row, (_, spans)) in enumerate(rendered):
-        ids = _int32(encoded["input_ids"][index])
-        starts, ends = np.asarray(encoded["offset_mapping"][index], dtype=np.int64).reshape(-1, 2).T
+    for index, (row, found) in enumerate(rendered):
+        if len(found) == 2:
+            found = (encoded["input_ids"][index], encoded["offset_mapping"][index], found[1])
+        ids, spans = _int32(found[0]), found[2]
+        starts, ends = np.asarray(found[1], dtype=np.int64).reshape(-1, 2).T
         labels = np.full_like(ids, IGNORED)
         for start, end in spans:
             inside = (starts < end) & (ends > start)

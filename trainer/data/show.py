@@ -43,6 +43,7 @@ def describe(data: Prepared, max_length: int) -> list[str]:
     """Return a line about each source: its samples and tokens, what was left out, and its share of a mix."""
     lines: list[str] = []
     named: set[str] = set()
+    spelling: set[str] = set()
     for index, (title, part) in enumerate(_parts(data)):
         report, rows = part.report, len(part.samples)
         line = (
@@ -51,6 +52,10 @@ def describe(data: Prepared, max_length: int) -> list[str]:
         )
         if part.ignored:
             line += f"; ignored: {', '.join(part.ignored)}"
+        if part.num_spelling and part.path not in spelling:
+            spelling.add(part.path)
+            tokens = ", ".join(map(printable, part.control_tokens))
+            line += f"; {part.num_spelling:,} rows spell {tokens}, kept as text"
         if "seq_lengths" in part.samples.column_names:
             line += f"; packed into {rows:,} rows, {report.tokens / (rows * max_length):.1%} full"
         if data.weights and index < len(data.train_parts):

@@ -17,6 +17,7 @@ class Row:
     """One row: `messages`, or else a `prompt` (empty for plain text) and its `answer`.
 
     `where` is how error messages name the row. `trains` says for each assistant message whether its tokens are targets.
+    `verbatim` texts may contain control tokens, which others keep as text.
     """
 
     where: str
@@ -25,6 +26,7 @@ class Row:
     messages: tuple[Mapping[str, Any], ...] = ()
     trains: tuple[bool, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    verbatim: bool = False
 
 
 # Returns a mapping without the keys that the user ignores, except for the named ones.

@@ -19,7 +19,7 @@ def read(where: str, values: Mapping[str, Any]) -> Row:
         raise ValueError(
             f"prompt: {kind(prompt)}, and completion: {kind(completion)}; both must be texts, or both lists of messages"
         )
-    return Row(where, prompt=text(prompt, "prompt"), answer=answer(completion, "completion"))
+    return Row(where, prompt=text(prompt, "prompt"), answer=answer(completion, "completion"), verbatim=True)
 
 
 FORMAT = replace(

@@ -10,7 +10,7 @@ from trainer.data.formats.fields import answer
 
 
 def read(where: str, values: Mapping[str, Any]) -> Row:
-    return Row(where, answer=answer(values["text"], "text"))
+    return Row(where, answer=answer(values["text"], "text"), verbatim=True)
 
 
 FORMAT = Format(("text",), read, texts=("text",))

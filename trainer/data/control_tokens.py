@@ -1,0 +1,117 @@
+"""Keep control tokens that a message spells out as text, so that no model learns to write them in mid-answer.
+
+A tokenizer makes one token of `<|im_end|>` wherever it stands, also in a message that is about chat templates, and of
+`<s>` in a message with HTML. So a mark is put into each before the conversation is rendered. Then only the template's
+own control tokens are whole, and the text between them is tokenised as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from trainer.data.answers import RefusedRow, Span
+from trainer.data.formats.base import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TokensInText = Literal["text", "allow"]
+# Of those that Unicode leaves to private use.
+_MARK = "\uf8ff"
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer, and the rows that spell them: `rows` counts them, `seen` names the tokens.
+
+    With "allow" nothing is kept as text, and nothing counted.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, wanted: TokensInText = "text") -> None:
+        self._tokenizer = tokenizer
+        # Other added tokens (<think>, <tool_call>) belong into messages.
+        tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._keeps = wanted == "text" and self._pattern is not None
+        self.rows = 0
+        self.seen: dict[str, None] = {}
+
+    def found(self, row: Row) -> bool:
+        """Return whether a row spells control tokens that are to be text, and count it."""
+        if not self._keeps or row.verbatim:
+            return False
+        tokens = list(self._spelt([row.prompt, row.answer, row.messages, row.tools]))
+        self.rows += bool(tokens)
+        self.seen.update(dict.fromkeys(tokens))
+        return bool(tokens)
+
+    def hidden(self, row: Row) -> Row:
+        """Return a conversation with a mark in each control token that it spells."""
+        if any(_MARK in text for text in _texts([row.messages, row.tools])):
+            raise RefusedRow(f"contains the character U+{ord(_MARK):04X} beside a control token; remove it")
+        return replace(row, messages=self._with_marks(row.messages), tools=self._with_marks(row.tools))
+
+    def tokenise(self, row: Row, text: str, spans: list[Span]) -> tuple[list[int], list[Span], list[Span]]:
+        """Return the ids of the rendered conversation `text`, which has marks, where each is in the text without them,
+        and `spans` in it. Raises `RefusedRow` if the tokenizer cannot be taken piece by piece."""
+        plain = text.replace(_MARK, "")
+        whole = self._tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
+        if self._by_pieces(plain)[0] != whole:
+            spelt = ", ".join(dict.fromkeys(self._spelt([row.messages, row.tools])))
+            raise RefusedRow(
+                f"spells {spelt}, which this tokenizer cannot keep as text; leave it out of the row, or set "
+                "data.special_tokens_in_text=allow"
+            )
+        without = [(start - text.count(_MARK, 0, start), end - text.count(_MARK, 0, end)) for start, end in spans]
+        return *self._by_pieces(text), without
+
+    def _by_pieces(self, text: str) -> tuple[list[int], list[Span]]:
+        ids: list[int] = []
+        places: list[Span] = []
+        start = 0
+        assert self._pattern is not None
+        for piece in re.split(f"({self._pattern.pattern})", text):
+            if self._pattern.fullmatch(piece):
+                ids.append(self._tokenizer.convert_tokens_to_ids(piece))
+                places.append((start, start + len(piece)))
+            elif piece := piece.replace(_MARK, ""):
+                found = self._as_text(piece, return_offsets_mapping=True)
+                ids += found["input_ids"]
+                places += [(start + first, start + last) for first, last in found["offset_mapping"]]
+            start += len(piece)
+        return ids, places
+
+    def as_text(self, text: str) -> list[int]:
+        """Return the ids of a text in which nothing is a control token."""
+        ids: list[int] = self._as_text(text)["input_ids"]
+        return ids
+
+    def _as_text(self, text: str, **options: Any) -> Any:
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
+
+    def _spelt(self, values: Any) -> Iterator[str]:
+        assert self._pattern is not None
+        for text in _texts(values):
+            yield from self._pattern.findall(text)
+
+    def _with_marks(self, values: Any) -> Any:
+        if isinstance(values, str):
+            assert self._pattern is not None
+            return self._pattern.sub(lambda token: f"{token[0][0]}{_MARK}{token[0][1:]}", values)
+        if isinstance(values, Mapping):
+            return {key: self._with_marks(value) for key, value in values.items()}
+        return type(values)(map(self._with_marks, values)) if isinstance(values, list | tuple) else values
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _texts(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _texts(value)
