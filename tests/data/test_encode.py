@@ -202,3 +202,18 @@ def test_a_tokenizer_without_a_default_template_is_told_which_it_has(write):
         DataError, match=r"chat templates called rag, tool_use, but none called default.*chat_template\.jinja"
     ):
         samples_of(path, templates(rag="R", tool_use="T"))
+
+
+@pytest.mark.parametrize(("max_length", "length"), [(31, 30), (30, 30), (29, 20), (20, 20), (19, 10), (10, 10), (9, 9)])
+def test_long_conversations_are_cut_after_a_whole_answer(write, tokenizer, max_length, length):
+    """Of three turns: a mark, three letters, a mark, and an answer of four letters and an end. Without a whole answer
+    the end is cut, as in plain text."""
+    path = write({"messages": [{"role": "user", "content": "ask"}, assistant("tell")] * 3})
+    ((whole,), _) = samples_of(path, tokenizer)
+    ((cut,), report) = samples_of(path, tokenizer, max_length=max_length, overflow="truncate_at_turn")
+    assert len(whole["input_ids"]) == 30
+    for name in ("input_ids", "labels"):
+        assert cut[name].tolist() == whole[name][:length].tolist()
+    assert report == Report(1, int(length < 30), 0, length, length // 10 * 5 + (length == 9) * 4)
+    (text,), _ = samples_of(write({"text": "abcdef"}), tokenizer, max_length=4, overflow="truncate_at_turn")
+    assert tokenizer.decode(text["input_ids"]) == "abcd"

@@ -235,8 +235,10 @@ class DataConfig(Section):
         0.0, description="Share of each source of data.train to hold out for evaluation if data.eval is null."
     )
     max_length: Count = Field(1024, description="Maximum tokens per sample; with packing, also tokens per packed row.")
-    overflow: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="What to do with samples longer than max_length."
+    overflow: Literal["truncate", "truncate_at_turn", "drop", "error"] = Field(
+        "truncate",
+        description="What to do with samples longer than max_length; truncate_at_turn cuts a conversation after the "
+        "last answer that is whole.",
     )
     on_bad_row: Literal["error", "drop"] = Field(
         "error",

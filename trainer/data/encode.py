@@ -24,7 +24,7 @@ from trainer.data.tokenizer import GENERATION_MARK
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Overflow = Literal["truncate", "drop", "error"]
+Overflow = Literal["truncate", "truncate_at_turn", "drop", "error"]
 Sample = dict[str, np.ndarray]
 Rendered = tuple[str, list[Span]]
 # Ids, where in the text each of them is, and the spans of the text that are trained on.
@@ -71,10 +71,10 @@ def encode(
     Samples are {input_ids, labels}: int32, [length]. Labels are -100 for tokens that are not targets, and always for
     the first token, which nothing predicts. The answer to a prompt is a target, and so is the end of text after it. All
     of a plain text is a target. Messages are rendered by the tokenizer's chat template, and the assistant's tokens are
-    the targets, message by message. If a sample has more than `max_length` tokens, "truncate" cuts its end, "drop"
-    leaves it out, and "error" raises. A sample without a target is dropped. Raises `DataError` for rows that cannot be
-    rendered, unless `bad` drops them, and if no sample is left. By default `control` keeps control tokens in rows as
-    text.
+    the targets, message by message. If a sample has more than `max_length` tokens, "truncate" cuts its end,
+    "truncate_at_turn" cuts a conversation after the last answer that is whole, "drop" leaves it out, and "error"
+    raises. A sample without a target is dropped. Raises `DataError` for rows that cannot be rendered, unless `bad`
+    drops them, and if no sample is left. By default `control` keeps control tokens in rows as text.
     """
     control = ControlTokens(tokenizer) if control is None else control
     bad = BadRows(path) if bad is None else bad
@@ -88,17 +88,20 @@ def encode(
             too_long.append(f"{row.where}: {length} tokens, data.max_length is {max_length}")
             if len(too_long) == MAX_PROBLEMS:
                 break
-        if length > max_length and overflow != "truncate":
+        if length > max_length and overflow not in ("truncate", "truncate_at_turn"):
             continue
-        targets = int(np.count_nonzero(labels[:max_length] != IGNORED))
+        kept = min(length, max_length)
+        if length > max_length and overflow == "truncate_at_turn" and row.messages:
+            kept = _whole_turns(labels, max_length)
+        targets = int(np.count_nonzero(labels[:kept] != IGNORED))
         if targets == 0:
             num_without += 1
             continue
         num_samples += 1
         num_truncated += length > max_length
-        num_tokens += min(length, max_length)
+        num_tokens += kept
         num_targets += targets
-        keep({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+        keep({"input_ids": ids[:kept], "labels": labels[:kept]})
     if too_long:
         raise DataError([*too_long, "raise data.max_length, or set data.overflow to truncate or drop"])
     num_rows = len(rows) - (bad.count - bad_before)
@@ -112,6 +115,14 @@ def encode(
             ]
         )
     return Report(num_samples, num_truncated, num_rows - num_samples, num_tokens, num_targets)
+
+
+def _whole_turns(labels: np.ndarray, max_length: int) -> int:
+    """Return the number of tokens up to the end of the last answer that is whole within `max_length`; `max_length` if
+    not even the first one is."""
+    target = labels != IGNORED
+    ends = np.flatnonzero(target[:max_length] & ~target[1 : max_length + 1]) + 1
+    return int(ends[-1]) if len(ends) else max_length
 
 
 def _encode_rows(
