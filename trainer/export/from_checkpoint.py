@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.checkpoint.checks import NOT_RECORDED
 from trainer.checkpoint.contents import RANDOM, REST, Contents
+from trainer.checkpoint.fingerprint import Fingerprint
 from trainer.checkpoint.identity import TOKEN_IDS, Identity
 from trainer.checkpoint.store import CheckpointError, Manifest, Store, found_in
 from trainer.config import ModelConfig, RunConfig
@@ -312,9 +313,24 @@ def _tokenizer(origin: _Origin) -> PreTrainedTokenizerBase:
 
 
 def _loaded(run: TrainedRun) -> PreTrainedModel:
-    """Return the base with its weights, whole in host memory."""
+    """Return the base with its weights, whole in host memory. Random ones are those of the run's ZeRO stage."""
     plain = {"zero_optimization": {"stage": 0}}
-    return models.load(run.origin.model, run.tokenizer, seed=run.origin.seed, deepspeed=plain)
+    load = partial(models.load, run.origin.model, run.tokenizer, seed=run.origin.seed, deepspeed=plain)
+    model = load()
+    if run.origin.model.path is None and not _as_recorded(run, model):
+        partitioned = load(as_partitioned=True)
+        model = partitioned if _as_recorded(run, partitioned) else model
+    return model
+
+
+def _as_recorded(run: TrainedRun, model: PreTrainedModel) -> bool:
+    """Return whether the first recorded unit has the weights that the run began with."""
+    unit = next(iter(run.recorded), None)
+    found, units = Fingerprint(), Units(model, set(run.recorded), path=run.origin.model.blocks)
+    for name, parameter in model.named_parameters():
+        if units.of[id(parameter)][0] == unit:
+            found.add(name, parameter)
+    return unit is None or str(found) == run.recorded[unit]
 
 
 def _adapted(run: TrainedRun, substrate: AdapterSubstrate) -> Adapted:

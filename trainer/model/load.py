@@ -6,7 +6,7 @@ import copy
 import logging
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,14 @@ def load(
     seed: int,
     deepspeed: dict[str, Any],
     place: bool = False,
+    as_partitioned: bool = False,
 ) -> PreTrainedModel:
     """Load or build the model of `config` in its training dtype; under ZeRO-3 partitioned while it is created.
 
     `deepspeed` is the resolved DeepSpeed dictionary. With `place` weights below ZeRO-3 are read directly onto this
-    rank's device: otherwise host memory would contain the whole model once for each rank. Raises `ModelError`.
+    rank's device: otherwise host memory would contain the whole model once for each rank. `as_partitioned` draws random weights as
+    transformers draws them under ZeRO-3, where a layer does not first draw those that it has by itself. Raises
+    `ModelError`.
     """
     architecture = _architecture(config, tokenizer)
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
@@ -80,7 +83,10 @@ def load(
         with partitioned_creation(deepspeed):
             if config.path is None:
                 torch.manual_seed(seed)
-                model = _from_config(config, architecture, options)
+                with no_init_weights() if as_partitioned else nullcontext():
+                    model = _from_config(config, architecture, options)
+                if as_partitioned:
+                    model.initialize_weights()
             else:
                 # What is quantised is placed in any case, and ZeRO-3 places partitions itself.
                 place = place and config.quantization is None and not is_deepspeed_zero3_enabled()
