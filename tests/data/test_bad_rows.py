@@ -66,7 +66,7 @@ def test_bad_rows_are_left_out_counted_and_named(write: Callable[..., Path], tmp
 
 
 def test_more_than_ten_are_left_out_and_ten_remembered(write: Callable[..., Path], tmp_path: Path) -> None:
-    path = write(*GOOD, *[{"question": "", "answer": "b"}] * 30)
+    path = write(*GOOD * 2, *[{"question": "", "answer": "b"}] * 30)
     (part,) = samples_of(tmp_path, path, on_bad_row="drop").train_parts
     assert part.num_bad == 30 and len(part.first_bad) == 10
 
@@ -80,6 +80,13 @@ def test_the_format_is_that_of_the_first_row_that_can_be_read(write: Callable[..
 def test_if_none_is_left_the_first_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r":1: question: empty string(.|\n)*none of 2 rows can be used"):
         samples_of(tmp_path, write(*[BAD[0]] * 2), on_bad_row="drop")
+
+
+def test_more_than_half_are_not_left_out(write: Callable[..., Path], tmp_path: Path) -> None:
+    """As when the first row alone has another format."""
+    path = write({"text": "stray"}, *GOOD)
+    with pytest.raises(DataError, match=r"20 rows cannot be used, more than the 1 that can; data.on_bad_row=drop is"):
+        samples_of(tmp_path, path, on_bad_row="drop")
 
 
 def test_columns_that_a_sample_would_lack_are_still_refused(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -102,7 +109,8 @@ def test_conversations_that_the_template_refuses_are_left_out(write: Callable[..
     refused = {"messages": [*good[0]["messages"], {"role": "tool", "content": "42"}]}
     empty = talk("hello", "", "more", "yes")
     odd = {"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": "b"}]}
-    path = write(good[0], refused, empty, odd, good[1])
+    good.append(talk("e", "f"))
+    path = write(good[0], refused, empty, odd, *good[1:])
     data = samples_of(tmp_path, path, on_bad_row="drop", max_length=200)
     alone = samples_of(tmp_path, write(*good, name="good.jsonl"), max_length=200)
     assert [row["labels"].tolist() for row in data.train] == [row["labels"].tolist() for row in alone.train]

@@ -15,6 +15,7 @@ from tests.models import COMMON, FAMILIES, family_fields, tiny_llama, tiny_model
 from trainer.config import RunConfig
 from trainer.model.blocks import find
 from trainer.model.load import ModelError
+from trainer.model.loss import Objective
 from trainer.planner import Plan, Planner
 from trainer.planner.passes import PassError, Passes
 from trainer.planner.tracing import kinds
@@ -133,10 +134,18 @@ def test_a_block_that_fails_either_way_is_refused() -> None:
 
 def test_a_block_that_can_be_neither_traced_nor_run_is_left_out_of_the_plan() -> None:
     found = passes(_failing(ValueError, MemoryError))
-    assert found.of_blocks()[0].flops.forward == 0
+    assert found.complete and found.of_blocks()[0].flops.forward == 0 and not found.complete
     assert found.notes == [
         "activations and FLOPs of block 0 are not in this plan: it cannot be traced (ValueError: no such shape)"
     ]
+
+
+def test_a_length_that_the_model_cannot_take_is_refused() -> None:
+    """MPT has a bias for each position, and says how many under a name of its own."""
+    model = tiny_model("mpt")
+    assert len(passes(model, length=128).of_blocks()) == 4
+    with pytest.raises(PassError, match="block 0: RuntimeError: "):
+        passes(tiny_model("mpt", max_seq_len=1024), length=2048).of_blocks()
 
 
 def test_a_model_whose_sizes_do_not_fit_is_refused_with_the_key() -> None:
@@ -146,3 +155,9 @@ def test_a_model_whose_sizes_do_not_fit_is_refused_with_the_key() -> None:
     model.model.layers[0].mlp.up_proj = nn.Linear(7, 64, device="meta")
     with pytest.raises(ModelError, match=r"model\.random: a pass through one block of this model, with data\.max_len"):
         planner.plan(config, 1)
+
+
+def test_a_model_with_the_fused_head_is_traced_like_any_other() -> None:
+    plain, fused = tiny_model("llama"), tiny_model("llama")
+    Objective(fused, fused=True)
+    assert passes(fused, length=16).of_blocks() == passes(plain, length=16).of_blocks()

@@ -26,27 +26,28 @@ _MARK = "\uf8ff"
 class ControlTokens:
     """The control tokens of a tokenizer, and the rows that spell them: `rows` counts them, `seen` names the tokens.
 
-    With "allow" nothing is kept as text, and nothing counted.
+    These are the special tokens that begin and end turns and texts. Others, such as those of reasoning, calls and
+    images, belong into messages. With "allow" nothing is kept as text, and nothing counted.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, wanted: TokensInText = "text") -> None:
         self._tokenizer = tokenizer
-        # Other added tokens (<think>, <tool_call>) belong into messages.
-        tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+        longest_first = sorted(_structural(tokenizer), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._keeps = wanted == "text" and self._pattern is not None
         self.rows = 0
         self.seen: dict[str, None] = {}
 
     def found(self, row: Row) -> bool:
-        """Return whether a row spells control tokens that are to be text, and count it."""
+        """Return whether a row spells control tokens that are to be text."""
         if not self._keeps or row.verbatim:
             return False
-        tokens = list(self._spelt([row.prompt, row.answer, row.messages, row.tools]))
-        self.rows += bool(tokens)
-        self.seen.update(dict.fromkeys(tokens))
-        return bool(tokens)
+        return next(self._spelt([row.prompt, row.answer, row.messages, row.tools]), None) is not None
+
+    def count(self, row: Row) -> None:
+        """Count a row whose control tokens were kept as text."""
+        self.rows += 1
+        self.seen.update(dict.fromkeys(self._spelt([row.prompt, row.answer, row.messages, row.tools])))
 
     def hidden(self, row: Row) -> Row:
         """Return a conversation with a mark in each control token that it spells."""
@@ -54,19 +55,25 @@ class ControlTokens:
             raise RefusedRow(f"contains the character U+{ord(_MARK):04X} beside a control token; remove it")
         return replace(row, messages=self._with_marks(row.messages), tools=self._with_marks(row.tools))
 
+    def check(self, row: Row, text: str, plain: str) -> None:
+        """Raise `RefusedRow` unless the conversation `text`, which has marks, is else `plain`: some templates look for
+        a token in a message, or write it in another way."""
+        if text.replace(_MARK, "") != plain:
+            raise self._refused(row, "which this chat template treats in a way of its own")
+
     def tokenise(self, row: Row, text: str, spans: list[Span]) -> tuple[list[int], list[Span], list[Span]]:
         """Return the ids of the rendered conversation `text`, which has marks, where each is in the text without them,
         and `spans` in it. Raises `RefusedRow` if the tokenizer cannot be taken piece by piece."""
         plain = text.replace(_MARK, "")
         whole = self._tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
         if self._by_pieces(plain)[0] != whole:
-            spelt = ", ".join(dict.fromkeys(self._spelt([row.messages, row.tools])))
-            raise RefusedRow(
-                f"spells {spelt}, which this tokenizer cannot keep as text; leave it out of the row, or set "
-                "data.special_tokens_in_text=allow"
-            )
+            raise self._refused(row, "which this tokenizer cannot keep as text")
         without = [(start - text.count(_MARK, 0, start), end - text.count(_MARK, 0, end)) for start, end in spans]
         return *self._by_pieces(text), without
+
+    def _refused(self, row: Row, why: str) -> RefusedRow:
+        spelt = ", ".join(dict.fromkeys(self._spelt([row.messages, row.tools])))
+        return RefusedRow(f"spells {spelt}, {why}; leave it out of the row, or set data.special_tokens_in_text=allow")
 
     def _by_pieces(self, text: str) -> tuple[list[int], list[Span]]:
         ids: list[int] = []
@@ -102,7 +109,7 @@ class ControlTokens:
             assert self._pattern is not None
             return self._pattern.sub(lambda token: f"{token[0][0]}{_MARK}{token[0][1:]}", values)
         if isinstance(values, Mapping):
-            return {key: self._with_marks(value) for key, value in values.items()}
+            return {self._with_marks(key): self._with_marks(value) for key, value in values.items()}
         return type(values)(map(self._with_marks, values)) if isinstance(values, list | tuple) else values
 
 
@@ -110,8 +117,24 @@ def _texts(values: Any) -> Iterator[str]:
     if isinstance(values, str):
         yield values
     elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _texts(value)
+        for key, value in values.items():
+            yield from _texts([key, value])
     elif isinstance(values, list | tuple):
         for value in values:
             yield from _texts(value)
+
+
+def _structural(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Return the special tokens that begin and end texts, and those that the chat template writes around messages."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    written = ""
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    for messages in ([{"role": "system", "content": "x"}, *talk], talk):
+        try:
+            written += str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # of many types: no template, or none that takes a system message
+            continue
+    # Templates write an empty thought where a message has none.
+    inside = {token for token in special if "think" in token.lower() or "reason" in token.lower()}
+    return ({token for token in special if token in written} | (ends & special)) - inside

@@ -130,25 +130,32 @@ def _encode_rows(
 ) -> Encoded:
     """Yield each row with its ids and labels, not yet cut to the limit."""
     templates = Templates(tokenizer)
+    num_rendered = 0
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         # A source of {prompt, completion} may contain texts and conversations.
         for conversations, group in groupby(rows[start : start + ROWS_PER_CHUNK], lambda row: bool(row.messages)):
             chunk = list(group)
             if not conversations:
+                num_rendered += len(chunk)
                 yield from _encode_texts(chunk, tokenizer, control)
                 continue
             rendered: list[tuple[Row, Rendered | Tokens]] = []
             for row in chunk:
                 try:
-                    spells = control.found(row)
-                    shown = control.hidden(row) if spells else row
-                    found = _render(shown, tokenizer, templates.for_row(row), templates.tokens)
-                    rendered.append((row, control.tokenise(row, *found) if spells else found))
+                    spells, template = control.found(row), templates.for_row(row)
+                    found = _render(control.hidden(row) if spells else row, tokenizer, template, templates.tokens)
+                    if not spells:
+                        rendered.append((row, found))
+                        continue
+                    control.check(row, found[0], _write(row, tokenizer, template)[0])
+                    rendered.append((row, control.tokenise(row, *found)))
+                    control.count(row)
                 except RefusedRow as refused:
                     bad.add(f"{row.where}: {refused}")
+            num_rendered += len(rendered)
             if rendered:
                 yield from _encode_messages(rendered, tokenizer)
-    bad.check()
+    bad.check(num_rendered)
 
 
 def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> Encoded:
@@ -165,6 +172,7 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, contr
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         if control.found(row):
             prompt, answer = control.as_text(row.prompt), control.as_text(row.answer)
+            control.count(row)
         # A verbatim text may itself begin or end with these tokens.
         prompt = [bos, *prompt] if adds_bos and (prompt or answer)[:1] != [bos] else prompt
         if row.answer:  # else nothing is trained on, and the sample is dropped

@@ -21,7 +21,8 @@ class DataError(StrataError, ValueError):
 class BadRows:
     """Collect the rows of a source that cannot be used: `count` them, and keep what is wrong with the first ten.
 
-    With `drop` they are left out. Otherwise the tenth ends the reading, and `check` raises for fewer.
+    With `drop` they are left out, unless they are more than the others. Otherwise the tenth ends the reading, and
+    `check` raises for fewer.
     """
 
     def __init__(self, path: str, *, drop: bool = False) -> None:
@@ -37,10 +38,18 @@ class BadRows:
         if len(self.first) == MAX_PROBLEMS and not self._drop:
             raise DataError([*self.first, f"{self._path}: stopped after {MAX_PROBLEMS} problems"])
 
-    def check(self) -> None:
-        """Raise `DataError` if there is any, unless they are dropped."""
+    def check(self, num_used: int) -> None:
+        """Raise `DataError` if there is any, unless they are dropped and not more than the `num_used` others."""
         if self.first and not self._drop:
             raise DataError(self.first)
+        if self.count > num_used > 0:
+            raise DataError(
+                [
+                    *self.first,
+                    f"{self._path}: {self.count} rows cannot be used, more than the {num_used} that can; "
+                    "data.on_bad_row=drop is for a few: mend the file, or state its format",
+                ]
+            )
 
 
 def in_short(error: BaseException) -> str:

@@ -101,7 +101,7 @@ def read_rows(
             bad.add(f"{where}: {problem}")
     if unused is None and collected.problems():
         raise DataError([*bad.first, *collected.problems()])
-    bad.check()
+    bad.check(len(rows))
     if not rows:
         what = f"none of {bad.count} rows can be used" if bad.count else "contains no rows"
         raise DataError([*bad.first, f"{path}: {what}; each must be {_known()}"])

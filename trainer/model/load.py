@@ -60,8 +60,8 @@ def load(
     """Load or build the model of `config` in its training dtype; under ZeRO-3 partitioned while it is created.
 
     `deepspeed` is the resolved DeepSpeed dictionary. With `place` weights below ZeRO-3 are read directly onto this
-    rank's device: otherwise host memory would contain the whole model once for each rank. `as_partitioned` draws random weights as
-    transformers draws them under ZeRO-3, where a layer does not first draw those that it has by itself. Raises
+    rank's device: otherwise host memory would contain the whole model once for each rank. `as_partitioned` draws
+    random weights as transformers draws them under ZeRO-3, where a layer does not first draw its own. Raises
     `ModelError`.
     """
     architecture = _architecture(config, tokenizer)

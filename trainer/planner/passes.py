@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ class Passes:
     """Find the passes of a model, which may be on the meta device, at `batch` sequences of `length` tokens.
 
     `blocks` are its blocks and what trains in them. `zero3`: with the linear layers of DeepSpeed's stage 3. `notes`
-    say, after a call, what was not traced.
+    say, after a call, what was not traced, and `complete` whether nothing is left out.
     """
 
     model: PreTrainedModel
@@ -63,7 +64,9 @@ class Passes:
 
     def __post_init__(self) -> None:
         self._traced = Tracer(self.model, self.structure, batch=self.batch, length=self.length, zero3=self.zero3)
+        self._untraced: dict[str, Exception] = {}  # by part
         self.kinds = self._traced.kinds
+        self.complete = True  # False once a part is left out
 
     def of_blocks(self) -> list[BlockPasses]:
         """Return the passes of each block. Raises `PassError`."""
@@ -86,6 +89,12 @@ class Passes:
         found = self._found("a block", lambda tracer: _only_bytes(tracer.hidden_bytes))
         return found.activations.forward
 
+    @cached_property
+    def _real(self) -> list[Tracer]:
+        return [
+            Tracer(self.model, self.structure, batch=1, length=short, zero3=self.zero3, real=True) for short in _SHORT
+        ]
+
     def _of_block(self, block: Block) -> BlockPasses:
         trains = [name.removeprefix(f"{block.path}.") for name in block.parameters]
         return BlockPasses(
@@ -100,20 +109,35 @@ class Passes:
         )
 
     def _found(self, part: str, find: Callable[[Tracer], Pass]) -> Pass:
-        try:
-            return find(self._traced)
-        except Exception as error:  # of any kind: the model's own code may raise it
-            untraced = error
+        if part not in self._untraced:
+            try:
+                return find(self._traced)
+            except Exception as error:  # of any kind: the model's own code may raise it
+                self._untraced[part] = error
+                self._refuse_length(part, find)
+        untraced = self._untraced[part]
         said = f"{type(untraced).__name__}: {in_short(str(untraced))}"
         try:
             found = self._measured(find)
         except Exception as error:
             if type(error) is type(untraced):
                 raise PassError(f"{part}: {type(error).__name__}: {in_short(str(error))}") from error
+            self.complete = False
             self._note(f"activations and FLOPs of {part} are not in this plan: it cannot be traced ({said})")
             return _only_bytes(0)
         self._note(f"activations and FLOPs of {part} follow from sequences of up to {_SHORT[-1]} tokens ({said})")
         return found
+
+    def _refuse_length(self, part: str, find: Callable[[Tracer], Pass]) -> None:
+        """Raise `PassError` if only sequences as long as these cannot be traced: then it is the model that fails."""
+        if self.length <= _SHORT[-1]:
+            return
+        try:
+            find(Tracer(self.model, self.structure, batch=self.batch, length=_SHORT[-1], zero3=self.zero3))
+        except Exception:
+            return
+        error = self._untraced[part]
+        raise PassError(f"{part}: {type(error).__name__}: {in_short(str(error))}") from error
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -121,10 +145,7 @@ class Passes:
 
     def _measured(self, find: Callable[[Tracer], Pass]) -> Pass:
         """Measure on short sequences, and conclude from their lengths to `length`, quadratically."""
-        found = [
-            find(Tracer(self.model, self.structure, batch=1, length=short, zero3=self.zero3, real=True))
-            for short in _SHORT
-        ]
+        found = [find(tracer) for tracer in self._real]
         powers = torch.tensor([[1.0, short, short**2] for short in _SHORT], dtype=torch.float64)
 
         def concluded(values: list[int]) -> int:

@@ -63,6 +63,7 @@ class Plan:
     banked: int  # bytes that the bank stores once all blocks have been drawn
     rule: Footprint  # of the update rule's own state
     notes: tuple[str, ...]  # what could not be traced
+    complete: bool  # whether activations and FLOPs of all parts are in it
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Traced:
     hidden: int
     evaluated: tuple[int, int]
     notes: tuple[str, ...]
+    complete: bool
 
     def largest(self, kind: str) -> Activations:
         """Return those of the blocks with the highest peak, if they all train (`active`) or none (`passed`)."""
@@ -171,6 +173,7 @@ class Planner:
                 hidden=training.hidden_bytes,
                 evaluated=evaluating.forward_bytes(),
                 notes=tuple(training.notes),
+                complete=training.complete and evaluating.complete,
             )
         return self._traced[key]
 
@@ -300,6 +303,7 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
         banked=banked + rule.kept,
         rule=rule,
         notes=traced.notes,
+        complete=traced.complete,
     )
 
 

@@ -84,7 +84,9 @@ def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
 
 def _verdict(plan: Plan, machine: Machine) -> str:
     missing = shortage(plan, machine)
-    return "does not fit: " + ", ".join(missing) if missing else "fits"
+    if missing:
+        return "does not fit: " + ", ".join(missing)
+    return "fits" if plan.complete else "fits without what is not in this plan"
 
 
 def _row(name: str, size: int) -> str:
@@ -162,6 +164,6 @@ def mapping(plan: Plan, machine: Machine, suggestions: list[Suggestion], *, samp
         "seconds": asdict(spent) if spent else None,
         "steps": num_steps(plan.config, samples),
         "notes": plan.notes,
-        "fits": not shortage(plan, machine),
+        "fits": (True if plan.complete else None) if not shortage(plan, machine) else False,
         "suggestions": [{"settings": s.settings, "needed": needed(s.plan), "cost": s.cost} for s in suggestions],
     }

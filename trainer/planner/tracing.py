@@ -251,6 +251,8 @@ class Tracer:
         if model.config._attn_implementation not in ("eager", "sdpa"):  # kernels of GPUs, which cannot be traced
             model.set_attn_implementation("sdpa")
         for module in model.modules():
+            # What has been put in the place of a forward, such as the fused head's, calls the original model.
+            module.__dict__.pop("forward", None)
             if getattr(module, "gradient_checkpointing", False):  # a backward pass would contain a forward pass
                 module.gradient_checkpointing = False
         yield model.train()
