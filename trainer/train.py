@@ -19,19 +19,18 @@ from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed.resolve import resolve
 from trainer.config.text import printable
 from trainer.data.cache import Prepared, prepare_run
-from trainer.data.feed import Feed
+from trainer.data.rank_batches import RankBatches
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_run_tokenizer, padding_id
 from trainer.engine.sparse import Sparse
-from trainer.export.from_engine import Together, save
+from trainer.export.from_engine import RankZeroSteps, save
 from trainer.model.adapters import choose_merge
 from trainer.model.loss import Objective
 from trainer.model.quiet import quiet_libraries
 from trainer.planner.watch import PeakWatch
 from trainer.run import setup
 from trainer.run.folder import RunFolder, move_tensorboard, start_run_folder
-from trainer.run.history import History
-from trainer.run.importance_picture import draw_importance
+from trainer.run.importance_plot import draw_importance
 from trainer.run.interruption import EXIT_INTERRUPTED, Interrupted, Interruption
 from trainer.run.loop import Loop
 from trainer.run.model_checks import check_model
@@ -41,6 +40,7 @@ from trainer.run.remarks import one_line, report, rounding_warning, title, warni
 from trainer.run.resuming import FinishedError
 from trainer.run.step import summed_over
 from trainer.run.swap_folder import own_swap_folder
+from trainer.run.training_record import TrainingRecord
 
 
 def run(config: RunConfig, interruption: Interruption, watch: RankWatch) -> int:
@@ -92,7 +92,7 @@ def _train(
     scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
     # FlashAttention keeps packed samples apart in one flat row.
     flat = built.base.config.get_text_config()._attn_implementation == "flash_attention_2"
-    feed = Feed(config, data, pad_id=padding_id(tokenizer), flat=flat)
+    feed = RankBatches(config, data, pad_id=padding_id(tokenizer), flat=flat)
     batches = setup.build_batches(config, data, rank=rank, ranks=ranks)
 
     # Attach: DeepSpeed's engine, whose optimizer follows the active set from here on.
@@ -114,7 +114,7 @@ def _train(
         lease=folder.lease,
     )
     job = folder.lease.holder.job if folder.lease is not None else None
-    history = History(checkpoints, config, batches, scheduler, job=job)
+    history = TrainingRecord(checkpoints, config, batches, scheduler, job=job)
     meter = Meter()
     resumed = history.resume(folder.origin, meter)
     folder.record(config)
@@ -152,7 +152,7 @@ def _train(
         peak, figures = watch.result()
         progress.summary(history.step, **figures)
         pictures = _draw(folder.path, sparse, progress) if rank == 0 else []
-        step = Together(check_continues, folder.publishing)
+        step = RankZeroSteps(check_continues, folder.publishing)
         exported, failure = save(engine, tokenizer, folder.path, built.adapters, merge=merge, step=step)
     except Interrupted:
         progress.close()
@@ -180,7 +180,7 @@ def _interrupted(config: RunConfig, saved: int | None) -> str:
     return f"Told to stop: {outcome}. The same command {next_start}."
 
 
-def _probing(engine: DeepSpeedEngine, objective: Objective, feed: Feed, sparse: Sparse) -> dict[str, Any]:
+def _probing(engine: DeepSpeedEngine, objective: Objective, feed: RankBatches, sparse: Sparse) -> dict[str, Any]:
     """Return the extra arguments of `attach` for a selector that measures."""
     if not sparse.selector.measures:
         return {}

@@ -13,7 +13,7 @@ import pytest
 from tests import distributed
 from tests.engine import parity
 from tests.engine.parity import Cell, train_step
-from trainer.checkpoint.agreement import agreed, portable, told_by_rank_0
+from trainer.checkpoint.agreement import agreed, ask_rank_0, portable
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import CheckpointError, Store
@@ -72,9 +72,9 @@ def _tells(rank: int, folder: Path) -> list[str]:
         MemoryError("all"),
         CheckpointError("c"),
     ):
-        found.append(raised(lambda error=error: told_by_rank_0(lambda: fail(error))))
-    found.append(raised(lambda: told_by_rank_0(threading.Lock)))  # an answer that cannot be sent
-    found.append(str(told_by_rank_0(lambda: "well")))
+        found.append(raised(lambda error=error: ask_rank_0(lambda: fail(error))))
+    found.append(raised(lambda: ask_rank_0(threading.Lock)))  # an answer that cannot be sent
+    found.append(str(ask_rank_0(lambda: "well")))
     # Rank 1 alone.
     found.append(raised(lambda: agreed(lambda: fail(RuntimeError("of rank 1")) if rank == 1 else None)))
     # A save that one rank cannot make room or a thread for; the next one is whole.

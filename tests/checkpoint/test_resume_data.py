@@ -12,10 +12,10 @@ import pytest
 from tests import forked
 from tests.launching import write_inputs
 from trainer.config import load
-from trainer.data.batches import Batches
+from trainer.data.batches import SampleOrder
 from trainer.data.errors import DataError
-from trainer.run.history import History
 from trainer.run.resuming import RunState, changed_data
+from trainer.run.training_record import TrainingRecord
 
 VALUES = ["tiny.yaml", "selector.interval=1", "eval.every=null", "data.eval_fraction=0"]
 
@@ -54,13 +54,13 @@ def test_the_configuration_of_an_earlier_version_tells_what_changed(tmp_path: Pa
     del data["made_of"]
     state = RunState(config=saved, data=data, scheduler={}, evaluations=[], skipped=0, last_loss=None, meter=(0.0, 0.0))
     with pytest.raises(DataError) as error:
-        History._resume_data(history, state)
+        TrainingRecord._resume_data(history, state)
     assert error.value.problems[0].startswith("data.train: not the samples of the run to resume")
     assert error.value.problems[1:] == ["data.max_length: 1024 in the checkpoint, 47 now"]
 
 
-def _batches(fingerprint: str, made_of: dict[str, Any]) -> Batches:
-    return Batches(
+def _batches(fingerprint: str, made_of: dict[str, Any]) -> SampleOrder:
+    return SampleOrder(
         [4], seed=0, global_batch_size=1, micro_batch_size=1, rank=0, ranks=1, fingerprint=fingerprint,
         made_of=made_of, earlier_fingerprint="z",
     )  # fmt: skip

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tests.data.files import QUESTIONS, prepare_file
-from trainer.data.batches import Batches, collate, count_targets, count_tokens, eval_batches
+from trainer.data.batches import SampleOrder, collate, count_targets, count_tokens, eval_batches
 
 
 def batches(ranks, rank, *, num_samples=10, size=8, micro=2, seed=0):
-    return Batches([num_samples], seed=seed, global_batch_size=size, micro_batch_size=micro, rank=rank, ranks=ranks)
+    return SampleOrder([num_samples], seed=seed, global_batch_size=size, micro_batch_size=micro, rank=rank, ranks=ranks)
 
 
 def step_of_all(ranks, step, **settings):

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from tests.data.conftest import prepared
-from trainer.data.batches import Batches
+from trainer.data.batches import SampleOrder
 from trainer.data.errors import DataError
 from trainer.data.tokenizer import bytes_tokenizer
 
@@ -18,7 +18,7 @@ SIZES, WEIGHTS = [10, 3, 40], [0.5, 0.3, 0.2]
 
 
 def batches(rank=0, ranks=1, *, size=8, micro=2, sizes=SIZES, weights=WEIGHTS, seed=0, fingerprint="x"):
-    return Batches(
+    return SampleOrder(
         sizes,
         seed=seed,
         global_batch_size=size,
@@ -127,7 +127,7 @@ def test_a_position_in_other_data_is_refused(change, problem):
 
 
 def batches_of(data, **changes):
-    return Batches(
+    return SampleOrder(
         data.sizes,
         seed=0,
         global_batch_size=2,

@@ -19,7 +19,7 @@ from tests import distributed
 from tests.engine.parity import Cell, batch, deepspeed_config, make_engine, make_selector, train_step
 from trainer.config.schema import ModelConfig
 from trainer.data.tokenizer import bytes_tokenizer
-from trainer.export.from_engine import ExportError, Together, export
+from trainer.export.from_engine import ExportError, RankZeroSteps, export
 from trainer.model import load as models
 
 CELLS = {
@@ -152,7 +152,7 @@ def stop_half_way(rank: int, engine: Any, folder: Path) -> int:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        export(engine, bytes_tokenizer(), folder, step=Together(stop))
+        export(engine, bytes_tokenizer(), folder, step=RankZeroSteps(stop))
     return len(asked)
 
 

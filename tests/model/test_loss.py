@@ -17,7 +17,7 @@ from tests.comparing import largest
 from tests.engine.parity import Cell as EngineCell
 from tests.engine.parity import deepspeed_config, full_weights, largest_difference
 from tests.models import tiny_llama
-from trainer.data.batches import IGNORED, Batches, collate, count_targets
+from trainer.data.batches import IGNORED, SampleOrder, collate, count_targets
 from trainer.model.loss import Objective, summed_loss
 from trainer.run.step import train_step
 from trainer.selectors import All
@@ -94,7 +94,7 @@ def ragged_samples() -> list[dict[str, list[int]]]:
 
 def micro_batches(step: int, *, micro_batch_size: int, rank: int, ranks: int) -> list[dict[str, Tensor]]:
     samples = ragged_samples()
-    dealt = Batches(
+    dealt = SampleOrder(
         [NUM_SAMPLES],
         seed=0,
         global_batch_size=GLOBAL_BATCH,

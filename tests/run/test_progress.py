@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.run.importance_picture import draw_importance
+from trainer.run.importance_plot import draw_importance
 from trainer.run.progress import Progress, read_metrics
 
 RECORDS: list[dict[str, Any]] = [

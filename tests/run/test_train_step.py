@@ -21,9 +21,9 @@ from tests.engine.parity import Cell, deepspeed_config, full_weights, largest_di
 from tests.models import tiny_llama, tiny_model
 from trainer.config import load
 from trainer.config.schema import DataSource
-from trainer.data.batches import Batches, collate
+from trainer.data.batches import SampleOrder, collate
 from trainer.data.cache import Prepared
-from trainer.data.feed import Feed
+from trainer.data.rank_batches import RankBatches
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.model.loss import LossError, Objective, check_fused, summed_loss
 from trainer.run.model_checks import check_model, try_fused
@@ -65,8 +65,8 @@ def step_and_evaluation(data: Prepared, *, flat: bool = False) -> Outcome:
     model.set_attn_implementation("sdpa")
     size = len(data.train)
     engine, objective = start(model, stage=2, ranks=1, micro_batch=size)
-    feed = Feed(CONFIG, data, pad_id=256, flat=flat)
-    batches = Batches(
+    feed = RankBatches(CONFIG, data, pad_id=256, flat=flat)
+    batches = SampleOrder(
         data.sizes, seed=0, global_batch_size=size, micro_batch_size=size, rank=0, ranks=1,
         fingerprint=data.fingerprint, weights=data.weights,
     )  # fmt: skip
@@ -270,7 +270,7 @@ def _probed(rank: int, where: str, weights: tuple[float, ...] | None) -> list[li
         seed=3,
         selector=Importance(probe={"data": where, "batch_size": 5}),
     )
-    feed = Feed(config, data, pad_id=0, flat=False)
+    feed = RankBatches(config, data, pad_id=0, flat=False)
     batches = feed.probe_batches()
     drawn = []
     for number in range(20):
@@ -287,7 +287,7 @@ def _probed(rank: int, where: str, weights: tuple[float, ...] | None) -> list[li
     return drawn
 
 
-def _check_resumed_probes(feed: Feed, fourteenth: list[dict[str, torch.Tensor]]) -> None:
+def _check_resumed_probes(feed: RankBatches, fourteenth: list[dict[str, torch.Tensor]]) -> None:
     """The same batches, without one of those before: a run may have had thousands."""
     made = []
     collated, feed._collate = feed._collate, lambda samples: made.append(samples) or collated(samples)

@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 Result = TypeVar("Result")
 
 
-def told_by_rank_0(look: Callable[[], Any]) -> Any:
+def ask_rank_0(look: Callable[[], Any]) -> Any:
     """Return on all ranks what `look` returns on rank 0, or raise on all ranks what it raises there. Collective."""
     message: list[Any] = [None]
     failure: Exception | None = None

@@ -23,7 +23,7 @@ import torch
 from deepspeed import comm as dist
 
 from trainer.checkpoint import checks
-from trainer.checkpoint.agreement import agreed, told_by_rank_0
+from trainer.checkpoint.agreement import agreed, ask_rank_0
 from trainer.checkpoint.contents import (
     RANDOM,
     REST,
@@ -162,7 +162,7 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
         self._thread, self._pending, self._failure, self._last = None, None, None, self.last_step
-        told_by_rank_0(lambda: self._store.withdraw(step, self._attempt))
+        ask_rank_0(lambda: self._store.withdraw(step, self._attempt))
 
     def finish(self) -> None:
         """Wait until the current save is written. Raises `CheckpointError` on all ranks if it could not be written."""
@@ -174,7 +174,7 @@ class Checkpoints:
         votes = torch.tensor(int(failure is not None), device=self._sparse.device)
         dist.all_reduce(votes)
         if not votes:
-            self._baseline = told_by_rank_0(lambda: self._store.read(manifest.step))
+            self._baseline = ask_rank_0(lambda: self._store.read(manifest.step))
             self._adopt_best(self._baseline)
             return
         mine = None if failure is None else (f"rank {self._rank}: {failure}", isinstance(failure, LeaseError))
@@ -183,7 +183,7 @@ class Checkpoints:
         failures = [report for report in everyone if report is not None]
         self._last, self._candidate = self.last_step, None
         # A published checkpoint needs its files, even if a rank failed before it saw that it was published.
-        published = told_by_rank_0(lambda: self._withdraw_unless_published(manifest.step))
+        published = ask_rank_0(lambda: self._withdraw_unless_published(manifest.step))
         lost = any(lease_lost for _, lease_lost in failures)
         if lost and published:
             raise LeaseError(failures[0][0])
@@ -203,7 +203,7 @@ class Checkpoints:
 
         `num_bytes` is what this rank needs. The message begins with `what`, for example "this run needs". Collective.
         """
-        free = told_by_rank_0(self._free_space)
+        free = ask_rank_0(self._free_space)
         wanted = torch.tensor(num_bytes, dtype=torch.int64, device=self._sparse.device)
         dist.all_reduce(wanted)
         needed = int(wanted)
@@ -328,7 +328,7 @@ class Checkpoints:
             raise
         except CheckpointError:  # what is loaded takes the place of the checkpoint that could not be written
             pass
-        manifest = told_by_rank_0(lambda: checks.readable(source, step))
+        manifest = ask_rank_0(lambda: checks.readable(source, step))
         checks.verify(source, manifest)
         checks.compare_identity(manifest, self.identity)
         self._candidate, self._last = None, None
@@ -343,7 +343,7 @@ class Checkpoints:
         self.base = manifest.state["base"]
         if source.folder.resolve() == self._store.folder.resolve():
             self._adopt_best(manifest)
-            told_by_rank_0(lambda: self._clear_after(manifest))
+            ask_rank_0(lambda: self._clear_after(manifest))
             self._baseline, self._last = manifest, step
         with checks.fits(manifest):
             agreed(lambda: self._restore_random_state(source, manifest.units[RANDOM], step))

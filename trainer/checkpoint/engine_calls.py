@@ -16,7 +16,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 
 from trainer.checkpoint import disk
-from trainer.checkpoint.agreement import agreed, told_by_rank_0
+from trainer.checkpoint.agreement import agreed, ask_rank_0
 from trainer.checkpoint.checkpoints import Checkpoints, base_checksums
 from trainer.checkpoint.identity import identity_of
 from trainer.checkpoint.store import LATEST, CheckpointError, Store, tagged
@@ -69,7 +69,7 @@ class EngineCalls:
             if save_latest:
                 disk.publish(Path(save_dir) / LATEST, tag.encode())
 
-        told_by_rank_0(update_latest)
+        ask_rank_0(update_latest)
         return True
 
     def load_checkpoint(
@@ -94,7 +94,7 @@ class EngineCalls:
                 "load_module_only, load_optimizer_states=False and custom_load_fn; for the weights alone, export them "
                 "(python -m trainer export) and open that with from_pretrained"
             )
-        found = told_by_rank_0(lambda: _find(Path(load_dir), tag))
+        found = ask_rank_0(lambda: _find(Path(load_dir), tag))
         if found is None:
             logger.warning("no file '%s' in %s: pass a tag; nothing was loaded", LATEST, load_dir)
             return None, None

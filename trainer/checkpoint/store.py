@@ -276,7 +276,7 @@ class Store:
         return self.folder / f"step-{step:08d}.json"
 
 
-def found_in(folder: Path) -> Store:
+def open_store(folder: Path) -> Store:
     """Return the store of a run folder, or of a tag in a folder of `engine.save_checkpoint`: the tag that its file
     `latest` names, or the only one."""
     if Store(folder).steps():

@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
-from trainer.checkpoint.store import CheckpointError, found_in
+from trainer.checkpoint.store import CheckpointError, open_store
 from trainer.config.argument_paths import path_argument
 from trainer.config.reading import obstacle
 from trainer.config.text import in_short, printable, quoted
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"RUN: got {got}; allowed: one run folder\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        store = found_in(path_argument(argv[0]))
+        store = open_store(path_argument(argv[0]))
         reason, steps = obstacle(store.folder), store.steps()
     except (ArgumentTypeError, CheckpointError, OSError) as error:
         print(printable(f"RUN: {error}"), file=sys.stderr)

@@ -1,7 +1,7 @@
 """Compute the order of samples, deal samples to ranks, and collate them to batches.
 
 The order of training samples is a pure function of (seed, step). A checkpoint therefore saves only the step, and the
-values by which `Batches.resume` checks that data and settings are still the same.
+values by which `SampleOrder.resume` checks that data and settings are still the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.data.errors import DataError
 IGNORED = -100  # a label without a target; cross entropy skips it by default
 
 
-class Batches:
+class SampleOrder:
     """Compute the sample indices of every optimizer step.
 
     `sizes` are the numbers of samples of the sources, which are numbered consecutively. Without `weights` they form one

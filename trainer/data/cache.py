@@ -375,7 +375,7 @@ def _split(path: str, rows: list[Row], eval_fraction: float, seed: int) -> dict[
         )
     if not num_eval:
         return {TRAIN: rows}
-    # The third word separates this draw from those of epochs, which have no third word, or one >= 2 (see Batches).
+    # The third word separates this draw from those of epochs, which have no third word, or one >= 2 (see SampleOrder).
     order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0, 1]))).permutation(len(rows))
     chosen = set(order[:num_eval].tolist())
     return {

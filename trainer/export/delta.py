@@ -36,8 +36,8 @@ from trainer.export.base import BaseCheck, Permissions, Units, refuse_another, r
 from trainer.export.from_checkpoint import TrainedRun
 from trainer.export.published import restore_tokenizer
 from trainer.export.shards import (
-    Alone,
     ExportError,
+    LocalSteps,
     Shards,
     complete_or_not_at_all,
     digest,
@@ -90,7 +90,7 @@ def write_delta(run: TrainedRun, folder: Path, *, shard_size: int | str) -> list
     for piece in parts:
         for name, tensor in piece.tensors.items():
             planned |= _planned(run, name, tensor)
-    with complete_or_not_at_all(folder, Alone(), replace=False) as unfinished:
+    with complete_or_not_at_all(folder, LocalSteps(), replace=False) as unfinished:
         shards = Shards(unfinished, planned, shard_size, stem="delta")
         for piece in parts:
             for name, weights in run.base.read(piece.tensors, run.dtype).items():

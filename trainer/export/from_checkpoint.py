@@ -22,7 +22,7 @@ from trainer.checkpoint.checks import NOT_RECORDED
 from trainer.checkpoint.contents import RANDOM, REST, Contents
 from trainer.checkpoint.fingerprint import Fingerprint
 from trainer.checkpoint.identity import TOKEN_IDS, Identity
-from trainer.checkpoint.store import CheckpointError, Manifest, Store, found_in
+from trainer.checkpoint.store import CheckpointError, Manifest, Store, open_store
 from trainer.config import ModelConfig, RunConfig
 from trainer.config.schema import AdapterSubstrate, FullSubstrate
 from trainer.data.errors import DataError
@@ -69,7 +69,7 @@ class TrainedRun:
         self, folder: Path, *, step: int | None = None, best: bool = False, permissions: Permissions | None = None
     ) -> None:
         permissions = permissions or Permissions()
-        self._store = found_in(folder)
+        self._store = open_store(folder)
         self.manifest = _chosen(self._store, step, best)
         recorded = self.manifest.state.get("identity")
         self.identity = None if recorded is None else Identity.model_validate(recorded)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.checkpoint.lease import LeaseError
-from trainer.export.shards import Alone, ExportError, complete_or_not_at_all, digest, write_model
+from trainer.export.shards import ExportError, LocalSteps, complete_or_not_at_all, digest, write_model
 from trainer.model.adapters import Adapted
 from trainer.model.blocks import Piece, is_partitioned, pieces
 from trainer.model.merging import Merger, plain_twin
@@ -29,7 +29,7 @@ from trainer.model.merging import Merger, plain_twin
 __all__ = ["ExportError", "export", "export_adapter", "export_merged", "save", "write_adapter", "write_merged"]
 
 
-class Together(Alone):
+class RankZeroSteps(LocalSteps):
     """Run the steps of an export on rank 0. After each, all ranks learn whether it failed, and call `stop`.
 
     `stop` is called on all ranks at the same points, may communicate, and ends the export by raising. The last step,
@@ -74,7 +74,7 @@ def save(
     adapters: Adapted | None,
     *,
     merge: bool,
-    step: Together | None = None,
+    step: RankZeroSteps | None = None,
 ) -> tuple[list[tuple[str, str]], ExportError | None]:
     """Write what was trained into a run folder. Returns what was written, as (label, path or what changed), and the
     error of merging.
@@ -106,7 +106,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    step: Together | None = None,
+    step: RankZeroSteps | None = None,
     **options: Any,
 ) -> list[str]:
     """Gather the weights block by block and write `folder`, which `from_pretrained` opens. Returns, on rank 0, what
@@ -118,11 +118,13 @@ def export(
     """
     engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
     return write_model(
-        engine.module, tokenizer, folder, lambda piece: _gather(piece.tensors), step=step or Together(), **options
+        engine.module, tokenizer, folder, lambda piece: _gather(piece.tensors), step=step or RankZeroSteps(), **options
     )
 
 
-def export_adapter(engine: DeepSpeedEngine, adapters: Adapted, folder: Path, *, step: Together | None = None) -> None:
+def export_adapter(
+    engine: DeepSpeedEngine, adapters: Adapted, folder: Path, *, step: RankZeroSteps | None = None
+) -> None:
     """Write the adapters of all blocks in PEFT's format, which `PeftModel.from_pretrained` opens on the base.
 
     Only adapters are gathered, and rank 0 needs memory for all of them. As in `export`, all ranks take part, and the
@@ -131,7 +133,7 @@ def export_adapter(engine: DeepSpeedEngine, adapters: Adapted, folder: Path, *, 
     engine.empty_partition_cache()
     everything = adapters.model.state_dict(keep_vars=True)
     weights = _gather({name: everything[name] for name in everything if name in adapters.names})
-    write_adapter(adapters.model, weights, folder, step=step or Together())
+    write_adapter(adapters.model, weights, folder, step=step or RankZeroSteps())
 
 
 def export_merged(
@@ -140,11 +142,11 @@ def export_merged(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    step: Together | None = None,
+    step: RankZeroSteps | None = None,
 ) -> list[str]:
     """Write the base with the adapters merged into it, as `export` writes a model."""
     engine.empty_partition_cache()
-    return write_merged(adapters, _gather, tokenizer, folder, step=step or Together())
+    return write_merged(adapters, _gather, tokenizer, folder, step=step or RankZeroSteps())
 
 
 def write_adapter(
@@ -152,11 +154,11 @@ def write_adapter(
     weights: dict[str, Tensor],
     folder: Path,
     *,
-    step: Alone | None = None,
+    step: LocalSteps | None = None,
     replace: bool = True,
 ) -> None:
     """Write `weights` (whole, on the host) as an adapter of `model`, and verify it."""
-    step = step or Alone()
+    step = step or LocalSteps()
     with complete_or_not_at_all(folder, step, replace=replace) as unfinished:
 
         def write() -> None:
@@ -177,11 +179,11 @@ def write_merged(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
-    step: Alone | None = None,
+    step: LocalSteps | None = None,
 ) -> list[str]:
     """Merge block by block and write the model. `gather` copies live tensors, whole, into host memory. Raises
     `ExportError` if PEFT cannot merge."""
-    step = step or Alone()
+    step = step or LocalSteps()
     base = adapters.model.get_base_model()
     merger = Merger(adapters)
 
@@ -206,7 +208,7 @@ def write_merged(
     )
 
 
-def _still_tied(adapters: Adapted, gather: Callable[[dict[str, Tensor]], dict[str, Tensor]], step: Alone) -> bool:
+def _still_tied(adapters: Adapted, gather: Callable[[dict[str, Tensor]], dict[str, Tensor]], step: LocalSteps) -> bool:
     """Return whether the embeddings and the head of a tied base are equal after merging the adapters of either."""
     model, merger = plain_twin(adapters, tied=False), Merger(adapters)
     ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]

@@ -40,7 +40,7 @@ class ExportError(StrataError, RuntimeError):
     """A model cannot be written, or what was written differs from the model."""
 
 
-class Alone:
+class LocalSteps:
     """Run the steps of an export in a process without others."""
 
     writes = True  # whether this process runs the steps
@@ -157,7 +157,7 @@ def write_model(
     *,
     prepare: Callable[[Piece, dict[str, Tensor]], dict[str, Tensor]] = lambda piece, tensors: tensors,
     shard_size: int | str = SHARD_SIZE,
-    step: Alone | None = None,
+    step: LocalSteps | None = None,
     replace: bool = True,
     tokenizer_folder: Path | None = None,
 ) -> list[str]:
@@ -172,7 +172,7 @@ def write_model(
     `replace` is that of `complete_or_not_at_all`. `tokenizer_folder` has the tokenizer's published files, if they are
     not where it was loaded from.
     """
-    step = step or Alone()
+    step = step or LocalSteps()
     parts = pieces(model)
     planned = _plan(model, parts)
     changed: list[str] = []
@@ -197,7 +197,7 @@ def write_model(
 
 
 @contextmanager
-def complete_or_not_at_all(folder: Path, step: Alone, *, replace: bool = True) -> Iterator[Path]:
+def complete_or_not_at_all(folder: Path, step: LocalSteps, *, replace: bool = True) -> Iterator[Path]:
     """Yield a folder to write into, and rename it to `folder` if all went well. An existing `folder` is replaced if
     `replace`; otherwise it stays, and `ExportError` is raised."""
     made: list[Unfinished] = []

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import disk
-from trainer.checkpoint.agreement import told_by_rank_0
+from trainer.checkpoint.agreement import ask_rank_0
 from trainer.checkpoint.lease import FILE as LEASE
 from trainer.checkpoint.lease import LOCK, Holder, Lease, LeaseError, lives, refuse_taken, this_process
 from trainer.checkpoint.lease import read as read_lease
@@ -75,11 +75,11 @@ class RunFolder:
 
     def check_lease(self) -> None:
         """Raise `LeaseError` on all ranks if another job has taken over the folder. Collective."""
-        told_by_rank_0(lambda: self.lease.check() if self.lease is not None else None)
+        ask_rank_0(lambda: self.lease.check() if self.lease is not None else None)
 
     def record(self, config: RunConfig) -> None:
         """Record the settings with which the run resumes, after all checks have accepted them. Collective."""
-        told_by_rank_0(lambda: _write_settings(self.lease, config) if self.lease is not None else None)
+        ask_rank_0(lambda: _write_settings(self.lease, config) if self.lease is not None else None)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def start_run_folder(
             chosen, lease = take_folder(config, data, leaving)
             return chosen
 
-        chosen: RunFolder = told_by_rank_0(choose)
+        chosen: RunFolder = ask_rank_0(choose)
         yield replace(chosen, lease=lease)
 
 

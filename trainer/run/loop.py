@@ -13,15 +13,15 @@ from deepspeed import DeepSpeedEngine
 from trainer.checkpoint.lease import LeaseError
 from trainer.checkpoint.store import CheckpointError
 from trainer.config import RunConfig
-from trainer.data.batches import Batches
-from trainer.data.feed import Feed
+from trainer.data.batches import SampleOrder
+from trainer.data.rank_batches import RankBatches
 from trainer.engine.sparse import Sparse
 from trainer.errors import StrataError
 from trainer.model.loss import Objective
-from trainer.run.history import History
 from trainer.run.interruption import Interrupted, Interruption
 from trainer.run.progress import Meter, Progress
 from trainer.run.step import StepResult, evaluate, train_step
+from trainer.run.training_record import TrainingRecord
 from trainer.updates import UpdateError
 
 
@@ -37,9 +37,9 @@ class Loop:
     engine: DeepSpeedEngine
     objective: Objective
     sparse: Sparse
-    feed: Feed
-    batches: Batches
-    history: History
+    feed: RankBatches
+    batches: SampleOrder
+    history: TrainingRecord
     progress: Progress
     num_steps: int
     interruption: Interruption
@@ -53,7 +53,7 @@ class Loop:
         while not stopped and history.step < self.num_steps:
             result = self._step()
             history.step += 1
-            stopped = config.saves and bool(result.told_to_stop)
+            stopped = config.saves and bool(result.must_stop)
             if not stopped and config.eval.every and history.step % config.eval.every == 0:
                 stopped = not self._evaluate()
             # The last step is saved below, after its evaluation.

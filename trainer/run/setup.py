@@ -31,7 +31,7 @@ from trainer.api import prepare as prepare_sparse
 from trainer.config import ConfigError, RunConfig
 from trainer.config.deepspeed.buckets import size_buckets as size_deepspeed_buckets
 from trainer.config.text import in_short
-from trainer.data.batches import Batches
+from trainer.data.batches import SampleOrder
 from trainer.data.cache import Prepared
 from trainer.engine import banks
 from trainer.engine.sparse import Sparse
@@ -233,9 +233,9 @@ def bytes_to_write(config: RunConfig, built: Built, *, merge: bool) -> int:
     return written
 
 
-def build_batches(config: RunConfig, data: Prepared, *, rank: int, ranks: int) -> Batches:
+def build_batches(config: RunConfig, data: Prepared, *, rank: int, ranks: int) -> SampleOrder:
     """Return the order in which `rank` sees the samples of `data`."""
-    return Batches(
+    return SampleOrder(
         data.sizes,
         weights=data.weights,
         fingerprint=data.fingerprint,

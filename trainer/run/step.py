@@ -21,7 +21,7 @@ class StepResult:
     targets: torch.Tensor
     tokens: torch.Tensor  # without padding
     applied: bool
-    told_to_stop: torch.Tensor  # above 0 if any rank was
+    must_stop: torch.Tensor  # above 0 if any rank was
 
 
 def train_step(
@@ -52,8 +52,8 @@ def train_step(
     told = loss_sum.new_tensor(float(interruption is not None and interruption.received))
     sums = torch.stack([loss_sum, told])
     dist.all_reduce(sums)
-    loss_sum, told_to_stop = sums
-    return StepResult(loss_sum, targets, tokens, _applied(engine, loss_sum), told_to_stop)
+    loss_sum, must_stop = sums
+    return StepResult(loss_sum, targets, tokens, _applied(engine, loss_sum), must_stop)
 
 
 def _applied(engine: DeepSpeedEngine, loss_sum: torch.Tensor) -> bool:

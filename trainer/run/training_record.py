@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.agreement import told_by_rank_0
+from trainer.checkpoint.agreement import ask_rank_0
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.config import RunConfig
-from trainer.data.batches import Batches
+from trainer.data.batches import SampleOrder
 from trainer.data.errors import DataError
 from trainer.run.progress import Meter
 from trainer.run.resuming import Origin, RunState, changed, changed_data
 
 
-class History:
+class TrainingRecord:
     """Count the steps taken, and keep the evaluation loss by step. Saves to `checkpoints` and resumes from them."""
 
     def __init__(
         self,
         checkpoints: Checkpoints,
         config: RunConfig,
-        batches: Batches,
+        batches: SampleOrder,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         *,
         job: str | None = None,
@@ -63,7 +63,7 @@ class History:
         if origin is None:
             return []
         # Rank 0 decides: a shared folder can briefly look different on different machines.
-        step, state = told_by_rank_0(lambda: origin.find(self._config))
+        step, state = ask_rank_0(lambda: origin.find(self._config))
         self.step = self._resume_data(state)
         self.checkpoints.resume(origin.store, step)
         self._resume_schedule(state.scheduler)

@@ -10,7 +10,7 @@ import torch
 from deepspeed import comm as dist
 
 from trainer.config import ConfigError, RunConfig
-from trainer.data.batches import Batches, collate, deal, eval_batches
+from trainer.data.batches import SampleOrder, collate, deal, eval_batches
 from trainer.data.cache import Prepared
 from trainer.selectors import MeasuringSelector
 
@@ -30,7 +30,7 @@ class ProbeBatches(Iterator[list[dict[str, torch.Tensor]]]):
         self._number = number
 
 
-class Feed:
+class RankBatches:
     """Make this rank's batches of training (by index), of evaluation and of probes."""
 
     def __init__(self, config: RunConfig, data: Prepared, *, pad_id: int, flat: bool) -> None:
@@ -71,7 +71,7 @@ class Feed:
         samples: Any = self._data.eval if held_out else self._data.train
         size = min(probe.batch_size, len(samples))
         # Seeds of training are below 2**63, so no probe has the order of training.
-        order = Batches(
+        order = SampleOrder(
             [len(samples)] if held_out else self._data.sizes,
             weights=None if held_out else self._data.weights,
             seed=self._config.seed + 2**63,
