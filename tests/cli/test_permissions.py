@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.config.forks import Outcome, import_everything, in_fork
-from tests.launching import write_inputs
+from tests.config.forks import import_everything, in_fork
+from tests.launching import Finished, write_inputs
 from trainer.cli.main import main
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, and make files for one")
@@ -118,7 +118,7 @@ def _try_all(results: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Outcome]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Finished]]:
     """The outcome of every case, and of every command with nothing closed to it."""
     results = tmp_path_factory.mktemp("closed") / "results.json"
     process = forked.context().Process(target=_try_all, args=(results,))
@@ -126,12 +126,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[st
     process.join()
     assert process.exitcode == 0
     names = [*CASES, *((command, "nothing") for command in RECIPE_COMMANDS)]
-    recorded = [Outcome(**each) for each in json.loads(results.read_text())]
+    recorded = [Finished(**each) for each in json.loads(results.read_text())]
     yield dict(zip(names, recorded, strict=True))
 
 
 @pytest.mark.parametrize(("command", "kind"), CASES)
-def test_what_is_closed_is_refused_by_name(command: str, kind: str, outcomes: dict[tuple[str, str], Outcome]) -> None:
+def test_what_is_closed_is_refused_by_name(command: str, kind: str, outcomes: dict[tuple[str, str], Finished]) -> None:
     outcome = outcomes[command, kind]
     assert outcome.code == 2, outcome
     assert "Traceback" not in outcome.everything, outcome
@@ -139,5 +139,5 @@ def test_what_is_closed_is_refused_by_name(command: str, kind: str, outcomes: di
 
 
 @pytest.mark.parametrize("command", RECIPE_COMMANDS)
-def test_what_is_open_is_not(command: str, outcomes: dict[tuple[str, str], Outcome]) -> None:
+def test_what_is_open_is_not(command: str, outcomes: dict[tuple[str, str], Finished]) -> None:
     assert outcomes[command, "nothing"].code == 0, outcomes[command, "nothing"]

@@ -13,7 +13,8 @@ import pytest
 
 from tests import forked
 from tests.cli.wrong_inputs import Wrong, cases, write_files
-from tests.config.forks import Outcome, in_fork
+from tests.config.forks import in_fork
+from tests.launching import Finished
 from tests.mutations import make_pristine
 from trainer.cli.main import COMMANDS, main
 from trainer.config.text import in_short, printable
@@ -44,7 +45,7 @@ def _run_at_once(work: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> Non
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Outcome]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Finished]:
     """The outcome of every case, by command and kind. Two processes share the commands."""
     folder = tmp_path_factory.mktemp("wrong")
     pristine, results = folder / "pristine", folder / "results"
@@ -59,7 +60,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     found = {}
     for command, tried in CASES.items():
         recorded = json.loads((results / f"{command}.json").read_text())
-        found |= {(command, case.kind): Outcome(**each) for case, each in zip(tried, recorded, strict=True)}
+        found |= {(command, case.kind): Finished(**each) for case, each in zip(tried, recorded, strict=True)}
     return found
 
 
@@ -78,7 +79,7 @@ def test_there_are_forty_kinds_for_each_command(command: str) -> None:
     ("command", "case"),
     [pytest.param(command, case, id=f"{command}-{case.kind}") for command in COMMANDS for case in CASES[command]],
 )
-def test_refused_by_name(command: str, case: Wrong, outcomes: dict[tuple[str, str], Outcome]) -> None:
+def test_refused_by_name(command: str, case: Wrong, outcomes: dict[tuple[str, str], Finished]) -> None:
     outcome = outcomes[command, case.kind]
     assert outcome.code == 2, outcome
     assert "Traceback" not in outcome.everything, outcome

@@ -14,25 +14,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from tests.launching import Finished
 
 # A case that computes for longer hangs. Wall-clock time depends on what else the machine does.
 CPU_SECONDS, WALL_SECONDS = 10, 120
 _MEMORY = 6 * 2**30  # more than the parent has
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a fork left: its exit code (below zero: the signal that ended it), and what it printed."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def everything(self) -> str:
-        return self.stdout + self.stderr
 
 
 def import_everything() -> None:
@@ -52,7 +40,7 @@ def import_everything() -> None:
         implementation(command.function)
 
 
-def in_fork(act: Callable[[], int], *, folder: Path) -> Outcome:
+def in_fork(act: Callable[[], int], *, folder: Path) -> Finished:
     """`act` in a fork of this process, in `folder`; its result is the exit code."""
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = os.fork()
@@ -63,7 +51,7 @@ def in_fork(act: Callable[[], int], *, folder: Path) -> Outcome:
         for file in (stdout, stderr):
             file.seek(0)
             texts.append(file.read().decode("utf-8", "replace"))
-    return Outcome(code, *texts)
+    return Finished(code, *texts)
 
 
 def _child(act: Callable[[], int], folder: Path, stdout: int, stderr: int) -> None:

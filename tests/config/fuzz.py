@@ -22,8 +22,8 @@ import hypothesis
 import yaml
 from hypothesis import strategies as st
 
-from tests.config.forks import Outcome, import_everything, in_fork
-from tests.launching import RECIPE, write_inputs
+from tests.config.forks import import_everything, in_fork
+from tests.launching import RECIPE, Finished, write_inputs
 from trainer.config import METHODS, RunConfig
 from trainer.config.deepspeed.keys import BLOCKS
 from trainer.config.deepspeed.presets import PRESET_FOLDER, presets
@@ -199,7 +199,7 @@ def prepare(folder: Path) -> None:
             file.truncate(2**40)
 
 
-def run(case: Case, folder: Path) -> Outcome:
+def run(case: Case, folder: Path) -> Finished:
     """The outcome of a case in `folder`."""
     from trainer.cli.main import main
 
@@ -208,7 +208,7 @@ def run(case: Case, folder: Path) -> Outcome:
     return in_fork(lambda: main(list(case.argv)), folder=folder)
 
 
-def wrong(case: Case, outcome: Outcome) -> str | None:
+def wrong(case: Case, outcome: Finished) -> str | None:
     """What is wrong with the outcome of a case, if anything."""
     if "Traceback (most recent call last)" in outcome.everything:
         return outcome.stderr.strip().splitlines()[-1]

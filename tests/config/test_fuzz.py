@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.forks import Outcome, in_fork
+from tests.config.forks import in_fork
 from tests.config.fuzz import Case, wrong
-from tests.launching import environment
+from tests.launching import Finished, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,19 +29,19 @@ CASE = Case(("train", "x.yaml"), {}, ("optimizer.lr", "optimizer"))
 @pytest.mark.parametrize(
     ("outcome", "found"),
     [
-        (Outcome(0, "all well", ""), None),
-        (Outcome(1, "does not fit", ""), None),
-        (Outcome(2, "", "optimizer.lr: got 0"), None),
-        (Outcome(2, "", "something is wrong"), "none of ('optimizer.lr', 'optimizer') is named"),
-        (Outcome(70, "", "Traceback (most recent call last):\n  x\nKeyError: 'a'\n"), "KeyError: 'a'"),
-        (Outcome(0, "", "Traceback (most recent call last):\n  x\nKeyError: 'a'\n"), "KeyError: 'a'"),
-        (Outcome(-24, "", ""), "exit code -24"),
-        (Outcome(3, "", ""), "exit code 3"),
-        (Outcome(2, "", "optimizer.lr: got \x1b[2J"), "control characters ['\\x1b'] on the terminal"),
-        (Outcome(2, "", "optimizer.lr" * 10_000), "a message of 120,000 characters"),
+        (Finished(0, "all well", ""), None),
+        (Finished(1, "does not fit", ""), None),
+        (Finished(2, "", "optimizer.lr: got 0"), None),
+        (Finished(2, "", "something is wrong"), "none of ('optimizer.lr', 'optimizer') is named"),
+        (Finished(70, "", "Traceback (most recent call last):\n  x\nKeyError: 'a'\n"), "KeyError: 'a'"),
+        (Finished(0, "", "Traceback (most recent call last):\n  x\nKeyError: 'a'\n"), "KeyError: 'a'"),
+        (Finished(-24, "", ""), "exit code -24"),
+        (Finished(3, "", ""), "exit code 3"),
+        (Finished(2, "", "optimizer.lr: got \x1b[2J"), "control characters ['\\x1b'] on the terminal"),
+        (Finished(2, "", "optimizer.lr" * 10_000), "a message of 120,000 characters"),
     ],
 )
-def test_what_the_fuzzer_takes_for_wrong(outcome: Outcome, found: str | None) -> None:
+def test_what_the_fuzzer_takes_for_wrong(outcome: Finished, found: str | None) -> None:
     assert wrong(CASE, outcome) == found
 
 
@@ -49,7 +49,7 @@ def test_a_fork_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """By itself, with an exception, or by one of its limits."""
     monkeypatch.setattr("tests.config.forks.CPU_SECONDS", 1)
     monkeypatch.setattr("tests.config.forks.WALL_SECONDS", 5)
-    assert in_fork(lambda: print("said") or 2, folder=tmp_path) == Outcome(2, "said\n", "")
+    assert in_fork(lambda: print("said") or 2, folder=tmp_path) == Finished(2, "said\n", "")
     failed = in_fork(lambda: 1 // 0, folder=tmp_path)
     assert failed.code == 70 and "ZeroDivisionError" in failed.stderr
     assert in_fork(lambda: sys.exit(5), folder=tmp_path).code == 5

@@ -42,7 +42,7 @@ from trainer.updates import UpdateRule
 
 @dataclass(frozen=True)
 class _Attached:
-    """What exists once an engine is attached."""
+    """Hold what exists once an engine is attached."""
 
     engine: DeepSpeedEngine
     registration: Registration

@@ -79,9 +79,8 @@ class Passes:
 
     def forward_bytes(self) -> tuple[int, int]:
         """Return the bytes that evaluation needs: of a block, the most, and of the loss. Raises `PassError`."""
-        kinds = sorted(set(self.kinds))
-        blocks = [self._block(kind, (), input_requires_grad=False).activations.forward for kind in kinds]
-        return max(blocks), self.outside(head=False).activations.forward
+        blocks = [self._block(kind, (), input_requires_grad=False) for kind in sorted(set(self.kinds))]
+        return max(block.activations.forward for block in blocks), self.outside(head=False).activations.forward
 
     @property
     def hidden_bytes(self) -> int:
@@ -160,6 +159,12 @@ class Passes:
             forward=concluded([one.forward for one in found]),
             backward=concluded([one.backward for one in found]),
         )
+
+
+def forward_bytes(blocks: Sequence[BlockPasses], outside: Pass) -> tuple[int, int]:
+    """Return what `Passes.forward_bytes` returns, from passes in training at the same batch: each has run without
+    gradients, too."""
+    return max(block.passed.activations.forward for block in blocks), outside.activations.forward
 
 
 def _only_bytes(size: int) -> Pass:

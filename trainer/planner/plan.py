@@ -37,7 +37,7 @@ from trainer.model import load as models
 from trainer.model.blocks import Block, find, full_numel
 from trainer.model.fused_head import obstacle
 from trainer.model.loss import LossChoice
-from trainer.planner.passes import BlockPasses, PassError, Passes
+from trainer.planner.passes import BlockPasses, PassError, Passes, forward_bytes
 from trainer.planner.tracing import Pass
 from trainer.run.setup import Built, build_model, offload_device
 from trainer.updates import Footprint
@@ -166,12 +166,15 @@ class Planner:
             batch, length = config.train.micro_batch_size, config.data.max_length
             training = Passes(model, sparse.structure, sparse.blocks, batch=batch, length=length, zero3=stage == 3)
             eval_batch = config.eval.micro_batch_size or batch
+            blocks = training.of_blocks()
+            outside = training.outside(head=base.get_output_embeddings().weight.requires_grad)
             evaluating = training if eval_batch == batch else replace(training, batch=eval_batch)
+            evaluated = evaluating.forward_bytes() if evaluating is not training else forward_bytes(blocks, outside)
             self._traced[key] = Traced(
-                blocks=training.of_blocks(),
-                outside=training.outside(head=base.get_output_embeddings().weight.requires_grad),
+                blocks=blocks,
+                outside=outside,
                 hidden=training.hidden_bytes,
-                evaluated=evaluating.forward_bytes(),
+                evaluated=evaluated,
                 notes=tuple(training.notes),
                 complete=training.complete and evaluating.complete,
             )

@@ -147,6 +147,7 @@ def hopeless(plan: Plan, least: Plan | None, machine: Machine) -> str:
 def mapping(plan: Plan, machine: Machine, suggestions: list[Suggestion], *, samples: int | None) -> dict[str, Any]:
     """Return the plan for `--json`; sizes in bytes."""
     spent = times(plan, machine)
+    fits = not shortage(plan, machine)
     return {
         "parameters": plan.parameters,
         "trained": plan.trained,
@@ -164,6 +165,6 @@ def mapping(plan: Plan, machine: Machine, suggestions: list[Suggestion], *, samp
         "seconds": asdict(spent) if spent else None,
         "steps": num_steps(plan.config, samples),
         "notes": plan.notes,
-        "fits": (True if plan.complete else None) if not shortage(plan, machine) else False,
+        "fits": None if fits and not plan.complete else fits,
         "suggestions": [{"settings": s.settings, "needed": needed(s.plan), "cost": s.cost} for s in suggestions],
     }
