@@ -16,9 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.provenance import command  # noqa: E402
-from trainer.cli.train import prepare_process  # noqa: E402
+from trainer.cli.train import set_up_process  # noqa: E402
 
-prepare_process()  # before torch is imported
+set_up_process()  # before torch is imported
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.provenance import command  # noqa: E402
-from trainer.cli.train import prepare_process  # noqa: E402
+from trainer.cli.train import set_up_process  # noqa: E402
 
 NOT_STARTED, STOPPED, FAILED = "not started", "stopped", "failed"
 
@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
 
 def run_all(args: argparse.Namespace) -> int:
     """Returns the exit code: 0 if every run was measured to its end."""
-    prepare_process()  # of those that are started
+    set_up_process()  # of those that are started
     ends = time.monotonic() + args.seconds
     runs: list[dict[str, Any]] = []
     longest = 0.0

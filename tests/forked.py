@@ -94,42 +94,43 @@ class Ranks:
 
 def start(
     arguments: Sequence[str],
-    place: Path,
+    workspace: Path,
     *,
     ranks: int = 2,
     variables: dict[str, str] | None = None,
     before: Callable[[int], None] | None = None,
 ) -> Ranks:
-    """Start `python -m trainer train ARGUMENTS` in `place`; each rank first calls `before` (picklable) with its number.
+    """Start `python -m trainer train ARGUMENTS` in `workspace`; each rank first calls `before` (picklable) with its
+    number.
 
     `variables` are added to a user's.
     """
-    return _start(["train", *arguments], place, ranks, variables or {}, before)
+    return _start(["train", *arguments], workspace, ranks, variables or {}, before)
 
 
-def run(arguments: Sequence[str], place: Path, **options: Any) -> Finished:
+def run(arguments: Sequence[str], workspace: Path, **options: Any) -> Finished:
     """Start a run and wait for its end."""
-    return start(arguments, place, **options).wait()
+    return start(arguments, workspace, **options).wait()
 
 
-def command(arguments: Sequence[str], place: Path) -> Finished:
-    """Run `python -m trainer ARGUMENTS` in `place` to its end."""
-    return _start(arguments, place, 1, {}, None).wait()
+def command(arguments: Sequence[str], workspace: Path) -> Finished:
+    """Run `python -m trainer ARGUMENTS` in `workspace` to its end."""
+    return _start(arguments, workspace, 1, {}, None).wait()
 
 
-def script(path: Path, place: Path) -> Finished:
-    """Run `python PATH` in `place` to its end."""
-    return _start([str(path)], place, 1, {"MASTER_PORT": str(free_port())}, None).wait()
+def script(path: Path, workspace: Path) -> Finished:
+    """Run `python PATH` in `workspace` to its end."""
+    return _start([str(path)], workspace, 1, {"MASTER_PORT": str(free_port())}, None).wait()
 
 
 def _start(
     arguments: Sequence[str],
-    place: Path,
+    workspace: Path,
     ranks: int,
     variables: dict[str, str],
     before: Callable[[int], None] | None,
 ) -> Ranks:
-    said = Path(tempfile.mkdtemp(prefix="said-", dir=place.parent))
+    said = Path(tempfile.mkdtemp(prefix="said-", dir=workspace.parent))
     output = said / "stdout", said / "stderr"
     for path in output:
         path.touch()
@@ -139,7 +140,7 @@ def _start(
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         if arguments[0].endswith(".py"):  # started by no launcher
             own = {}
-        args = (list(arguments), place, {**environment(), **own, **variables}, output, before)
+        args = (list(arguments), workspace, {**environment(), **own, **variables}, output, before)
         processes.append(forking.Process(target=_rank, args=args, daemon=True))
     for process in processes:
         process.start()
@@ -148,7 +149,7 @@ def _start(
 
 def _rank(
     arguments: list[str],
-    place: Path,
+    workspace: Path,
     variables: dict[str, str],
     output: tuple[Path, Path],
     before: Callable[[int], None] | None,
@@ -161,7 +162,7 @@ def _rank(
 
     os.environ.clear()
     os.environ.update(variables)
-    os.chdir(place)
+    os.chdir(workspace)
     for stream, path in zip((1, 2), output, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     torch.set_num_threads(1)

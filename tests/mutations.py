@@ -51,14 +51,14 @@ data: {train: train.jsonl, eval_fraction: 0.2, max_length: 48, cache: cache}
 class Case:
     """A file, what is done to it, and the command that then uses it. `seed` decides where in the file."""
 
-    place: str
+    workspace: str
     file: str
     damage: str
     command: str
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.damage} {self.place}/{self.file}, then {self.command} (seed {self.seed})"
+        return f"{self.damage} {self.workspace}/{self.file}, then {self.command} (seed {self.seed})"
 
 
 # --- damage ----------------------------------------------------------------------------------------------------
@@ -237,20 +237,20 @@ def finish(process: int, end: float) -> int | None:
     return None
 
 
-def settle(place: Path) -> None:
-    """Use `place` as a user's current folder, without network."""
-    os.chdir(place)
+def settle(workspace: Path) -> None:
+    """Use `workspace` as a user's current folder, without network."""
+    os.chdir(workspace)
     sys.stdin = open(os.devnull)  # noqa: SIM115
 
 
-def make_pristine(place: Path) -> None:
-    """In `place`, a run that was killed, its base, cache and delta; `model` of the run that was not killed, and
+def make_pristine(workspace: Path) -> None:
+    """In `workspace`, a run that was killed, its base, cache and delta; `model` of the run that was not killed, and
     `exported`, what the checkpoint of the other becomes."""
     from tests.models import tiny_model
     from trainer.data.tokenizer import bytes_tokenizer
 
     def make() -> int:
-        settle(place)
+        settle(workspace)
         tokenizer = bytes_tokenizer()
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
         tiny_model("llama", vocab_size=len(tokenizer), **ids).save_pretrained("base")
@@ -261,7 +261,7 @@ def make_pristine(place: Path) -> None:
         return strata("train", "recipe.yaml")
 
     def derive() -> int:
-        settle(place)
+        settle(workspace)
         run = Path(RUN)
         os.rename(run / "model", "model")
         for path in run.glob(f"checkpoints/**/*{STEPS:08d}*"):
@@ -269,34 +269,41 @@ def make_pristine(place: Path) -> None:
         return strata("export", RUN, "exported") or strata("export", RUN, DELTA, "--delta")
 
     for work in (make, derive):
-        code = finish(in_a_fork(work, place / "output"), time.monotonic() + 5 * DEADLINE_SECONDS)
-        assert code == 0, (place / "output").read_text()
+        code = finish(in_a_fork(work, workspace / "output"), time.monotonic() + 5 * DEADLINE_SECONDS)
+        assert code == 0, (workspace / "output").read_text()
 
 
 def draw_cases(pristine: Path, count: int, seed: int) -> Iterator[Case]:
     draw = random.Random(seed)
     files = {
-        place: sorted(str(p.relative_to(pristine / place)) for p in (pristine / place).rglob("*") if p.stat().st_size)
-        for place in COMMANDS
+        workspace: sorted(
+            str(p.relative_to(pristine / workspace)) for p in (pristine / workspace).rglob("*") if p.stat().st_size
+        )
+        for workspace in COMMANDS
     }
-    files = {place: [name for name in names if (pristine / place / name).is_file()] for place, names in files.items()}
+    files = {
+        workspace: [name for name in names if (pristine / workspace / name).is_file()]
+        for workspace, names in files.items()
+    }
     for name, (file, _) in EDITS.items():
         for command in ("export", "resume") if file.startswith("tokenizer") else ("export", "apply", "resume"):
             yield Case(BASE, file, name, command, 0)
     for _ in range(count):
-        place = draw.choices(list(COMMANDS), weights=[5, 3, 1, 3])[0]
-        file, damage, command = (draw.choice(options) for options in (files[place], list(DAMAGES), COMMANDS[place]))
-        yield Case(place, file, damage, command, draw.randrange(10**6))
+        workspace = draw.choices(list(COMMANDS), weights=[5, 3, 1, 3])[0]
+        file, damage, command = (
+            draw.choice(options) for options in (files[workspace], list(DAMAGES), COMMANDS[workspace])
+        )
+        yield Case(workspace, file, damage, command, draw.randrange(10**6))
 
 
-def run_case(case: Case, pristine: Path, place: Path) -> int:
+def run_case(case: Case, pristine: Path, workspace: Path) -> int:
     """In a fork: 0, or 1 with the reason as the last line of the output."""
     for name in (RUN, BASE, CACHE, DELTA, "train.jsonl", "recipe.yaml"):
         copy = shutil.copytree if (pristine / name).is_dir() else shutil.copy2
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        copy(pristine / name, place / name)
-    settle(place)
-    path = Path(case.place, case.file)
+        (workspace / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(pristine / name, workspace / name)
+    settle(workspace)
+    path = Path(case.workspace, case.file)
     before = path.read_bytes()
     damage = EDITS[case.damage][1] if case.damage in EDITS else DAMAGES[case.damage]
     damage(path, random.Random(case.seed))
@@ -304,7 +311,7 @@ def run_case(case: Case, pristine: Path, place: Path) -> int:
     code, written = use(case.command)
     sys.stdout.flush()
     sys.stderr.flush()
-    reason = judge(case, pristine, code, written, (place / "output").read_text(errors="replace"), changed)
+    reason = judge(case, pristine, code, written, (workspace / "output").read_text(errors="replace"), changed)
     print(f"\nexit code {code}\n{reason or 'fine'}")
     return int(reason is not None)
 
@@ -320,9 +327,9 @@ def campaign(cases: int, seed: int, folder: Path, *, at_once: int = 2) -> list[s
     while waiting or running:
         while waiting and len(running) < at_once:
             number, case = waiting.pop()
-            place = folder / str(number)
-            place.mkdir()
-            process = in_a_fork(lambda c=case, p=place: run_case(c, pristine, p), place / "output")
+            workspace = folder / str(number)
+            workspace.mkdir()
+            process = in_a_fork(lambda c=case, p=workspace: run_case(c, pristine, p), workspace / "output")
             running[process] = (number, case, time.monotonic() + DEADLINE_SECONDS)
         for process, (number, case, end) in list(running.items()):
             done, status = os.waitpid(process, os.WNOHANG)

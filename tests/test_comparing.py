@@ -17,7 +17,7 @@ FOLDERS = [Path(__file__).parent, Path(__file__).parent.parent / "benchmarks"]
 @pytest.mark.parametrize("values", [[math.nan, 1.0], [1.0, math.nan], [math.nan], [0.0, math.nan, 2.0]])
 def test_nan_is_larger_than_every_bar(values: list[float]) -> None:
     assert largest(values) == math.inf
-    tensors = {str(place): torch.tensor([0.0, value]) for place, value in enumerate(values)}
+    tensors = {str(workspace): torch.tensor([0.0, value]) for workspace, value in enumerate(values)}
     assert largest_difference(tensors, {name: torch.zeros(2) for name in tensors}) == math.inf
 
 

@@ -18,7 +18,7 @@ from trainer.cluster.together import check_nodes
 from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed.resolve import resolve
 from trainer.config.text import printable
-from trainer.data.cache import Prepared, prepare_run
+from trainer.data.cache import TokenisedData, tokenise_run
 from trainer.data.rank_batches import RankBatches
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_run_tokenizer, padding_id
@@ -49,7 +49,7 @@ def run(config: RunConfig, interruption: Interruption, watch: RankWatch) -> int:
     watch.meet(timedelta(minutes=config.train.timeout_minutes))
     # Data first: a process group could time out while rank 0 tokenises.
     tokenizer = load_run_tokenizer(config.model)
-    data = prepare_run(config, tokenizer)
+    data = tokenise_run(config, tokenizer)
     setup.initialise_process_group(timeout_minutes=config.train.timeout_minutes)
     check_nodes(Path(config.output))
     try:
@@ -71,7 +71,7 @@ def _train(
     config: RunConfig,
     ds: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    data: Prepared,
+    data: TokenisedData,
     folder: RunFolder,
     interruption: Interruption,
 ) -> int:

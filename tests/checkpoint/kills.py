@@ -44,16 +44,16 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 @dataclass(frozen=True)
 class Operations:
-    """Writes down what each rank is about to do to files in `place`, and kills rank `victim` before operation `last`,
-    counted from 1, or before the first one in which the pattern `like` is found."""
+    """Writes down what each rank is about to do to files in `workspace`, and kills rank `victim` before operation
+    `last`, counted from 1, or before the first one in which the pattern `like` is found."""
 
-    place: Path
+    workspace: Path
     victim: int | None = None
     last: int = 0
     like: str | None = None
 
     def log(self, rank: int) -> Path:
-        return self.place / f"operations-{rank}"
+        return self.workspace / f"operations-{rank}"
 
     def read(self, rank: int) -> list[str]:
         return self.log(rank).read_text().splitlines()
@@ -70,10 +70,10 @@ class Operations:
             if event == "open" and not args[2] & _WRITES:
                 return
             path = os.path.abspath(args[0])
-            if not path.startswith(f"{self.place}/runs"):
+            if not path.startswith(f"{self.workspace}/runs"):
                 return
             done += 1
-            said = f"{event} {os.path.relpath(path, self.place)}"
+            said = f"{event} {os.path.relpath(path, self.workspace)}"
             os.write(log, f"{said}\n".encode())
             if rank == self.victim and (done == self.last or (self.like and re.search(self.like, said))):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -85,51 +85,51 @@ class Operations:
 class Undisturbed:
     """A run from beginning to end."""
 
-    place: Path
+    workspace: Path
     arguments: list[str]
     seconds: float
     operations: list[list[str]]
 
     @property
     def run(self) -> Path:
-        return self.place / "runs" / "tiny"
+        return self.workspace / "runs" / "tiny"
 
 
-def undisturbed(place: Path, values: Sequence[str]) -> Undisturbed:
-    """Train in `place` without a kill."""
+def undisturbed(workspace: Path, values: Sequence[str]) -> Undisturbed:
+    """Train in `workspace` without a kill."""
     forked.context()  # not to be counted into the seconds
-    write_inputs(place)
-    arguments, watch = ["tiny.yaml", *values], Operations(place)
+    write_inputs(workspace)
+    arguments, watch = ["tiny.yaml", *values], Operations(workspace)
     began = time.monotonic()
-    finished = forked.run(arguments, place, before=watch)
+    finished = forked.run(arguments, workspace, before=watch)
     assert finished.code == 0, finished.everything
-    return Undisturbed(place, arguments, time.monotonic() - began, [watch.read(rank) for rank in range(RANKS)])
+    return Undisturbed(workspace, arguments, time.monotonic() - began, [watch.read(rank) for rank in range(RANKS)])
 
 
-def kill_until_done(place: Path, expected: Undisturbed, chance: random.Random, kills: int) -> list[str]:
-    """Run in `place` with up to `kills` kills, and compare what is left; returns what was killed and where."""
-    write_inputs(place)
-    run, done = place / "runs" / "tiny", []
+def kill_until_done(workspace: Path, expected: Undisturbed, chance: random.Random, kills: int) -> list[str]:
+    """Run in `workspace` with up to `kills` kills, and compare what is left; returns what was killed and where."""
+    write_inputs(workspace)
+    run, done = workspace / "runs" / "tiny", []
     for _ in range(kills):
-        said = _attempt(place, expected, chance)
+        said = _attempt(workspace, expected, chance)
         if said is None:
             break
         done.append(said)
         _assert_whole(run, done)
-    last = forked.run(expected.arguments, place)
+    last = forked.run(expected.arguments, workspace)
     assert last.code == 0, (done, last.everything)
-    again = forked.run(expected.arguments, place)
+    again = forked.run(expected.arguments, workspace)
     said = again.everything
-    assert again.code == 0 and f"The run in {run.relative_to(place)} is finished" in said, (done, said)
-    assert_same(place, expected, done)
+    assert again.code == 0 and f"The run in {run.relative_to(workspace)} is finished" in said, (done, said)
+    assert_same(workspace, expected, done)
     return done
 
 
-def _attempt(place: Path, expected: Undisturbed, chance: random.Random) -> str | None:
+def _attempt(workspace: Path, expected: Undisturbed, chance: random.Random) -> str | None:
     """Start the run and kill it; returns what was done, or None where it was over before."""
     patience = chance.choice([0.0, 1.0])
     if chance.random() < 0.25:
-        ranks = forked.start(expected.arguments, place)
+        ranks = forked.start(expected.arguments, workspace)
         moment = chance.random() * expected.seconds
         time.sleep(moment)
         victims = chance.choice([[0], [1], [0, 1]])
@@ -141,8 +141,8 @@ def _attempt(place: Path, expected: Undisturbed, chance: random.Random) -> str |
         total = len(expected.operations[rank])
         place_of = chance.choice(["begin", "middle", "end"])
         first, stop = {"begin": (1, _ENDS), "middle": (1, total), "end": (total - _ENDS, total)}[place_of]
-        watch = Operations(place, rank, chance.randint(first, stop))
-        ranks = forked.start(expected.arguments, place, before=watch)
+        watch = Operations(workspace, rank, chance.randint(first, stop))
+        ranks = forked.start(expected.arguments, workspace, before=watch)
         what = f"rank {rank} at operation {watch.last} of {total}"
     finished = ranks.wait(patience=patience)
     if finished.code == 0:
@@ -159,11 +159,11 @@ def _assert_whole(run: Path, done: list[str]) -> None:
         assert list_checkpoints([str(run)]) == 0, done
 
 
-def assert_same(place: Path, expected: Undisturbed, done: object = "") -> None:
-    """One run folder in `place`, with the models, metrics and names of files of `expected`; `done` is shown where that
-    fails."""
-    assert {entry.name for entry in (place / "runs").iterdir()} == {"tiny", "cache"}, done
-    found = place / "runs" / "tiny"
+def assert_same(workspace: Path, expected: Undisturbed, done: object = "") -> None:
+    """One run folder in `workspace`, with the models, metrics and names of files of `expected`; `done` is shown where
+    that fails."""
+    assert {entry.name for entry in (workspace / "runs").iterdir()} == {"tiny", "cache"}, done
+    found = workspace / "runs" / "tiny"
     assert _names(found) == _names(expected.run), done
     for file in expected.run.glob("*/*.safetensors"):
         assert (found / file.relative_to(expected.run)).read_bytes() == file.read_bytes(), (file.name, done)
@@ -181,14 +181,14 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in timed} for line in metrics(run)]
 
 
-def campaign(place: Path, kind: str, *, kills: int, seed: int) -> Iterator[str]:
+def campaign(workspace: Path, kind: str, *, kills: int, seed: int) -> Iterator[str]:
     """Kill runs of a kind `kills` times, one to three times each; yields what was killed and where."""
     chance = random.Random(f"{kind} {seed}")
-    (place / "undisturbed").mkdir(parents=True)
-    expected = undisturbed(place / "undisturbed", KINDS[kind])
+    (workspace / "undisturbed").mkdir(parents=True)
+    expected = undisturbed(workspace / "undisturbed", KINDS[kind])
     done = 0
     while done < kills:
-        own = Path(tempfile.mkdtemp(dir=place))
+        own = Path(tempfile.mkdtemp(dir=workspace))
         for said in kill_until_done(own, expected, chance, min(chance.choice([1, 2, 3]), kills - done)):
             done += 1
             yield said
@@ -204,8 +204,8 @@ def main() -> None:
     kinds, done = args.kind or list(KINDS), 0
     for index, kind in enumerate(kinds):
         share = args.kills // len(kinds) + (index < args.kills % len(kinds))
-        with tempfile.TemporaryDirectory() as place:
-            for line in campaign(Path(place), kind, kills=share, seed=args.seed):
+        with tempfile.TemporaryDirectory() as workspace:
+            for line in campaign(Path(workspace), kind, kills=share, seed=args.seed):
                 done += 1
                 print(f"{done:3} {kind}: {line}", flush=True)
     print(f"{done} kills: one folder each, exit code 0, models, metrics and files as without them")

@@ -21,29 +21,29 @@ RUN = ["method=lisa", "train.steps=1", "train.global_batch_size=1", "data.train=
 STOP = 5  # in the middle of an interval of two
 
 
-def _trained(rank: int, place: Path) -> dict[str, Tensor]:
+def _trained(rank: int, workspace: Path) -> dict[str, Tensor]:
     engine, _ = start(CELL, rank)
     for step in range(CELL.steps):
         if step == STOP:
-            assert engine.save_checkpoint(place, client_state={"note": [1, "two"]})
-            engine.save_checkpoint(place, tag="best", save_latest=False, exclude_frozen_parameters=True)
+            assert engine.save_checkpoint(workspace, client_state={"note": [1, "two"]})
+            engine.save_checkpoint(workspace, tag="best", save_latest=False, exclude_frozen_parameters=True)
         train_step(CELL, engine, step, rank)
-    engine.save_checkpoint(place, tag="last", save_latest=False)
+    engine.save_checkpoint(workspace, tag="last", save_latest=False)
     weights = full_weights(engine)
     engine.destroy()
     return weights
 
 
-def _messages(engine: Any, place: Path) -> dict[str, str]:
+def _messages(engine: Any, workspace: Path) -> dict[str, str]:
     """What each call says that cannot be honoured."""
-    theirs = place / "theirs" / "global_step5"
+    theirs = workspace / "theirs" / "global_step5"
     theirs.mkdir(parents=True, exist_ok=True)
     (theirs / "mp_rank_00_model_states.pt").touch()
     messages = {}
     for name, call in {
-        "DeepSpeed's": lambda: engine.load_checkpoint(place / "theirs", tag="global_step5"),
-        "weights alone": lambda: engine.load_checkpoint(place, load_module_only=True),
-        "no JSON": lambda: engine.save_checkpoint(place, tag="x", client_state={"a": torch.zeros(1)}),
+        "DeepSpeed's": lambda: engine.load_checkpoint(workspace / "theirs", tag="global_step5"),
+        "weights alone": lambda: engine.load_checkpoint(workspace, load_module_only=True),
+        "no JSON": lambda: engine.save_checkpoint(workspace, tag="x", client_state={"a": torch.zeros(1)}),
     }.items():
         try:
             call()
@@ -52,22 +52,25 @@ def _messages(engine: Any, place: Path) -> dict[str, str]:
     return messages
 
 
-def _everything(rank: int, place: Path) -> dict[str, Any]:
-    expected = _trained(rank, place)
+def _everything(rank: int, workspace: Path) -> dict[str, Any]:
+    expected = _trained(rank, workspace)
     engine, sparse = start(CELL, rank)
-    answers: dict[str, Any] = {"messages": _messages(engine, place), "nothing": engine.load_checkpoint(place / "none")}
-    engine.load_checkpoint(place, tag="best")
+    answers: dict[str, Any] = {
+        "messages": _messages(engine, workspace),
+        "nothing": engine.load_checkpoint(workspace / "none"),
+    }
+    engine.load_checkpoint(workspace, tag="best")
     answers["best"] = (sparse.steps, sparse.active)
     # Into an engine that has trained on: blocks return to what they were.
-    answers["last"] = engine.load_checkpoint(place, tag="last")[0]
-    answers["folder"], answers["client_state"] = engine.load_checkpoint(place)
+    answers["last"] = engine.load_checkpoint(workspace, tag="last")[0]
+    answers["folder"], answers["client_state"] = engine.load_checkpoint(workspace)
     answers["back"] = (sparse.steps, sparse.active)
-    engine.save_checkpoint(place, tag="last", save_latest=False)  # an earlier step under the name of a later one
+    engine.save_checkpoint(workspace, tag="last", save_latest=False)  # an earlier step under the name of a later one
     for step in range(STOP, CELL.steps):
         train_step(CELL, engine, step, rank)
     found = full_weights(engine)
     answers["differing"] = [name for name in expected if not torch.equal(expected[name], found[name])]
-    engine.load_checkpoint(place, tag="last")
+    engine.load_checkpoint(workspace, tag="last")
     answers["overwritten"] = sparse.steps
     engine.destroy()
     return answers

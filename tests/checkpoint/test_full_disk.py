@@ -25,20 +25,20 @@ MIB = 2**20
 @pytest.fixture
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system of two MiB, or of as many as a test asks for."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    workspace = tmp_path / "disk"
+    workspace.mkdir()
     size = f"size={getattr(request, 'param', 2)}m"
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", place]).returncode != 0:
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", workspace]).returncode != 0:
         pytest.skip("mounting a small file system needs root")
     try:
-        yield place
+        yield workspace
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", workspace], check=True)
 
 
-def _fill(rank: int, place: Path) -> dict[str, Any]:
+def _fill(rank: int, workspace: Path) -> dict[str, Any]:
     engine, sparse = parity.start(Cell(stage=3, bank="cpu"), rank)
-    checkpoints = Checkpoints(sparse, place / "run", keep=2, asynchronous=True)
+    checkpoints = Checkpoints(sparse, workspace / "run", keep=2, asynchronous=True)
     found: dict[str, Any] = {}
 
     def save_after_step(step: int) -> str:
@@ -52,19 +52,19 @@ def _fill(rank: int, place: Path) -> dict[str, Any]:
 
     found["first"] = save_after_step(0)
     if rank == 0:
-        space = os.statvfs(place)
-        (place / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 20_000))
+        space = os.statvfs(workspace)
+        (workspace / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - 20_000))
     found["known"] = save_after_step(1)
     checkpoints.require_space = lambda *arguments: None  # type: ignore[method-assign]  # a quota, which nobody sees
     found["unknown"] = save_after_step(2)
-    found["steps"] = Store(place / "run").steps()
-    found["left"] = [p for p in (place / "run/checkpoints/pool").iterdir() if not p.name.startswith("00000001-")]
+    found["steps"] = Store(workspace / "run").steps()
+    found["left"] = [p for p in (workspace / "run/checkpoints/pool").iterdir() if not p.name.startswith("00000001-")]
     if rank == 0:
-        (place / "filler").unlink()
+        (workspace / "filler").unlink()
     del checkpoints.require_space  # type: ignore[method-assign]
     found["then"] = save_after_step(3)
-    newest = Store(place / "run").read(4)
-    found["problems"] = [problem for file in newest.files if (problem := Store(place / "run").problem(file))]
+    newest = Store(workspace / "run").read(4)
+    found["problems"] = [problem for file in newest.files if (problem := Store(workspace / "run").problem(file))]
     engine.destroy()
     return found
 

@@ -70,40 +70,42 @@ def checkpoints(folder: Path, change: str | None) -> tuple[Any, trainer.Sparse, 
 CHANGED = ("rms_norm_eps", "temperature", "chat_template", "eos_token", "padding_side")
 
 
-def save_and_resume(rank: int, place: Path) -> dict[str, str]:
+def save_and_resume(rank: int, workspace: Path) -> dict[str, str]:
     """Return what resuming says to each change; empty if it resumes."""
     for name, change in (("full", None), ("adapters", "alpha4")):
-        engine, _, saving = checkpoints(place / name, change)
+        engine, _, saving = checkpoints(workspace / name, change)
         for step in range(2):
             train_step(CELL, engine, step, rank)
         saving.save(2, {})
         saving.finish()
         engine.destroy()
     said = {}
-    engine, sparse, unchanged = checkpoints(place / "full", None)
+    engine, sparse, unchanged = checkpoints(workspace / "full", None)
     for change in CHANGED:  # refused before anything is loaded: one engine is enough
         other = identity_of(*build(change), blocks=sparse.structure.path)
-        resuming = Checkpoints(sparse, place / "full", keep=2, asynchronous=False, base=unchanged.base, identity=other)
+        resuming = Checkpoints(
+            sparse, workspace / "full", keep=2, asynchronous=False, base=unchanged.base, identity=other
+        )
         with pytest.raises(CheckpointError) as refusal:
-            resuming.resume(Store(place / "full"), 2)
+            resuming.resume(Store(workspace / "full"), 2)
         said[change] = str(refusal.value)
         assert sparse.steps == 0, "nothing was loaded"
     engine.destroy()
     for change in (None, "rope_theta", "buffer", "bookkeeping", "alpha4", "alpha8", "earlier version"):
         name = "adapters" if change and change.startswith("alpha") else "full"
         if change == "earlier version":
-            path = place / name / "checkpoints" / "step-00000002.json"
-            manifest = Store(place / name).read(2)
+            path = workspace / name / "checkpoints" / "step-00000002.json"
+            manifest = Store(workspace / name).read(2)
             del manifest.state["identity"]
             path.unlink()
-            Store(place / name).publish(manifest)
-        engine, sparse, resuming = checkpoints(place / name, change)
+            Store(workspace / name).publish(manifest)
+        engine, sparse, resuming = checkpoints(workspace / name, change)
         told: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record, told=told: told.append(record.getMessage())
         logging.getLogger("trainer.checkpoint").addHandler(handler)
         try:
-            resuming.resume(Store(place / name), 2)
+            resuming.resume(Store(workspace / name), 2)
             said[str(change)] = " ".join(told)
             assert sparse.steps == 2
         except CheckpointError as error:

@@ -24,18 +24,18 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return undisturbed(tmp_path_factory.mktemp("undisturbed"), VALUES)
 
 
-def killed(place: Path, expected: Undisturbed, operation: str) -> Path:
+def killed(workspace: Path, expected: Undisturbed, operation: str) -> Path:
     """Kill all ranks before the first such operation of rank 0 (a pattern); returns the run folder."""
-    write_inputs(place)
-    watch = Operations(place, victim=0, like=operation)
-    finished = forked.start(expected.arguments, place, before=watch).wait(patience=0)
+    write_inputs(workspace)
+    watch = Operations(workspace, victim=0, like=operation)
+    finished = forked.start(expected.arguments, workspace, before=watch).wait(patience=0)
     assert finished.code == -signal.SIGKILL, finished.everything
-    return place / "runs" / "tiny"
+    return workspace / "runs" / "tiny"
 
 
-def once_more(place: Path, expected: Undisturbed, *more: str) -> str:
+def once_more(workspace: Path, expected: Undisturbed, *more: str) -> str:
     """What a start of the same command, with `more`, prints; it ends well."""
-    finished = forked.run([*expected.arguments, *more], place)
+    finished = forked.run([*expected.arguments, *more], workspace)
     assert finished.code == 0 and "Traceback" not in finished.everything, finished.everything
     return finished.everything
 
@@ -119,5 +119,5 @@ def test_more_steps_after_the_end_begin_anew_and_name_the_way_on(tmp_path: Path)
     assert {file: file.read_bytes() for file in expected.run.rglob("*") if file.is_file()} == before
 
 
-def names(place: Path) -> set[str]:
-    return {entry.name for entry in (place / "runs").iterdir()}
+def names(workspace: Path) -> set[str]:
+    return {entry.name for entry in (workspace / "runs").iterdir()}

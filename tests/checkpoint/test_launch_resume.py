@@ -32,11 +32,11 @@ def used_seconds(process: int) -> float:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("undisturbed")
-    write_inputs(place)
-    finished = forked.run(["tiny.yaml", *VALUES], place)
+    workspace = tmp_path_factory.mktemp("undisturbed")
+    write_inputs(workspace)
+    finished = forked.run(["tiny.yaml", *VALUES], workspace)
     assert finished.code == 0, finished.everything
-    return place / "runs" / "tiny"
+    return workspace / "runs" / "tiny"
 
 
 def assert_same(found: Path, expected: Path) -> None:

@@ -64,17 +64,17 @@ def resumed(rank: int, cell: Cell, folder: Path) -> dict[str, Tensor]:
     return finish(cell, engine, sparse, rank, range(step, STEPS))
 
 
-def saved_on_the_way(rank: int, cell: Cell, place: Path) -> dict[str, Tensor]:
-    """Train to the end. Leave in `place` a folder `5`, whose newest checkpoint was written while training went on, and
-    a folder `6`: in the middle of an interval of two, and at its end."""
+def saved_on_the_way(rank: int, cell: Cell, workspace: Path) -> dict[str, Tensor]:
+    """Train to the end. Leave in `workspace` a folder `5`, whose newest checkpoint was written while training went on,
+    and a folder `6`: in the middle of an interval of two, and at its end."""
     engine, sparse = start(cell, rank)
-    checkpoints = Checkpoints(sparse, place / "6", keep=2, asynchronous=True)
+    checkpoints = Checkpoints(sparse, workspace / "6", keep=2, asynchronous=True)
     for step in range(6):
         train_step(cell, engine, step, rank)
         if step == 5:
             checkpoints.finish()
             if rank == 0:
-                shutil.copytree(place / "6", place / "5")
+                shutil.copytree(workspace / "6", workspace / "5")
             torch.distributed.barrier()
         if step >= 3:
             save(checkpoints, engine, step + 1)
@@ -82,11 +82,11 @@ def saved_on_the_way(rank: int, cell: Cell, place: Path) -> dict[str, Tensor]:
     return finish(cell, engine, sparse, rank, range(6, STEPS))
 
 
-def _exact(rank: int, cells: list[Cell], place: Path) -> list[str]:
+def _exact(rank: int, cells: list[Cell], workspace: Path) -> list[str]:
     problems = []
     for number, cell in enumerate(cells):
-        expected = saved_on_the_way(rank, cell, place / str(number))
-        found = {f"stopped after {stop}": resumed(rank, cell, place / str(number) / str(stop)) for stop in (5, 6)}
+        expected = saved_on_the_way(rank, cell, workspace / str(number))
+        found = {f"stopped after {stop}": resumed(rank, cell, workspace / str(number) / str(stop)) for stop in (5, 6)}
         if cell is cells[-1]:
             found["never saved"] = undisturbed(rank, cell)
         for what, weights in found.items():
@@ -151,13 +151,13 @@ def test_other_ranks_and_stages_go_on(tmp_path: Path, first: Cell, second: Cell)
     assert largest_difference(expected, found) <= TOLERANCE
 
 
-def _evaluated_late(rank: int, place: Path) -> tuple[Any, list[int], list[int]]:
+def _evaluated_late(rank: int, workspace: Path) -> tuple[Any, list[int], list[int]]:
     """Stop after step 2 without an evaluation, resume, and find that step 2 is the best; then save without one."""
     cell = Cell(stage=2, ranks=1, steps=3)
-    saved(rank, cell, place / "run", 2)
+    saved(rank, cell, workspace / "run", 2)
     engine, sparse = start(cell, rank)
-    store = Store(place / "run")
-    checkpoints = Checkpoints(sparse, place / "run", keep=1, asynchronous=False)
+    store = Store(workspace / "run")
+    checkpoints = Checkpoints(sparse, workspace / "run", keep=1, asynchronous=False)
     checkpoints.resume(store, 2)
     checkpoints.save(2, {})  # nothing is new
     before = store.read(2).state["best"]
@@ -173,12 +173,12 @@ def _evaluated_late(rank: int, place: Path) -> tuple[Any, list[int], list[int]]:
     engine.destroy()
     kept = store.steps()
     engine, sparse = start(cell, rank)
-    elsewhere = Checkpoints(sparse, place / "other", keep=1, asynchronous=False)
+    elsewhere = Checkpoints(sparse, workspace / "other", keep=1, asynchronous=False)
     elsewhere.resume(store, 4)
     elsewhere.save(4, {})  # the other folder has no checkpoint yet
     engine.destroy()
     assert before is None
-    return best, kept, Store(place / "other").steps()
+    return best, kept, Store(workspace / "other").steps()
 
 
 def test_a_step_that_was_saved_before_its_evaluation_can_still_be_the_best(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_tensors_are_copied_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -
     copier = Staging()
     for attempt in range(3):
         flat.add_(attempt)
-        copies = copier.place(tensors if attempt != 1 else tensors[::-1])
+        copies = copier.lay_out(tensors if attempt != 1 else tensors[::-1])
         copier.order()
         copier.run()
         expected = tensors if attempt != 1 else tensors[::-1]
@@ -47,7 +47,7 @@ def test_neighbours_are_one_copy() -> None:
     assert sorted(copy.numel for copy in copies) == [3, 1000]
 
 
-def _late(rank: int, cells: list[Cell], place: Path) -> list[str]:
+def _late(rank: int, cells: list[Cell], workspace: Path) -> list[str]:
     """Each copy begins when training has had time to go on."""
     inner = Staging.run
 
@@ -59,7 +59,7 @@ def _late(rank: int, cells: list[Cell], place: Path) -> list[str]:
     for number, cell in enumerate(cells):
         expected = undisturbed(rank, cell)
         engine, sparse = start(cell, rank)
-        checkpoints = Checkpoints(sparse, place / str(number), keep=2, asynchronous=True)
+        checkpoints = Checkpoints(sparse, workspace / str(number), keep=2, asynchronous=True)
         for step in range(5):
             train_step(cell, engine, step, rank)
         Staging.run = run
@@ -77,7 +77,7 @@ def _late(rank: int, cells: list[Cell], place: Path) -> list[str]:
         Staging.run = inner
         checkpoints.finish()
         engine.destroy()
-        found = resumed(rank, cell, place / str(number))
+        found = resumed(rank, cell, workspace / str(number))
         if largest_difference(expected, found):
             problems.append(f"{cell}: {largest_difference(expected, found):.1e}")
     return problems

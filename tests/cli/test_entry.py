@@ -28,8 +28,8 @@ def test_what_the_file_system_refuses_is_a_message(
     def load(path: str, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    place = {"submit": "cluster"}.get(command, "cli")
-    monkeypatch.setattr(importlib.import_module(f"trainer.{place}.{command}"), "load", load)
+    room = {"submit": "cluster"}.get(command, "cli")
+    monkeypatch.setattr(importlib.import_module(f"trainer.{room}.{command}"), "load", load)
     job = ["--gpus", "1", "--time", "1:00:00"] if command == "submit" else []
     assert main([command, "closed.yaml", *job]) == 2
     assert "Permission denied: 'closed.yaml'" in capsys.readouterr().err
@@ -70,12 +70,12 @@ def test_another_rank_speaks_where_rank_0_has_not_ended_the_job(
 )
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], share: int) -> None:
     monkeypatch.setattr(os, "environ", dict(variables))
-    entry.prepare_process()
+    entry.set_up_process()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     assert os.environ["OMP_NUM_THREADS"] == str(max(1, cores // share))
 
 
 def test_the_user_s_number_of_threads_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    entry.prepare_process()
+    entry.set_up_process()
     assert os.environ["OMP_NUM_THREADS"] == "7"

@@ -55,9 +55,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(installed: Path, place: Path, *words: str) -> Finished:
-    """Run Python in `place` with the installed package before everything else, and not with the checkout."""
-    return launch([sys.executable, *words], place, variables=environment() | {"PYTHONPATH": str(installed)})
+def run(installed: Path, workspace: Path, *words: str) -> Finished:
+    """Run Python in `workspace` with the installed package before everything else, and not with the checkout."""
+    return launch([sys.executable, *words], workspace, variables=environment() | {"PYTHONPATH": str(installed)})
 
 
 def test_the_wheel_contains_real_files(wheel: Path) -> None:

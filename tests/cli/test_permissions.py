@@ -71,19 +71,19 @@ CASES = {
 } | {(words[0], kind): (words, modes, named) for kind, (words, modes, named) in OTHERS.items()}
 
 
-def _write_files(place: Path) -> None:
-    write_inputs(place)
+def _write_files(workspace: Path) -> None:
+    write_inputs(workspace)
     for folder in ("model", "adapter", "tokenizer", "set/model", "runs/run/checkpoints", "delta"):
-        (place / folder).mkdir(parents=True)
+        (workspace / folder).mkdir(parents=True)
     for folder in ("model", "set/model"):
-        (place / folder / "config.json").write_text(json.dumps(MODEL))
-        (place / folder / "model.safetensors").touch()
-    (place / "adapter" / "adapter_config.json").write_text("{}")
-    (place / "delta" / "delta.json").write_text("{}")
-    (place / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+        (workspace / folder / "config.json").write_text(json.dumps(MODEL))
+        (workspace / folder / "model.safetensors").touch()
+    (workspace / "adapter" / "adapter_config.json").write_text("{}")
+    (workspace / "delta" / "delta.json").write_text("{}")
+    (workspace / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     for name in ("tiny.yaml", "train.jsonl"):
-        shutil.copy(place / name, place / "set")
-    for path in [place, *place.rglob("*")]:
+        shutil.copy(workspace / name, workspace / "set")
+    for path in [workspace, *workspace.rglob("*")]:
         path.chmod(0o777 if path.is_dir() else 0o666)
 
 
@@ -103,17 +103,17 @@ def _try_all(results: Path) -> None:
     torch.set_num_threads(1)
     found = []
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
-        place = Path(folder)
-        _write_files(place)
+        workspace = Path(folder)
+        _write_files(workspace)
         cases = [(words, modes) for words, modes, _ in CASES.values()]
         cases += [((command, *OWN, *more), {}) for command, more in RECIPE_COMMANDS.items()]
         for words, modes in cases:
-            before = {name: (place / name).stat().st_mode for name in modes}
+            before = {name: (workspace / name).stat().st_mode for name in modes}
             for name, mode in modes.items():
-                (place / name).chmod(mode)
-            found.append(asdict(in_fork(lambda words=words: _as_nobody(words), folder=place)))
+                (workspace / name).chmod(mode)
+            found.append(asdict(in_fork(lambda words=words: _as_nobody(words), folder=workspace)))
             for name, mode in before.items():
-                (place / name).chmod(mode)
+                (workspace / name).chmod(mode)
     results.write_text(json.dumps(found))
 
 

@@ -27,13 +27,13 @@ SMALLER = {"id3": ["update.budget=500"]}
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A model folder and a data file, and an output that is not in the checkout."""
-    place = tmp_path_factory.mktemp("recipes")
-    tiny_llama(layers=4, vocab=len(bytes_tokenizer())).save_pretrained(place / "model")
-    bytes_tokenizer().save_pretrained(place / "model")
+    workspace = tmp_path_factory.mktemp("recipes")
+    tiny_llama(layers=4, vocab=len(bytes_tokenizer())).save_pretrained(workspace / "model")
+    bytes_tokenizer().save_pretrained(workspace / "model")
     rows = ['{"prompt": "One and one is ", "completion": "two."}\n'] * 100
-    (place / "train.jsonl").write_text("".join(rows))
-    own = [f"model.path={place / 'model'}", f"data.train={place / 'train.jsonl'}", "data.max_length=128"]
-    return [*own, f"output={place / 'runs' / 'x'}"]
+    (workspace / "train.jsonl").write_text("".join(rows))
+    own = [f"model.path={workspace / 'model'}", f"data.train={workspace / 'train.jsonl'}", "data.max_length=128"]
+    return [*own, f"output={workspace / 'runs' / 'x'}"]
 
 
 def method_named(recipe: Path) -> str:

@@ -23,14 +23,16 @@ CASES = {command: list(cases(command)) for command in COMMANDS}
 LONGEST_QUOTE = 40  # of a word that messages shorten
 
 
-def _try_all(commands: list[str], place: Path, results: Path) -> None:
+def _try_all(commands: list[str], workspace: Path, results: Path) -> None:
     """Run the cases of `commands` one after the other, each in a fork of this process."""
     import torch
 
     torch.set_num_threads(1)
-    write_files(place)
+    write_files(workspace)
     for command in commands:
-        outcomes = [in_fork(lambda words=(command, *case.words): main(words), folder=place) for case in CASES[command]]
+        outcomes = [
+            in_fork(lambda words=(command, *case.words): main(words), folder=workspace) for case in CASES[command]
+        ]
         (results / f"{command}.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
 
 
@@ -54,8 +56,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     _run_at_once([(make_pristine, (pristine,))])
     work: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
     for number in range(2):
-        place = shutil.copytree(pristine, folder / str(number))
-        work.append((_try_all, (list(COMMANDS)[number::2], place, results)))
+        workspace = shutil.copytree(pristine, folder / str(number))
+        work.append((_try_all, (list(COMMANDS)[number::2], workspace, results)))
     _run_at_once(work)
     found = {}
     for command, tried in CASES.items():

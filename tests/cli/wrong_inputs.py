@@ -290,34 +290,34 @@ def _copy_name(name: str, pattern: str, damage: str) -> str:
     return f"{name}-{pattern.replace('/', '-').replace('*', '')}-{damage}"
 
 
-def write_files(place: Path) -> None:
-    """Write what the cases name into `place`, which contains a run, its base and its delta."""
-    (place / "empty-folder").mkdir()
-    (place / "garbage").write_bytes(bytes(range(256)) * 8)
-    (place / "list.json").write_text("[1, 2]")
-    (place / "cut.json").write_text(json.dumps({"format": 1, "step": 2, "units": {}})[:-5])
-    (place / "loop").symlink_to("loop")
-    (place / "dangling").symlink_to("nowhere")
-    os.mkfifo(place / "pipe")
-    (place / "unreadable").touch(0)
-    with open(place / "huge", "wb") as file:
+def write_files(workspace: Path) -> None:
+    """Write what the cases name into `workspace`, which contains a run, its base and its delta."""
+    (workspace / "empty-folder").mkdir()
+    (workspace / "garbage").write_bytes(bytes(range(256)) * 8)
+    (workspace / "list.json").write_text("[1, 2]")
+    (workspace / "cut.json").write_text(json.dumps({"format": 1, "step": 2, "units": {}})[:-5])
+    (workspace / "loop").symlink_to("loop")
+    (workspace / "dangling").symlink_to("nowhere")
+    os.mkfifo(workspace / "pipe")
+    (workspace / "unreadable").touch(0)
+    with open(workspace / "huge", "wb") as file:
         file.truncate(2**40)
     for kind, content in RECIPES.items():
-        (place / f"recipe-{kind}.yaml").write_bytes(content)
+        (workspace / f"recipe-{kind}.yaml").write_bytes(content)
     for kind, content in DEEPSPEED.items():
-        (place / f"ds-{kind}.json").write_bytes(content)
+        (workspace / f"ds-{kind}.json").write_bytes(content)
     for name, content in ROWS.items():
-        (place / name).write_bytes(content)
+        (workspace / name).write_bytes(content)
     for name, (original, patterns) in DAMAGED.items():
         for pattern in patterns:
             for damage, share in DAMAGES.items():
-                copy = place / _copy_name(name, pattern, damage)
-                shutil.copytree(place / original, copy)
+                copy = workspace / _copy_name(name, pattern, damage)
+                shutil.copytree(workspace / original, copy)
                 for file in copy.glob(pattern):
                     os.truncate(file, int(file.stat().st_size * share))
     for damage, share in DAMAGES.items():
         for name in ("config.json", "model.safetensors"):
-            copy = place / f"base-{name}-{damage}"
+            copy = workspace / f"base-{name}-{damage}"
             if not copy.exists():
-                shutil.copytree(place / BASE, copy)
+                shutil.copytree(workspace / BASE, copy)
                 os.truncate(copy / name, int((copy / name).stat().st_size * share))

@@ -19,7 +19,7 @@ JOB = ["--nodes", "2", "--gpus", "2", "--time", "12:00:00"]
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -30,7 +30,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_job_is_the_file_to_read_with_values_filled_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_is_the_file_to_read_with_values_filled_in(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options that were not given are left out, and nothing else differs."""
     script = printed(capsys, *JOB, "--partition", "gpu", "selector.blocks=1", "--sbatch=--exclusive")
     changes = [line for line in difflib.ndiff(TEMPLATE.splitlines(), script.splitlines()) if line[0] in "+-"]
@@ -39,7 +39,7 @@ def test_the_job_is_the_file_to_read_with_values_filled_in(place: Path, capsys: 
         "#SBATCH --ntasks-per-node=2",
         "#SBATCH --gpus-per-node=2",
         "#SBATCH --partition=gpu",
-        f"#SBATCH --chdir={place}",
+        f"#SBATCH --chdir={workspace}",
         "#SBATCH --output=runs/tiny-%j.log",
         "#SBATCH --exclusive",
         f"command=({sys.executable} -m trainer train tiny.yaml selector.blocks=1)",
@@ -67,7 +67,7 @@ def test_settings_are_quoted_for_the_shell(capsys: pytest.CaptureFixture[str]) -
     assert words.stdout.splitlines() == [sys.executable, "-m", "trainer", "train", "tiny.yaml", setting]
 
 
-def test_the_file_is_a_script(place: Path) -> None:
+def test_the_file_is_a_script(workspace: Path) -> None:
     checked = subprocess.run(["bash", "-n", str(SCRIPT.parent / "slurm.sbatch")], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
 
@@ -89,14 +89,14 @@ def test_the_file_is_a_script(place: Path) -> None:
     ],
 )
 def test_what_the_job_would_refuse_is_refused_before(
-    words: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
         code = main(["submit", "tiny.yaml", *JOB, *words])
     except SystemExit as error:  # of argparse
         code = int(str(error))
     assert code == 2 and re.search(message, capsys.readouterr().err)
-    assert not (place / "runs").exists()
+    assert not (workspace / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_limits_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
     assert _seconds(time) == seconds
 
 
-def test_values_with_spaces_are_one_value(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_with_spaces_are_one_value(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "tiny.yaml", *JOB, "output=runs/my run", "--print"]) == 0
     said = capsys.readouterr().out
     assert "#SBATCH --output='runs/my run-%j.log'" in said and "#SBATCH --job-name='my run'" in said
@@ -137,7 +137,7 @@ def _submitted(*words: str) -> int:
     ],
 )
 def test_no_value_becomes_a_line_of_the_job(
-    words: list[str], named: str, character: str, place: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], named: str, character: str, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The terminal does not receive it unescaped either."""
     assert _submitted(*(word.format(character) if "{}" in word else word for word in words)) == 2
@@ -149,16 +149,16 @@ def test_no_value_becomes_a_line_of_the_job(
 
 
 def test_nor_does_the_name_of_the_recipe_or_of_the_current_folder(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = place / "a\n#SBATCH --wrap=x"
+    folder = workspace / "a\n#SBATCH --wrap=x"
     folder.mkdir()
-    (folder / "tiny.yaml").write_bytes((place / "tiny.yaml").read_bytes())
+    (folder / "tiny.yaml").write_bytes((workspace / "tiny.yaml").read_bytes())
     assert main(["submit", f"{folder}/tiny.yaml", *JOB, "data.train=train.jsonl", "--print"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and "contains control characters" in said.err and "\n#SBATCH" not in said.err
     monkeypatch.chdir(folder)
-    assert main(["submit", "tiny.yaml", *JOB, f"data.train={place}/train.jsonl", "--print"]) == 2
+    assert main(["submit", "tiny.yaml", *JOB, f"data.train={workspace}/train.jsonl", "--print"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and "the current folder: got" in said.err and "\n#SBATCH" not in said.err
 
@@ -189,9 +189,9 @@ def test_values_are_quoted_as_sbatch_reads_them(capsys: pytest.CaptureFixture[st
     assert """\n#SBATCH --output='runs/it'"'"'s "5%%"-%j.log'\n""" in said
 
 
-def test_the_job_reads_its_words_as_submit_does(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_reads_its_words_as_submit_does(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the job, a file whose name looks like a setting would be one."""
-    (place / "a=b.yaml").write_bytes((place / "tiny.yaml").read_bytes())
+    (workspace / "a=b.yaml").write_bytes((workspace / "tiny.yaml").read_bytes())
     assert main(["submit", "a=b.yaml", *JOB, "--print"]) == 2
     assert "RECIPE.yaml: missing; 'a=b.yaml' is a setting" in capsys.readouterr().err
     assert main(["submit", "./a=b.yaml", *JOB, "--print"]) == 0
@@ -199,15 +199,15 @@ def test_the_job_reads_its_words_as_submit_does(place: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("output", [".", "..", "runs/.."])
-def test_an_output_without_a_name_of_its_own(output: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_without_a_name_of_its_own(output: str, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _submitted(f"output={output}") == 0
-    expected = (place / output).resolve()
+    expected = (workspace / output).resolve()
     assert f"#SBATCH --output={expected}-%j.log" in capsys.readouterr().out
 
 
 def test_without_slurm_there_is_nothing_to_submit_to(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["submit", "tiny.yaml", *JOB]) == 2
-    assert "sbatch: no such command" in capsys.readouterr().err and not (place / "runs").exists()
+    assert "sbatch: no such command" in capsys.readouterr().err and not (workspace / "runs").exists()

@@ -17,10 +17,10 @@ def test_what_differs_is_said_with_its_hosts() -> None:
     assert line.startswith("torch is 2.12.0 on node2, 2.13.0 on node1 node3; allowed: one version")
 
 
-def _look(rank: int, place: Path) -> tuple[list[str], str, str]:
-    check_nodes(place / "runs" / "strata")  # one host: nothing is looked at
-    assert not (place / "runs").exists()
-    return unshared(place / "file" / "below"), check_shared(place / "runs").status, check_clock().status
+def _look(rank: int, workspace: Path) -> tuple[list[str], str, str]:
+    check_nodes(workspace / "runs" / "strata")  # one host: nothing is looked at
+    assert not (workspace / "runs").exists()
+    return unshared(workspace / "file" / "below"), check_shared(workspace / "runs").status, check_clock().status
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case((command, recipe, *settings, *options), files, tuple(words))
 
 
-def prepare(folder: Path) -> None:
+def write_files(folder: Path) -> None:
     """What the cases point to."""
     write_inputs(folder)
     (folder / "folder").mkdir()
@@ -234,9 +234,9 @@ def campaign(count: int, seed: int) -> tuple[Counter[int], list[str]]:
     import_everything()
     codes: Counter[int] = Counter()
     failures: list[str] = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        prepare(folder)
+    with tempfile.TemporaryDirectory() as workspace:
+        folder = Path(workspace)
+        write_files(folder)
         warm = run(Case(("train", "tiny.yaml", "--dry-run"), {}, ()), folder)
         assert warm.code == 0, warm.everything
 

@@ -17,8 +17,8 @@ def test_paths_of_a_file_point_into_the_current_directory_first_and_its_own_fold
     (recipes / "llama").mkdir(parents=True)
     (recipes / "llama" / "config.json").write_text("{}")
     (recipes / "llama" / "model.safetensors").write_bytes(b"")
-    for place in (recipes, folder):
-        (place / "both.jsonl").write_text("{}\n")
+    for workspace in (recipes, folder):
+        (workspace / "both.jsonl").write_text("{}\n")
     (recipes / "only.jsonl").write_text("{}\n")
     (recipes / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     text = "data: {train: both.jsonl, eval: only.jsonl}\nmodel: {path: llama}\ndeepspeed: ds.json\n"

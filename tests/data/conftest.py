@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trainer.config.schema import DataSource, TrainSource
-from trainer.data.cache import Prepared, prepare
+from trainer.data.cache import TokenisedData, tokenise
 from trainer.data.formats.base import Row
 from trainer.data.rows import read_rows
 from trainer.data.sources import open_source
@@ -40,7 +40,7 @@ def rows_of(path: str | Path, **keys: Any) -> list[Row]:
     return read_rows(opened.path, opened.records(), source.format)
 
 
-def prepared(tmp_path: Path, tokenizer: Any, *train: dict[str, Any] | str | Path, **changes: Any) -> Prepared:
+def tokenised(tmp_path: Path, tokenizer: Any, *train: dict[str, Any] | str | Path, **changes: Any) -> TokenisedData:
     settings = {"eval": (), "eval_fraction": 0.0, "max_length": 64, "overflow": "truncate", "packing": False, "seed": 0}
     sources = [TrainSource(**(source if isinstance(source, dict) else {"path": str(source)})) for source in train]
-    return prepare(train=sources, cache=tmp_path / "cache", tokenizer=tokenizer, **{**settings, **changes})
+    return tokenise(train=sources, cache=tmp_path / "cache", tokenizer=tokenizer, **{**settings, **changes})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.config.schema import DataSource, TrainSource
-from trainer.data.cache import prepare
+from trainer.data.cache import tokenise
 from trainer.data.encode import encode
 from trainer.data.rows import read_rows
 from trainer.data.sources import open_source
@@ -23,11 +23,11 @@ def tokenize(path, tokenizer, max_length=1000, overflow="truncate"):
     return samples, report
 
 
-def prepare_file(train, cache, tokenizer, **changes):
+def tokenise_file(train, cache, tokenizer, **changes):
     settings = {"eval": (), "eval_fraction": 0.0, "max_length": 64, "overflow": "truncate", "packing": False, "seed": 0}
     given = {**settings, **changes}
     given["eval"] = [DataSource(path=str(path)) for path in given["eval"]]
-    return prepare(train=[TrainSource(path=str(train))], cache=cache, tokenizer=tokenizer, **given)
+    return tokenise(train=[TrainSource(path=str(train))], cache=cache, tokenizer=tokenizer, **given)
 
 
 def folder_of(prepared):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.conftest import prepared
-from trainer.data.cache import Prepared
+from tests.data.conftest import tokenised
+from trainer.data.cache import TokenisedData
 from trainer.data.errors import DataError
 from trainer.data.show import describe
 from trainer.data.tokenizer import bytes_tokenizer
@@ -31,10 +31,10 @@ WITHOUT_TOOLS = (
 )
 
 
-def samples_of(place: Path, path: Path, **settings: Any) -> Prepared:
+def samples_of(workspace: Path, path: Path, **settings: Any) -> TokenisedData:
     tokenizer = bytes_tokenizer()
     tokenizer.chat_template = WITHOUT_TOOLS
-    return prepared(place, tokenizer, path, **settings)
+    return tokenised(workspace, tokenizer, path, **settings)
 
 
 def talk(*contents: str) -> dict[str, Any]:

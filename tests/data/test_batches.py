@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.files import QUESTIONS, prepare_file
+from tests.data.files import QUESTIONS, tokenise_file
 from trainer.data.batches import SampleOrder, collate, count_targets, count_tokens, eval_batches
 
 
@@ -107,7 +107,7 @@ def test_the_first_label_is_no_target():
 
 
 def test_prepared_samples_collate_and_count_as_reported(write, tmp_path, tokenizer):
-    prepared = prepare_file(write(*QUESTIONS), tmp_path / "cache", tokenizer)
+    prepared = tokenise_file(write(*QUESTIONS), tmp_path / "cache", tokenizer)
     batch = collate([prepared.train[index] for index in range(len(QUESTIONS))], pad_id=256)
     assert count_targets(batch["labels"]) == prepared.train_report.target_tokens
     assert count_tokens(batch) == prepared.train_report.tokens

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import trainer.data.cache as data
-from tests.data.conftest import prepared
+from tests.data.conftest import tokenised
 from trainer.data.cached import check_samples
 from trainer.data.errors import DataError
 from trainer.data.tokenizer import vocabulary_size
@@ -82,24 +82,24 @@ def damages():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, tokenizer):
     """Return a folder with train.jsonl and its cache, and the samples in the cache."""
-    place = tmp_path_factory.mktemp("built")
-    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return place, samples(prepared(place, tokenizer, place / "train.jsonl", eval_fraction=0.3))
+    workspace = tmp_path_factory.mktemp("built")
+    (workspace / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return workspace, samples(tokenised(workspace, tokenizer, workspace / "train.jsonl", eval_fraction=0.3))
 
 
 @pytest.mark.parametrize("damage", [pytest.param(damage, id=name) for name, damage in damages()])
 def test_a_damaged_cache_is_built_anew_with_a_notice(built, tmp_path, tokenizer, caplog, damage):
-    place, sound = built
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    workspace, sound = built
+    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "train.jsonl"
     folder = folder_of(tmp_path / "cache")
     damage(folder)
     with caplog.at_level(logging.WARNING, logger="trainer.data"):
-        assert samples(prepared(tmp_path, tokenizer, path, eval_fraction=0.3)) == sound
+        assert samples(tokenised(tmp_path, tokenizer, path, eval_fraction=0.3)) == sound
     (notice,) = caplog.messages
     assert notice.startswith(f"{folder} is damaged (") and notice.endswith("): it is built anew")
     caplog.clear()
-    assert samples(prepared(tmp_path, tokenizer, path, eval_fraction=0.3)) == sound
+    assert samples(tokenised(tmp_path, tokenizer, path, eval_fraction=0.3)) == sound
     assert not caplog.messages
     assert {file.name for file in (tmp_path / "cache").iterdir()} == {folder.name, f"{folder.name}.lock"}
 
@@ -107,22 +107,22 @@ def test_a_damaged_cache_is_built_anew_with_a_notice(built, tmp_path, tokenizer,
 @pytest.mark.parametrize("whole", [True, False])
 def test_folders_and_files_that_changed_places_are_noticed(write, tmp_path, tokenizer, caplog, whole):
     paths = [write(*ROWS), write(*ROWS[:5], name="other.jsonl")]
-    sound = [samples(prepared(tmp_path, tokenizer, path)) for path in paths]
+    sound = [samples(tokenised(tmp_path, tokenizer, path)) for path in paths]
     first, second = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     swap(first, second) if whole else swap(first / "train.arrow", second / "train.arrow")
-    assert [samples(prepared(tmp_path, tokenizer, path)) for path in paths] == sound
+    assert [samples(tokenised(tmp_path, tokenizer, path)) for path in paths] == sound
     assert len(caplog.messages) == 2
 
 
 def test_a_cache_of_an_earlier_version_is_not_used(write, tmp_path, tokenizer):
     path = write(*ROWS)
-    found = prepared(tmp_path, tokenizer, path)
+    found = tokenised(tmp_path, tokenizer, path)
     opened = data.open_source(data.TrainSource(path=str(path)))
     maker = data._Maker(tokenizer, 64, "truncate", False, tmp_path / "cache", 0, "error", "text")
     earlier = tmp_path / "cache" / maker._earlier_key(data.TrainSource(path=str(path)), opened.content(), 0.0)
     shutil.copytree(folder_of(tmp_path / "cache"), earlier)
     flip(earlier / "train.arrow", 300)
-    assert samples(prepared(tmp_path, tokenizer, path)) == samples(found)
+    assert samples(tokenised(tmp_path, tokenizer, path)) == samples(found)
 
 
 def test_storage_that_does_not_keep_what_it_is_given_is_named(write, tmp_path, tokenizer, monkeypatch):
@@ -132,7 +132,7 @@ def test_storage_that_does_not_keep_what_it_is_given_is_named(write, tmp_path, t
 
     monkeypatch.setattr(os, "rename", rename_and_lose)
     with pytest.raises(DataError, match=r"data\.cache: .* is damaged right after it was written \(train\.arrow is not"):
-        prepared(tmp_path, tokenizer, write(*ROWS))
+        tokenised(tmp_path, tokenizer, write(*ROWS))
 
 
 # What samples must be

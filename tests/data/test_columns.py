@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.data.conftest import prepared, rows_of
+from tests.data.conftest import rows_of, tokenised
 from trainer.data.errors import DataError
 from trainer.data.rows import Unused, read_rows
 from trainer.data.show import describe
@@ -18,7 +18,7 @@ SYSTEM = {"role": "system", "content": "be kind"}
 
 
 def texts(tmp_path, tokenizer, path, **keys):
-    found = prepared(tmp_path, tokenizer, {"path": str(path), **keys}, max_length=2000)
+    found = tokenised(tmp_path, tokenizer, {"path": str(path), **keys}, max_length=2000)
     return [tokenizer.decode(sample["input_ids"]) for sample in found.train], found
 
 
@@ -105,7 +105,7 @@ def test_alpaca_with_a_system_prompt_and_earlier_turns(write):
 def test_a_column_that_would_be_lost_is_refused_by_name_and_key(write, tmp_path, tokenizer, row, lost):
     path = write(row)
     with pytest.raises(DataError) as error:
-        prepared(tmp_path, tokenizer, path)
+        tokenised(tmp_path, tokenizer, path)
     (problem,) = error.value.problems
     assert problem.startswith(f"{path}:1: has {{{lost}}}, which would not be in the sample")
     assert problem.endswith(f"leave it out by naming the source as {{path: {path}, ignore: [{lost}]}}")
@@ -117,9 +117,9 @@ def test_a_column_that_would_be_lost_is_refused_by_name_and_key(write, tmp_path,
 
 def test_a_column_of_a_single_row_counts_and_empty_ones_do_not(write, tmp_path, tokenizer):
     rows = [{"question": "a", "answer": "b", "hint": empty} for empty in (None, "", [], {})]
-    assert prepared(tmp_path, tokenizer, write(*rows)).train_parts[0].ignored == ()
+    assert tokenised(tmp_path, tokenizer, write(*rows)).train_parts[0].ignored == ()
     with pytest.raises(DataError, match=r"train\.jsonl:5: has {hint}"):
-        prepared(tmp_path, tokenizer, write(*rows, {"question": "a", "answer": "b", "hint": 0}))
+        tokenised(tmp_path, tokenizer, write(*rows, {"question": "a", "answer": "b", "hint": 0}))
 
 
 def test_what_says_where_a_row_comes_from_is_left_out_and_named(write, tmp_path, tokenizer):
@@ -127,15 +127,15 @@ def test_what_says_where_a_row_comes_from_is_left_out_and_named(write, tmp_path,
     _, found = texts(tmp_path, tokenizer, write({"question": "a", "answer": "b", **about}))
     assert found.train_parts[0].ignored == tuple(about)
     assert describe(found, 64)[0].endswith("; ignored: id, prompt_id, Source, url, meta, created_at, idx")
-    again = prepared(tmp_path, tokenizer, {"path": found.train_parts[0].path}, max_length=2000)
+    again = tokenised(tmp_path, tokenizer, {"path": found.train_parts[0].path}, max_length=2000)
     assert again.train_parts[0].ignored == tuple(about), "from the cache as well"
 
 
 def test_what_the_sample_says_anyway_is_not_lost(write, tmp_path, tokenizer):
     row = {"messages": [{"role": "user", "content": "why so?"}, *SAID[1:]], "prompt": "why so?"}
-    assert prepared(tmp_path, tokenizer, write(row)).train_parts[0].ignored == ("prompt",)
+    assert tokenised(tmp_path, tokenizer, write(row)).train_parts[0].ignored == ("prompt",)
     row = {"instruction": "a", "output": "b", "text": "other"}
-    stated = prepared(tmp_path, tokenizer, {"path": str(write(row)), "format": "alpaca"}, max_length=2000)
+    stated = tokenised(tmp_path, tokenizer, {"path": str(write(row)), "format": "alpaca"}, max_length=2000)
     assert stated.train_parts[0].ignored == ("text",), "a format that was not chosen"
 
 
@@ -144,12 +144,12 @@ def test_ignoring_a_column_can_decide_the_format_and_leaves_out_what_would_be_us
     found, _ = texts(tmp_path, tokenizer, path, ignore=["text", "context"])
     assert found == ["Question: a\nAnswer: b<|eos|>"]
     with pytest.raises(DataError, match=r"column text missing|no known format"):
-        prepared(tmp_path, tokenizer, {"path": str(write({"text": "a"})), "ignore": ["text"]})
+        tokenised(tmp_path, tokenizer, {"path": str(write({"text": "a"})), "ignore": ["text"]})
 
 
 def test_an_ignored_name_that_no_row_has_is_refused(write, tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"train\.jsonl: ignore: no row has {hints}; name columns or keys of messages"):
-        prepared(tmp_path, tokenizer, {"path": str(write({"text": "a", "id": 1})), "ignore": ["id", "hints"]})
+        tokenised(tmp_path, tokenizer, {"path": str(write({"text": "a", "id": 1})), "ignore": ["id", "hints"]})
 
 
 # Keys of messages
@@ -161,11 +161,11 @@ def thinking(value, role="assistant"):
 
 @pytest.mark.parametrize("role", ["assistant", "user"])
 def test_a_key_of_a_message_that_the_template_does_not_write_is_refused(write, tmp_path, tokenizer, role):
-    assert prepared(tmp_path, tokenizer, write(thinking("", role), thinking(None, role))).train_parts[0].ignored == ()
+    assert tokenised(tmp_path, tokenizer, write(thinking("", role), thinking(None, role))).train_parts[0].ignored == ()
     path = write(thinking(None, role), thinking("hm", role))
     with pytest.raises(DataError, match=r"train\.jsonl:2: has {reasoning_content}, which would not be in the sample"):
-        prepared(tmp_path, tokenizer, path)
-    left = prepared(tmp_path, tokenizer, {"path": str(path), "ignore": ["reasoning_content"]})
+        tokenised(tmp_path, tokenizer, path)
+    left = tokenised(tmp_path, tokenizer, {"path": str(path), "ignore": ["reasoning_content"]})
     assert left.train_parts[0].ignored == ("reasoning_content",)
 
 
@@ -188,10 +188,10 @@ def test_ids_and_names_of_tools_are_left_out_and_named(write, tmp_path, tokenize
         {"role": "tool", "content": "x", "tool_call_id": "1", "name": "f"},
         SAID[1],
     ]
-    found = prepared(tmp_path, tokenizer, write({"messages": messages}))
+    found = tokenised(tmp_path, tokenizer, write({"messages": messages}))
     assert found.train_parts[0].ignored == ("tool_call_id", "name")
     with pytest.raises(DataError, match="has {name}"):
-        prepared(tmp_path, tokenizer, write({"messages": [{**SAID[0], "name": "Bo"}, SAID[1]]}))
+        tokenised(tmp_path, tokenizer, write({"messages": [{**SAID[0], "name": "Bo"}, SAID[1]]}))
 
 
 def test_a_template_that_leaves_out_the_system_turn_is_refused(write, tmp_path):
@@ -206,7 +206,7 @@ def test_a_template_that_leaves_out_the_system_turn_is_refused(write, tmp_path):
     with pytest.raises(
         DataError, match=r"train\.jsonl:1: has message 1 of 3 \(role 'system'\), which the .* template leaves out"
     ):
-        prepared(tmp_path, tokenizer, path)
+        tokenised(tmp_path, tokenizer, path)
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
@@ -243,13 +243,13 @@ CALLING = [
 def test_a_template_that_leaves_out_what_was_said_is_refused(write, tmp_path, messages, written, instead, refused):
     tokenizer = bytes_tokenizer()
     path = write({"messages": messages})
-    assert prepared(tmp_path, tokenizer, path).train_parts[0].report.samples == 1
+    assert tokenised(tmp_path, tokenizer, path).train_parts[0].report.samples == 1
     assert written in tokenizer.chat_template
     tokenizer.chat_template = tokenizer.chat_template.replace(written, instead, 1)
     if instead == "elif loop.first":
         tokenizer.chat_template = tokenizer.chat_template.replace("raise_exception(", "('' and ")
     with pytest.raises(DataError, match=rf"train\.jsonl:1: has message {re.escape(refused)}, which the .* leaves out"):
-        prepared(tmp_path, tokenizer, path)
+        tokenised(tmp_path, tokenizer, path)
 
 
 def test_a_template_may_leave_out_the_reasoning_of_an_earlier_turn(write, tmp_path):
@@ -271,7 +271,7 @@ def test_a_template_that_leaves_out_tools_is_refused(write, tmp_path):
     assert "look" in texts(tmp_path, tokenizer, path)[0][0]
     tokenizer.chat_template = tokenizer.chat_template.replace("tools | tojson", "tools[:1] | tojson")
     with pytest.raises(DataError, match=r"train\.jsonl:1: has tools\[1\], which the .* template leaves out"):
-        prepared(tmp_path, tokenizer, path)
+        tokenised(tmp_path, tokenizer, path)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_key_that_stands_in_the_template_as_a_word_is_not_written_for_that(wri
     tokenizer = bytes_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("Tools: ", "Tools, to answer a query: ")
     with pytest.raises(DataError, match="has {query}, which would not be in the sample"):
-        prepared(tmp_path, tokenizer, write({"messages": [{**SAID[0], "query": "what is 2+2?"}, SAID[1]]}))
+        tokenised(tmp_path, tokenizer, write({"messages": [{**SAID[0], "query": "what is 2+2?"}, SAID[1]]}))
 
 
 def test_what_is_ignored_stays_in_the_records_of_the_caller(write):
@@ -318,7 +318,7 @@ def test_keys_below_those_of_a_row_are_refused_or_ignored_by_name(write, tmp_pat
     )
     path = write(row)
     with pytest.raises(DataError, match=rf"train\.jsonl:1: has {{{key}}}, which would not be in the sample"):
-        prepared(tmp_path, tokenizer, path)
+        tokenised(tmp_path, tokenizer, path)
     _, found = texts(tmp_path, tokenizer, path, ignore=[key])
     assert found.train_parts[0].ignored == (key,)
 

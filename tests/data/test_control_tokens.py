@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from tests.data.conftest import prepared
+from tests.data.conftest import tokenised
 from tests.data.templates import MARKED, without_marks
-from trainer.data.cache import Prepared
+from trainer.data.cache import TokenisedData
 from trainer.data.errors import DataError
 from trainer.data.show import describe
 from trainer.data.tokenizer import bytes_tokenizer
@@ -37,7 +37,7 @@ def talk(*contents: str) -> dict[str, Any]:
     }
 
 
-def sample(data: Prepared, tokenizer: Any, number: int = 0) -> tuple[list[int], str]:
+def sample(data: TokenisedData, tokenizer: Any, number: int = 0) -> tuple[list[int], str]:
     """The ids, and what is trained on as text."""
     row = data.train[number]
     return row["input_ids"].tolist(), tokenizer.decode([i for i in row["labels"].tolist() if i != -100])
@@ -48,7 +48,7 @@ def test_control_tokens_in_messages_stay_text(marked: bool, write: Callable[...,
     tokenizer = chatml(marked=marked)
     start, end, eos = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", tokenizer.eos_token])
     path = write(talk(f"what is {SPELT}?", f"<think>hm {SPELT}"), talk("plain", "words"))
-    data = prepared(tmp_path, tokenizer, path, max_length=400)
+    data = tokenised(tmp_path, tokenizer, path, max_length=400)
     ids, trained = sample(data, tokenizer)
     assert (ids.count(start), ids.count(end), ids.count(eos)) == (2, 2, 0)
     assert tokenizer.convert_tokens_to_ids("<think>") in ids
@@ -62,18 +62,18 @@ def test_control_tokens_in_messages_stay_text(marked: bool, write: Callable[...,
 def test_allowed_they_are_tokens(write: Callable[..., Path], tmp_path: Path) -> None:
     tokenizer = chatml()
     path = write(talk("a", f"b {SPELT}"))
-    allowed = prepared(tmp_path, tokenizer, path, max_length=400, special_tokens_in_text="allow")
+    allowed = tokenised(tmp_path, tokenizer, path, max_length=400, special_tokens_in_text="allow")
     ids, _ = sample(allowed, tokenizer)
     assert (ids.count(tokenizer.eos_token_id), ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>"))) == (1, 3)
     assert allowed.train_parts[0].num_spelling == 0 and "spell" not in describe(allowed, 400)[0]
     assert allowed.earlier_fingerprint is not None
-    assert allowed.fingerprint != prepared(tmp_path, tokenizer, path, max_length=400).fingerprint
+    assert allowed.fingerprint != tokenised(tmp_path, tokenizer, path, max_length=400).fingerprint
 
 
 def test_other_rows_have_the_tokens_of_the_whole_text(write: Callable[..., Path], tmp_path: Path) -> None:
     tokenizer = chatml()
     row = talk("what?", "<think> that")
-    found = [prepared(tmp_path, tokenizer, write(row), special_tokens_in_text=how) for how in ("text", "allow")]
+    found = [tokenised(tmp_path, tokenizer, write(row), special_tokens_in_text=how) for how in ("text", "allow")]
     assert sample(found[0], tokenizer) == sample(found[1], tokenizer)
 
 
@@ -82,7 +82,7 @@ def test_arguments_of_calls_stay_text(write: Callable[..., Path], tmp_path: Path
     call = {"type": "function", "function": {"name": "echo", "arguments": {"text": ["<|eos|>"]}}}
     row = talk("echo")
     row["messages"].append({"role": "assistant", "content": "", "tool_calls": [call]})
-    data = prepared(tmp_path, tokenizer, write(row), max_length=400)
+    data = tokenised(tmp_path, tokenizer, write(row), max_length=400)
     ids, trained = sample(data, tokenizer)
     assert "<|eos|>" in trained.removesuffix("<|eos|>") and ids.count(tokenizer.eos_token_id) == 1
 
@@ -96,7 +96,7 @@ def test_questions_and_answers_stay_text_and_verbatim_ones_do_not(write: Callabl
         ({"prompt": "<|user|>hi<|eos|>", "completion": "yes"}, 2),
         ({"text": "one<|eos|>two"}, 2),
     ):
-        ids, _ = sample(prepared(tmp_path, tokenizer, write(row), max_length=400), tokenizer)
+        ids, _ = sample(tokenised(tmp_path, tokenizer, write(row), max_length=400), tokenizer)
         assert ids.count(eos) == number and ids[-1] == eos, row
 
 
@@ -108,11 +108,11 @@ def test_a_tokenizer_that_cannot_be_taken_piece_by_piece_refuses_such_rows(
     with pytest.raises(
         DataError, match=r"train.jsonl:1: spells <\|im_end\|>, which this .*special_tokens_in_text=allow"
     ):
-        prepared(tmp_path, tokenizer, write(talk("a", "the mark <|im_end|> ends")), max_length=400)
-    prepared(tmp_path, tokenizer, write(talk("a", "no mark")), max_length=400)
+        tokenised(tmp_path, tokenizer, write(talk("a", "the mark <|im_end|> ends")), max_length=400)
+    tokenised(tmp_path, tokenizer, write(talk("a", "no mark")), max_length=400)
 
 
 def test_a_text_with_the_mark_itself_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"contains the character U\+F8FF beside a control token"):
-        prepared(tmp_path, chatml(), write(talk("a \uf8ff", "b <|im_end|>")), max_length=400)
-    prepared(tmp_path, chatml(), write(talk("a \uf8ff", "b")), max_length=400)
+        tokenised(tmp_path, chatml(), write(talk("a \uf8ff", "b <|im_end|>")), max_length=400)
+    tokenised(tmp_path, chatml(), write(talk("a \uf8ff", "b")), max_length=400)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from tests.data.conftest import prepared
+from tests.data.conftest import tokenised
 from trainer.data.batches import SampleOrder
 from trainer.data.errors import DataError
 from trainer.data.tokenizer import bytes_tokenizer
@@ -174,7 +174,7 @@ def other_end(tokenizer):
 def test_what_changed_in_the_data_is_named_by_its_key(write, tmp_path, tokenizer, changes, problem):
     rows = [{"text": f"text {n}", "note": ""} for n in range(9)]
     path = write(*rows)
-    before = batches_of(prepared(tmp_path, tokenizer, path))
+    before = batches_of(tokenised(tmp_path, tokenizer, path))
     state = json.loads(json.dumps(before.state(5)))
     assert before.resume(state) == 5 and before.not_recorded(state) == []
     source = {"path": str(path), **{key: changes[key] for key in ("format", "ignore") if key in changes}}
@@ -186,7 +186,7 @@ def test_what_changed_in_the_data_is_named_by_its_key(write, tmp_path, tokenizer
     settings = {key: changes[key] for key in ("max_length", "overflow", "packing", "eval_fraction") if key in changes}
     tokenizer = changes["tokenizer"](tokenizer) if "tokenizer" in changes else tokenizer
     with pytest.raises(DataError) as error:
-        batches_of(prepared(tmp_path, tokenizer, *sources, **settings)).resume(state)
+        batches_of(tokenised(tmp_path, tokenizer, *sources, **settings)).resume(state)
     assert any(re.match(problem, line) for line in error.value.problems), error.value.problems
     assert all("resume=never" in line and "[0].path" not in line for line in error.value.problems) or (
         "edited" in changes or "ignore" in changes
@@ -220,18 +220,18 @@ def test_positions_of_an_earlier_version_are_taken_up_if_nothing_changed(write, 
     """Checkpoints of 678ef04 have a fingerprint, and no `made_of`."""
     path = write(*[{"question": f"{n}?", "answer": str(n)} for n in range(9)])
     tokenizer = bytes_tokenizer()
-    now = batches_of(prepared(tmp_path, tokenizer, path))
+    now = batches_of(tokenised(tmp_path, tokenizer, path))
     state = {**now.state(5), "data": fingerprint_of_678ef04(path, tokenizer)}
     del state["made_of"]
     assert now.resume(state) == 5
     assert "does not record what its samples were made of" in now.not_recorded(state)[0]
     with pytest.raises(DataError, match=r"^data\.train: not the samples .* data\.max_length, .*does not record which"):
-        batches_of(prepared(tmp_path, tokenizer, path, max_length=63)).resume(state)
+        batches_of(tokenised(tmp_path, tokenizer, path, max_length=63)).resume(state)
     # Of a folder, whose files are not read through a table any more, only the number of samples is known.
     folder = tmp_path / "folder"
     folder.mkdir()
     path.rename(folder / "train.jsonl")
-    now = batches_of(prepared(tmp_path, tokenizer, folder))
+    now = batches_of(tokenised(tmp_path, tokenizer, folder))
     assert now.resume(state) == 5
     assert "only the number of samples was checked" in now.not_recorded(state)[0]
     with pytest.raises(DataError, match="samples of each source"):
@@ -244,11 +244,11 @@ def test_positions_of_an_earlier_version_are_taken_up_if_nothing_changed(write, 
 def test_sources_are_prepared_apart_and_mixed_by_weight(write, tmp_path, tokenizer):
     first = write(*[{"question": f"{n}", "answer": "a"} for n in range(5)])
     second = write(*[{"text": f"text {n}"} for n in range(7)], name="b.jsonl")
-    data = prepared(tmp_path, tokenizer, {"path": str(first), "weight": 3.0}, {"path": str(second), "weight": 1.0})
+    data = tokenised(tmp_path, tokenizer, {"path": str(first), "weight": 3.0}, {"path": str(second), "weight": 1.0})
     assert (data.sizes, data.weights, len(data.train)) == ([5, 7], (3.0, 1.0), 12)
     assert data.train_report.samples == 12
     assert tokenizer.decode(data.train[5]["input_ids"]) == "text 0<|eos|>"
-    alone = prepared(tmp_path, tokenizer, second)
+    alone = tokenised(tmp_path, tokenizer, second)
     assert alone.train.cache_files == data.train_parts[1].samples.cache_files  # made once, for any mix
     assert alone.fingerprint != data.fingerprint and alone.weights is None
 
@@ -256,11 +256,11 @@ def test_sources_are_prepared_apart_and_mixed_by_weight(write, tmp_path, tokeniz
 def test_problems_of_all_sources_are_told_at_once(write, tmp_path, tokenizer):
     bad, worse = write(b"{", name="bad.jsonl"), write({"text": ""}, name="worse.jsonl")
     with pytest.raises(DataError) as error:
-        prepared(tmp_path, tokenizer, bad, worse, eval=())
+        tokenised(tmp_path, tokenizer, bad, worse, eval=())
     assert [problem.split(":")[0] for problem in error.value.problems] == [str(bad), str(worse)]
 
 
 def test_a_fraction_is_taken_of_each_source_and_a_small_one_may_give_nothing(write, tmp_path, tokenizer):
     large, small = (write(*[{"text": "ab"}] * n, name=f"{n}.jsonl") for n in (10, 2))
-    data = prepared(tmp_path, tokenizer, large, small, eval_fraction=0.2)
+    data = tokenised(tmp_path, tokenizer, large, small, eval_fraction=0.2)
     assert (data.sizes, [len(part.samples) for part in data.eval_parts]) == ([8, 2], [2])

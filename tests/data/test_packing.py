@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.conftest import prepared
+from tests.data.conftest import tokenised
 from tests.models import tiny_llama
 from trainer.data.batches import collate, count_targets, count_tokens
 from trainer.model.loss import summed_loss
@@ -98,13 +98,13 @@ def test_positions_start_anew_in_every_sample_and_padding_stands_apart():
     assert collate(rows, pad_id=PAD)["labels"][1, 2:].tolist() == [-100] * 3
 
 
-# Prepared
+# TokenisedData
 
 
 def test_prepared_rows_hold_every_sample_once_and_none_is_cut(write, tmp_path, tokenizer):
     path = write(*[{"prompt": "p" * (1 + n % 13), "completion": chr(97 + n) * (1 + n % 7)} for n in range(1, 26)])
-    alone = prepared(tmp_path, tokenizer, path, max_length=24)
-    packed = prepared(tmp_path, tokenizer, path, max_length=24, packing=True)
+    alone = tokenised(tmp_path, tokenizer, path, max_length=24)
+    packed = tokenised(tmp_path, tokenizer, path, max_length=24, packing=True)
     assert packed.train_report == alone.train_report
     assert len(packed.train) < len(alone.train) / 1.5
     found = []
@@ -123,5 +123,5 @@ def test_prepared_rows_hold_every_sample_once_and_none_is_cut(write, tmp_path, t
 
 def test_evaluation_data_is_packed_too(write, tmp_path, tokenizer):
     path = write(*[{"text": f"{n}"} for n in range(8)])
-    data = prepared(tmp_path, tokenizer, path, eval_fraction=0.5, packing=True, max_length=8)
+    data = tokenised(tmp_path, tokenizer, path, eval_fraction=0.5, packing=True, max_length=8)
     assert data.eval is not None and "seq_lengths" in data.eval[0] and len(data.eval) < 4

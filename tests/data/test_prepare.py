@@ -13,8 +13,8 @@ from datasets import Dataset, DatasetDict
 
 import trainer.data.cache as data
 from tests import forked
-from tests.data.conftest import prepared
-from tests.data.files import QUESTIONS, folder_of, prepare_file, tokenize
+from tests.data.conftest import tokenised
+from tests.data.files import QUESTIONS, folder_of, tokenise_file, tokenize
 from trainer.data.errors import DataError
 from trainer.data.tokenizer import bytes_tokenizer, load_tokenizer
 
@@ -26,7 +26,7 @@ def listed(dataset):
 def test_prepared_samples_equal_the_tokenised_file_and_are_mapped(write, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(data, "ROWS_PER_CHUNK", 4)  # several record batches, the last one not full
     path, other = write(*QUESTIONS), write(*QUESTIONS[:2], name="eval.jsonl")
-    prepared = prepare_file(path, tmp_path / "cache", tokenizer, eval=[other])
+    prepared = tokenise_file(path, tmp_path / "cache", tokenizer, eval=[other])
     samples, report = tokenize(path, tokenizer)
     assert listed(prepared.train) == [{name: array.tolist() for name, array in sample.items()} for sample in samples]
     assert prepared.train_report == report
@@ -37,9 +37,9 @@ def test_prepared_samples_equal_the_tokenised_file_and_are_mapped(write, tmp_pat
 
 def test_a_second_call_reads_what_the_first_one_wrote(write, tmp_path, tokenizer, monkeypatch):
     path = write(*QUESTIONS)
-    first = prepare_file(path, tmp_path / "cache", tokenizer)
+    first = tokenise_file(path, tmp_path / "cache", tokenizer)
     monkeypatch.setattr(data, "encode", None)
-    again = prepare_file(
+    again = tokenise_file(
         path, tmp_path / "cache", load_tokenizer("bytes"), seed=1
     )  # no split, so the seed plays no part
     assert folder_of(again) == folder_of(first) and listed(again.train) == listed(first.train)
@@ -47,14 +47,14 @@ def test_a_second_call_reads_what_the_first_one_wrote(write, tmp_path, tokenizer
 
 def test_how_the_tokenizer_was_last_called_plays_no_part(write, tmp_path):
     tokenizer, path = bytes_tokenizer(), write(*QUESTIONS)
-    folder = folder_of(prepare_file(path, tmp_path / "cache", tokenizer))
+    folder = folder_of(tokenise_file(path, tmp_path / "cache", tokenizer))
     tokenizer("a", truncation=True, max_length=4, padding="max_length")  # the backend remembers both
-    assert folder_of(prepare_file(path, tmp_path / "cache", tokenizer)) == folder
+    assert folder_of(tokenise_file(path, tmp_path / "cache", tokenizer)) == folder
 
 
 def test_whatever_changes_the_samples_changes_the_folder(write, tmp_path, tokenizer):
     def folder(path=None, tokenizer=tokenizer, **changes):
-        return folder_of(prepare_file(path or write(*QUESTIONS), tmp_path / "cache", tokenizer, **changes))
+        return folder_of(tokenise_file(path or write(*QUESTIONS), tmp_path / "cache", tokenizer, **changes))
 
     other_template, other_eos = bytes_tokenizer(), bytes_tokenizer()
     other_template.chat_template += " "
@@ -79,32 +79,32 @@ def test_every_call_gets_the_same_error_and_nothing_is_left(write, tmp_path, tok
     messages = []
     for _ in range(2):
         with pytest.raises(DataError, match=r"train\.jsonl:2: not JSON") as error:
-            prepare_file(path, tmp_path / "cache", tokenizer)
+            tokenise_file(path, tmp_path / "cache", tokenizer)
         messages.append(str(error.value))
     with pytest.raises(DataError, match="none of 1 samples"):  # fails later, in the midst of writing
-        prepare_file(write(QUESTIONS[0]), tmp_path / "cache", tokenizer, max_length=3)
+        tokenise_file(write(QUESTIONS[0]), tmp_path / "cache", tokenizer, max_length=3)
     assert messages[0] == messages[1]
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] in ([], [".lock"], [".lock", ".lock"])
 
 
 def test_what_a_killed_process_left_is_cleared(write, tmp_path, tokenizer):
     path = write(*QUESTIONS)
-    folder = folder_of(prepare_file(path, tmp_path / "cache", tokenizer))
+    folder = folder_of(tokenise_file(path, tmp_path / "cache", tokenizer))
     leftover = folder.with_name(f"{folder.name}.{socket.gethostname()}.killed")
     folder.rename(leftover)
-    assert folder_of(prepare_file(path, tmp_path / "cache", tokenizer)).is_dir() and not leftover.exists()
+    assert folder_of(tokenise_file(path, tmp_path / "cache", tokenizer)).is_dir() and not leftover.exists()
 
 
 def test_a_faster_host_that_the_lock_did_not_reach_wins(write, tmp_path, tokenizer, monkeypatch):
     path = write(*QUESTIONS)
-    done = folder_of(prepare_file(path, tmp_path / "elsewhere", tokenizer))
+    done = folder_of(tokenise_file(path, tmp_path / "elsewhere", tokenizer))
 
     def rename_too_late(source, target, rename=os.rename):
         shutil.copytree(done, target)
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", rename_too_late)
-    prepared = prepare_file(path, tmp_path / "cache", tokenizer)
+    prepared = tokenise_file(path, tmp_path / "cache", tokenizer)
     assert len(prepared.train) == len(QUESTIONS)
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {"", ".lock"}
 
@@ -112,27 +112,29 @@ def test_a_faster_host_that_the_lock_did_not_reach_wins(write, tmp_path, tokeniz
 def test_a_cache_that_cannot_be_written_is_named(write, tmp_path, tokenizer):
     path = write(*QUESTIONS)
     with pytest.raises(DataError, match=r"data\.cache: cannot write to '.*train\.jsonl"):
-        prepare_file(path, path, tokenizer)
+        tokenise_file(path, path, tokenizer)
 
 
-def _prepare_together(place, answers):
-    """Prepare data in `place`. The process that builds waits until the other one has reached the lock."""
+def _prepare_together(workspace, answers):
+    """Prepare data in `workspace`. The process that builds waits until the other one has reached the lock."""
     lock, build = data._lock, data._Maker._build
 
     @contextmanager
     def announced_lock(path):
-        (place / f"locks-{os.getpid()}").touch()
+        (workspace / f"locks-{os.getpid()}").touch()
         with lock(path):
             yield
 
     def late_build(*arguments):
-        (place / f"built-by-{os.getpid()}").touch()
-        while len(list(place.glob("locks-*"))) < 2:
+        (workspace / f"built-by-{os.getpid()}").touch()
+        while len(list(workspace.glob("locks-*"))) < 2:
             time.sleep(0.01)
         build(*arguments)
 
     data._lock, data._Maker._build = announced_lock, late_build
-    prepared = prepare_file(place / "train.jsonl", place / "cache", bytes_tokenizer(), eval_fraction=0.25, seed=3)
+    prepared = tokenise_file(
+        workspace / "train.jsonl", workspace / "cache", bytes_tokenizer(), eval_fraction=0.25, seed=3
+    )
     answers.put((prepared.fingerprint, [len(sample["input_ids"]) for sample in prepared.train]))
 
 
@@ -154,7 +156,7 @@ def test_the_split_depends_on_the_seed_alone_and_covers_every_row(write, tmp_pat
     path = write(*QUESTIONS)
 
     def sides(**changes):
-        prepared = prepare_file(path, tmp_path / "cache", tokenizer, eval_fraction=1 / 3, **changes)
+        prepared = tokenise_file(path, tmp_path / "cache", tokenizer, eval_fraction=1 / 3, **changes)
         # Question n's number is the byte that follows "Question: What is ".
         return [[int(chr(sample["input_ids"][18])) for sample in side] for side in (prepared.train, prepared.eval)]
 
@@ -170,12 +172,12 @@ def test_a_split_with_an_empty_side_is_refused(write, tmp_path, tokenizer, fract
     with pytest.raises(
         DataError, match=rf"data\.eval_fraction: {fraction} of (the )?9 rows .*leaves none to {side} on"
     ):
-        prepare_file(write(*QUESTIONS), tmp_path / "cache", tokenizer, eval_fraction=fraction)
+        tokenise_file(write(*QUESTIONS), tmp_path / "cache", tokenizer, eval_fraction=fraction)
 
 
 def test_a_fraction_beside_an_evaluation_file_is_refused(write, tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"data\.eval_fraction: 0\.5, but data\.eval is given"):
-        prepare_file(write(*QUESTIONS), tmp_path / "cache", tokenizer, eval=[write(QUESTIONS[0])], eval_fraction=0.5)
+        tokenise_file(write(*QUESTIONS), tmp_path / "cache", tokenizer, eval=[write(QUESTIONS[0])], eval_fraction=0.5)
 
 
 def test_how_a_source_is_read_is_part_of_its_name(tmp_path, tokenizer, monkeypatch):
@@ -192,14 +194,14 @@ def test_how_a_source_is_read_is_part_of_its_name(tmp_path, tokenizer, monkeypat
         {"path": "set", "format": "text", "split": "train[:1]"},
     ]
     named = [{**source, "path": str(tmp_path / source["path"])} for source in sources]
-    folders = [folder_of(prepared(tmp_path, tokenizer, source, max_length=300)) for source in named]
+    folders = [folder_of(tokenised(tmp_path, tokenizer, source, max_length=300)) for source in named]
     assert len(set(folders)) == len(folders)
 
 
 def test_rows_without_an_answer_are_dropped_and_counted(write, tmp_path, tokenizer) -> None:
     texts = write({"text": "one"}, {"text": ""}, {"text": None}, {"text": "two"}, name="texts.jsonl")
     pairs = write({"question": "a", "answer": "b"}, {"question": "c", "answer": ""}, name="pairs.jsonl")
-    found = prepared(tmp_path, tokenizer, texts, pairs)
+    found = tokenised(tmp_path, tokenizer, texts, pairs)
     assert [(part.report.samples, part.report.dropped) for part in found.train_parts] == [(2, 2), (1, 1)]
 
 
@@ -207,9 +209,9 @@ def test_rows_without_an_answer_are_dropped_and_counted(write, tmp_path, tokeniz
 def test_a_data_set_that_was_saved_to_disk(tmp_path, tokenizer, several: bool) -> None:
     saved = Dataset.from_list([{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
     (DatasetDict(train=saved, other=saved.select([0])) if several else saved).save_to_disk(tmp_path / "saved")
-    assert len(prepared(tmp_path, tokenizer, tmp_path / "saved").train) == 2
+    assert len(tokenised(tmp_path, tokenizer, tmp_path / "saved").train) == 2
     if several:
         other = {"path": str(tmp_path / "saved"), "split": "other"}
-        assert len(prepared(tmp_path, tokenizer, other).train) == 1
+        assert len(tokenised(tmp_path, tokenizer, other).train) == 1
         with pytest.raises(DataError, match="split='none'"):
-            prepared(tmp_path, tokenizer, other | {"split": "none"})
+            tokenised(tmp_path, tokenizer, other | {"split": "none"})

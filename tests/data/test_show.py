@@ -9,7 +9,7 @@ import pytest
 import trainer.data.cache
 from trainer.cli.main import main
 from trainer.config import load
-from trainer.data.cache import prepare_run
+from trainer.data.cache import tokenise_run
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hé"}]}
 SETTINGS = ["model.random={model_type: llama}", "train.steps=1", "train.global_batch_size=1", "output=runs/here"]
@@ -66,7 +66,7 @@ def test_training_finds_what_was_prepared(here, write, capsys, monkeypatch, toke
     assert main(["prepare", *settings]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["train", "eval"]
     monkeypatch.setattr(trainer.data.cache, "encode", None)
-    data = prepare_run(load(None, [*settings, "output=runs/another"]), tokenizer)
+    data = tokenise_run(load(None, [*settings, "output=runs/another"]), tokenizer)
     assert len(data.train) == 1 and (here / "runs" / "cache").is_dir()
 
 

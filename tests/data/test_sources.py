@@ -1,4 +1,4 @@
-"""trainer/data/sources.py: every kind of file gives the same rows, and bad ones are named by place."""
+"""trainer/data/sources.py: every kind of file gives the same rows, and bad ones are named by workspace."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
 from pyarrow import parquet
 
-from tests.data.conftest import prepared, rows_of
+from tests.data.conftest import rows_of, tokenised
 from trainer.data.errors import DataError
 from trainer.data.formats import FORMATS
 from trainer.data.tokenizer import bytes_tokenizer
@@ -47,7 +47,7 @@ ANY = {
     "keys": [called({"until": "noon"}), called({"hours": 7, "why": "so"}), called({})],
     "depth": [
         called({"plan": [{"at": {"hour": 7}}, {"at": {"hour": "noon"}}]}),
-        called({"plan": [{"at": {"place": ["a", {"b": True}]}}]}),
+        called({"plan": [{"at": {"workspace": ["a", {"b": True}]}}]}),
     ],
     "lists": [called({"at": [1, 2]}), called({"at": "x"}), called({"at": []})],
     "nulls": [called({"until": None, "hours": 3}), called({"until": "noon", "hours": None}), called({"until": None})],
@@ -217,7 +217,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 def samples(tmp_path, source):
     tokenizer = bytes_tokenizer()
-    found = prepared(tmp_path, tokenizer, str(source), max_length=2000)
+    found = tokenised(tmp_path, tokenizer, str(source), max_length=2000)
     return [tokenizer.decode(sample["input_ids"]) for sample in found.train], found.train_report
 
 
@@ -231,10 +231,10 @@ def test_every_way_of_reading_gives_the_same_samples(tmp_path, monkeypatch, name
         assert samples(tmp_path, way(rows, made, tmp_path / way.__name__, monkeypatch)) == wanted, way.__name__
 
 
-def use_json(rows, place):
+def use_json(rows, workspace):
     """Write rows as `datasets` writes them by default when a column's types differ."""
-    Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(place / "a.parquet")
-    return place / "a.parquet"
+    Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(workspace / "a.parquet")
+    return workspace / "a.parquet"
 
 
 def test_conversations_beside_texts_are_read_as_conversations(tmp_path):

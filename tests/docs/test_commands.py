@@ -31,7 +31,7 @@ def arguments(words: list[str]) -> tuple[list[str], int]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder beside the checkout's `launch/`, in which the quick start has run."""
     folder = tmp_path_factory.mktemp("reader") / "checkout"
     folder.mkdir()
@@ -48,25 +48,27 @@ HERE = {
 }
 
 
-@pytest.mark.parametrize("words", list(map(list, HERE)), ids=[f"{place} {words[-1]}" for words, place in HERE.items()])
-def test_commands_do_what_the_page_says(words: list[str], place: Path) -> None:
+@pytest.mark.parametrize(
+    "words", list(map(list, HERE)), ids=[f"{workspace} {words[-1]}" for words, workspace in HERE.items()]
+)
+def test_commands_do_what_the_page_says(words: list[str], workspace: Path) -> None:
     (command, *after), ranks = arguments(words)
     if command == "train" and not {"--help", "--dry-run"} & set(after):
         short = [setting for setting in SHORT if not any(setting.partition("=")[0] in word for word in after)]
         again = [] if any(word.startswith("output=") for word in after) else ["output=runs/again"]
-        done = forked.run([*after, *short, *again], place, ranks=ranks)
+        done = forked.run([*after, *short, *again], workspace, ranks=ranks)
         assert "\nTrained 12 steps" in done.stdout or "\nTrained 20 steps" in done.stdout, done.everything
     else:
-        done = forked.command([command, *after], place)
+        done = forked.command([command, *after], workspace)
     assert done.code == 0, done.everything
     assert "Traceback" not in done.everything
 
 
 @pytest.mark.parametrize("page", ["getting-started.md", "metrics.md", "export.md"])
-def test_code_about_a_finished_run(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    if not (place / "runs" / "exported").exists():
-        assert forked.command(["export", "runs/quickstart", "runs/exported"], place).code == 0
+def test_code_about_a_finished_run(page: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    if not (workspace / "runs" / "exported").exists():
+        assert forked.command(["export", "runs/quickstart", "runs/exported"], workspace).code == 0
     ran = 0
     for block in blocks(ROOT / "docs" / page, "python"):
         if "/models/" not in block.text:  # that of an adapter: tests/export/test_from_engine.py opens one

@@ -49,9 +49,9 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def _command(extended: Path, place: Path, words: list[str]) -> str:
+def _command(extended: Path, workspace: Path, words: list[str]) -> str:
     variables = environment() | {"PYTHONPATH": str(extended), "OMP_NUM_THREADS": "1"}
-    finished = launch(words, place, variables=variables)
+    finished = launch(words, workspace, variables=variables)
     assert finished.code == 0, finished.everything
     return finished.everything
 

@@ -24,7 +24,14 @@ from tests.engine.parity import (
 )
 from trainer.updates import Unmask
 from trainer.updates.adam import AdamSettings
-from trainer.updates.unmask import scalar_updates
+from trainer.updates.unmask import target
+
+
+def scalar_updates(*, budget: int, steps: int, total_steps: int) -> int:
+    """Return how many updates of single weights `total_steps` optimizer steps make. The first `steps`, in which the
+    mask grows, make about budget (steps + 1) / 2 in all, half as many as with a complete mask; each later
+    step makes budget."""
+    return sum(target(step, budget=budget, steps=steps) for step in range(1, total_steps + 1))
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,14 @@ WHOLE_ONLY = {"loha"}
 IDS = torch.arange(12)[None] * 5 % 64
 
 
-def _trained(rank: int, stage: int, place: Path) -> dict[str, Any]:
+def _trained(rank: int, stage: int, workspace: Path) -> dict[str, Any]:
     """Return for each method what went wrong, if anything did."""
     cell = Cell(stage=stage, ranks=2)
     found: dict[str, Any] = {}
     for name, values in METHODS.items():
         gc.freeze()  # what engines before this one left need not be looked at each time DeepSpeed collects garbage
         try:
-            found[name] = _one(rank, cell, values, place / "base", place / name)
+            found[name] = _one(rank, cell, values, workspace / "base", workspace / name)
         except AdapterError as error:
             found[name] = str(error)
     return found
@@ -108,11 +108,11 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _trained_experts(rank: int, cells: list[tuple[str, int]], place: Path) -> dict[str, Any]:
+def _trained_experts(rank: int, cells: list[tuple[str, int]], workspace: Path) -> dict[str, Any]:
     values = {"peft": {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}}
     return {
         f"{family}, stage {stage}": _one(
-            rank, Cell(stage=stage, ranks=2), values, place / family, place / f"{family}-{stage}"
+            rank, Cell(stage=stage, ranks=2), values, workspace / family, workspace / f"{family}-{stage}"
         )
         for family, stage in cells
     }

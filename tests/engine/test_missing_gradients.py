@@ -32,9 +32,9 @@ class _Clock:
         self.step = self.micro = 0
         self._build, self._batch = parity.build_model, parity.batch
 
-    def batch(self, step: int, micro: int, **place: Any) -> Tensor:
+    def batch(self, step: int, micro: int, **workspace: Any) -> Tensor:
         self.step, self.micro = step, micro
-        return self._batch(step, micro, **place)
+        return self._batch(step, micro, **workspace)
 
     def build_model(self, cell: Cell) -> Any:
         model = self._build(cell)

@@ -68,8 +68,8 @@ def _exact(rank: int, made: list[tuple[Make, Cell]], folder: Path) -> list[str]:
     problems = []
     for number, (make, cell) in enumerate(made):
         with mock.patch.object(parity, "make_engine", make_engine(make)):
-            place = folder / str(number)
-            problems += [f"{make.__name__}: {p}" for p in test_resume._exact(rank, [cell], place)]
+            workspace = folder / str(number)
+            problems += [f"{make.__name__}: {p}" for p in test_resume._exact(rank, [cell], workspace)]
     return problems
 
 

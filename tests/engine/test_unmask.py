@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import trainer
 from tests import distributed
-from tests.engine.dense_id3 import Case, Reference, attach, cases, compared, masks_of, start
+from tests.engine.dense_id3 import Case, Reference, attach, cases, compared, masks_of, scalar_updates, start
 from tests.engine.parity import (
     Cell,
     batch,
@@ -29,7 +29,7 @@ from trainer.accounting import measured_state, model_state
 from trainer.engine import local_gradients
 from trainer.updates import Unmask, candidates, unmask
 from trainer.updates.candidates import best, best_of_all
-from trainer.updates.unmask import d3_scores, scalar_updates, target
+from trainer.updates.unmask import d3_scores, target
 
 # --- the parts -------------------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ def _ties(rank: int) -> list[str]:
     parameters = {name: torch.nn.Parameter(torch.ones_like(gradient)) for name, gradient in gradients.items()}
     for k in (1, 7, 20, 60, 178):
         rule = Unmask(budget=k, growth_steps=1)
-        rule.prepare(parameters, reachable=parameters)
+        rule.bind(parameters, reachable=parameters)
         own, offset = [], 0
         for name, gradient in gradients.items():
             begin, stop = rule._parameters[name].own_range()
@@ -226,7 +226,8 @@ def _memory(rank: int) -> list[tuple[float, float]]:
         # Of so many weights now, and as many candidates as join them next.
         weights = model_state(numels, [], stage=3, ranks=2, weight_bytes=2).weights
         options = {"ranks": 2, "weight_bytes": 2, "accumulation": 1}
-        formula = weights + Unmask(budget=max(1, rule.unmasked)).footprint(numels, [], **options).resident
+        own = Unmask(budget=max(1, rule.unmasked)).footprint(numels, [], **options)
+        formula = weights + own.gradients + own.masters + own.moments + own.indices
         transient = {part.name: part.size for part in rule.footprint(numels, [], **options).backward}
         candidates = transient.get("candidates", 0)
         ratios.append((held / (formula + candidates * 4 / 5), held / (formula + candidates)))

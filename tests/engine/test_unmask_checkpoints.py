@@ -44,7 +44,7 @@ def finished(rank: int, case: Case, folder: Path | None) -> tuple[dict[str, Tens
     return result
 
 
-def _resumed(rank: int, place: Path) -> list[str]:
+def _resumed(rank: int, workspace: Path) -> list[str]:
     problems = []
     for number, (case, stop, stage) in enumerate(
         (
@@ -54,17 +54,22 @@ def _resumed(rank: int, place: Path) -> list[str]:
         )
     ):
         weights, masks, counts = finished(rank, case, None)
-        saved(rank, case, place / str(number), stop)
+        saved(rank, case, workspace / str(number), stop)
         other = replace(case, cell=replace(case.cell, stage=stage))
-        again, its_masks, its_counts = finished(rank, other, place / str(number))
+        again, its_masks, its_counts = finished(rank, other, workspace / str(number))
         difference = largest_difference(weights, again)
         same = all(torch.equal(masks[n], its_masks[n]) for n in masks) and counts == its_counts
         if not same or not difference <= (0.0 if stage == case.cell.stage else 1e-6):
             problems.append(f"{case}: resumed after {stop} on stage {stage}: off by {difference}, same masks {same}")
-        for file in (place / str(number)).rglob("*.safetensors"):
+        for file in (workspace / str(number)).rglob("*.safetensors"):
             with safe_open(file, framework="pt") as opened:
                 problems += [f"{file}: {key}" for key in opened.keys() if key.startswith(("weight:", "master:"))]  # noqa: SIM118
-    return problems + _longer(rank, place / "0") + _another_base(rank, place / "0") + _another_rule(rank, place / "0")
+    return (
+        problems
+        + _longer(rank, workspace / "0")
+        + _another_base(rank, workspace / "0")
+        + _another_rule(rank, workspace / "0")
+    )
 
 
 def _longer(rank: int, folder: Path) -> list[str]:

@@ -11,12 +11,12 @@ from tests.export.trained_run import Trained, train, write_base
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("export_run")
-    write_base(place / "base")
-    return place
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("export_run")
+    write_base(workspace / "base")
+    return workspace
 
 
 @pytest.fixture(scope="session")
-def trained(place: Path) -> Trained:
-    return distributed.run(train, place, ranks=2)[0]
+def trained(workspace: Path) -> Trained:
+    return distributed.run(train, workspace, ranks=2)[0]

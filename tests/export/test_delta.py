@@ -15,32 +15,34 @@ from tests.export.trained_run import HEAD, Trained, files, rewrite
 from trainer.cli.main import main
 
 
-def test_a_delta_and_its_base_make_the_model(trained: Trained, place: Path) -> None:
-    """Of another place than the base was in."""
-    moved = place / "moved"
-    shutil.copytree(place / "base", moved)
-    assert main(["export", str(place / "run"), str(place / "delta"), "--delta", "--base", str(moved)]) == 0
-    changed = load_file(place / "delta" / "delta.safetensors")
+def test_a_delta_and_its_base_make_the_model(trained: Trained, workspace: Path) -> None:
+    """Of another workspace than the base was in."""
+    moved = workspace / "moved"
+    shutil.copytree(workspace / "base", moved)
+    assert main(["export", str(workspace / "run"), str(workspace / "delta"), "--delta", "--base", str(moved)]) == 0
+    changed = load_file(workspace / "delta" / "delta.safetensors")
     assert 0 < sum(name.endswith("q_proj.weight") for name in changed) < 4 and "model.norm.weight" not in changed
-    assert main(["apply", str(moved), str(place / "delta"), str(place / "applied"), "--shard-size", "0.04MB"]) == 0
+    assert (
+        main(["apply", str(moved), str(workspace / "delta"), str(workspace / "applied"), "--shard-size", "0.04MB"]) == 0
+    )
     tokenizer = "tokenizer_config.json"  # says where it was loaded from
-    assert files(place / "applied", but=tokenizer) == files(place / "live", but=tokenizer)
+    assert files(workspace / "applied", but=tokenizer) == files(workspace / "live", but=tokenizer)
 
 
 def test_another_base_is_refused_with_the_block(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", str(place / "run"), str(tmp_path / "delta"), "--delta"]) == 0
+    assert main(["export", str(workspace / "run"), str(tmp_path / "delta"), "--delta"]) == 0
     changed = load_file(tmp_path / "delta" / "delta.safetensors")
     trains = next(i for i in range(4) if f"model.layers.{i}.mlp.up_proj.weight" in changed)
     frozen = next(i for i in range(4) if f"model.layers.{i}.mlp.up_proj.weight" not in changed)
     for block, refusing in ((frozen, ("export", "delta", "apply")), (trains, ("delta", "apply"))):
         other = tmp_path / f"other-{block}"
-        shutil.copytree(place / "base", other)
+        shutil.copytree(workspace / "base", other)
         weights = load_file(other / "model.safetensors")
         weights[f"model.layers.{block}.mlp.up_proj.weight"][0, 0] += 1
         save_file(weights, other / "model.safetensors", {"format": "pt"})
-        run, out = str(place / "run"), str(tmp_path / "out")
+        run, out = str(workspace / "run"), str(tmp_path / "out")
         commands = {
             "export": ["export", run, out, "--base", str(other)],
             "delta": ["export", run, out, "--delta", "--base", str(other)],
@@ -71,7 +73,7 @@ def test_another_base_is_refused_with_the_block(
 )
 def test_another_configuration_of_the_base_is_refused_with_the_key(
     trained: Trained,
-    place: Path,
+    workspace: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     file: str,
@@ -79,8 +81,8 @@ def test_another_configuration_of_the_base_is_refused_with_the_key(
     words: str,
 ) -> None:
     run, out, delta, other = (str(tmp_path / name) for name in ("run", "out", "delta", "other"))
-    shutil.copytree(place / "run", run)
-    shutil.copytree(place / "base", other)
+    shutil.copytree(workspace / "run", run)
+    shutil.copytree(workspace / "base", other)
     assert main(["export", run, delta, "--delta"]) == 0
     rewrite(Path(other) / file, **fields)
     of_tokenizer = file == "tokenizer_config.json"
@@ -95,16 +97,16 @@ def test_another_configuration_of_the_base_is_refused_with_the_key(
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_a_changed_tokenizer_of_a_delta_is_refused(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    trained: Trained, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     delta, out = tmp_path / "delta", str(tmp_path / "out")
-    assert main(["export", str(place / "run"), str(delta), "--delta"]) == 0
+    assert main(["export", str(workspace / "run"), str(delta), "--delta"]) == 0
     (delta / "added_tokens.json").write_text('{"<|new|>": 261}')  # not of the delta, and not read
     (delta / name).write_text((delta / name).read_text().replace("user", "usar"))
-    assert main(["apply", str(place / "base"), str(delta), out]) == 2
+    assert main(["apply", str(workspace / "base"), str(delta), out]) == 2
     assert f"{delta / name}: was changed: its SHA-256 is not that in delta.json" in capsys.readouterr().err
     (delta / name).unlink()
-    assert main(["apply", str(place / "base"), str(delta), out]) == 2
+    assert main(["apply", str(workspace / "base"), str(delta), out]) == 2
     assert f"{delta / name}: cannot be read" in capsys.readouterr().err
 
 
@@ -130,28 +132,28 @@ ODD_DELTAS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("name", ODD_DELTAS)
 def test_an_odd_delta_is_refused(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    trained: Trained, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     delta = tmp_path / "delta"
-    assert main(["export", str(place / "run"), str(delta), "--delta"]) == 0
+    assert main(["export", str(workspace / "run"), str(delta), "--delta"]) == 0
     info = json.loads((delta / "delta.json").read_text())
     ODD_DELTAS[name](info)
     (delta / "delta.json").write_text(json.dumps(info))
-    assert main(["apply", str(place / "base"), str(delta), str(tmp_path / "out")]) == 2
+    assert main(["apply", str(workspace / "base"), str(delta), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.strip() and not (tmp_path / "out").exists()
 
 
 def test_a_changed_delta_is_refused(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     delta = tmp_path / "delta"
-    assert main(["export", str(place / "run"), str(delta), "--delta"]) == 0
+    assert main(["export", str(workspace / "run"), str(delta), "--delta"]) == 0
     weights = load_file(delta / "delta.safetensors")
     weights["lm_head.weight"][0, 0] += 1
     save_file(weights, delta / "delta.safetensors")
-    assert main(["apply", str(place / "base"), str(delta), str(tmp_path / "out")]) == 2
+    assert main(["apply", str(workspace / "base"), str(delta), str(tmp_path / "out")]) == 2
     assert "delta.safetensors: lm_head.weight was changed: its SHA-256 is not that in" in capsys.readouterr().err
     del weights["lm_head.weight"]
     save_file(weights, delta / "delta.safetensors")
-    assert main(["apply", str(place / "base"), str(delta), str(tmp_path / "out")]) == 2
+    assert main(["apply", str(workspace / "base"), str(delta), str(tmp_path / "out")]) == 2
     assert "do not match: lm_head.weight is in only one of both" in capsys.readouterr().err

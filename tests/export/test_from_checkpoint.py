@@ -26,46 +26,50 @@ from trainer.export import shards as shards_module
 from trainer.export.shards import write_model
 
 
-def test_shards_of_a_live_engine_hold_its_weights(trained: Trained, place: Path) -> None:
-    assert same(opened(place / "live"), trained.weights[6])
-    sizes = [path.stat().st_size for path in place.glob("live/model-*-of-*.safetensors")]
+def test_shards_of_a_live_engine_hold_its_weights(trained: Trained, workspace: Path) -> None:
+    assert same(opened(workspace / "live"), trained.weights[6])
+    sizes = [path.stat().st_size for path in workspace.glob("live/model-*-of-*.safetensors")]
     assert len(sizes) > 2 and max(sizes) < SHARD + 4096, "headers apart"
-    assert len({path.stat().st_mode for path in place.glob("live/*.*")}) == 1
-    index = json.loads((place / "live" / "model.safetensors.index.json").read_text())
+    assert len({path.stat().st_mode for path in workspace.glob("live/*.*")}) == 1
+    index = json.loads((workspace / "live" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_parameters"] == sum(t.numel() for t in trained.weights[6].values())
 
 
-def test_a_checkpoint_becomes_the_model_that_was_trained(trained: Trained, place: Path) -> None:
-    out = place / "newest"
-    assert main(["export", str(place / "run"), str(out), "--shard-size", "0.04MB"]) == 0
-    assert files(out) == files(place / "live"), "the same files as from the live engine"
+def test_a_checkpoint_becomes_the_model_that_was_trained(trained: Trained, workspace: Path) -> None:
+    out = workspace / "newest"
+    assert main(["export", str(workspace / "run"), str(out), "--shard-size", "0.04MB"]) == 0
+    assert files(out) == files(workspace / "live"), "the same files as from the live engine"
     for step, which in ((2, ["--step", "2"]), (4, ["--best"])):
-        assert main(["export", str(place / "run"), str(place / f"step-{step}"), *which]) == 0
-        assert same(opened(place / f"step-{step}"), trained.weights[step])
+        assert main(["export", str(workspace / "run"), str(workspace / f"step-{step}"), *which]) == 0
+        assert same(opened(workspace / f"step-{step}"), trained.weights[step])
         assert not same(trained.weights[step], trained.weights[6])
 
 
 def test_runs_and_deltas_of_an_earlier_version_are_read(
-    trained: Trained, place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: Trained, workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, delta, out = tmp_path / "run", tmp_path / "delta", tmp_path / "out"
-    shutil.copytree(place / "run", run)
+    shutil.copytree(workspace / "run", run)
     change_manifest(run, lambda body: body["state"].pop("identity"))
     assert main(["export", str(run), str(out)]) == 0
     assert main(["export", str(run), str(delta), "--delta"]) == 0
     info = json.loads((delta / "delta.json").read_text())
     (delta / "delta.json").write_text(json.dumps({k: v for k, v in info.items() if k not in ("identity", "files")}))
     caplog.clear()
-    assert main(["apply", str(place / "base"), str(delta), str(tmp_path / "applied")]) == 0
+    assert main(["apply", str(workspace / "base"), str(delta), str(tmp_path / "applied")]) == 0
     assert caplog.text.count("cannot be compared") == 1
     assert same(opened(out), trained.weights[6]) and same(opened(tmp_path / "applied"), trained.weights[6])
 
 
 def test_one_of_two_exports_to_a_folder_stays(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Trained,
+    workspace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second begins while the first writes, and is done before it."""
-    run, out = str(place / "run"), tmp_path / "out"
+    run, out = str(workspace / "run"), tmp_path / "out"
     write, inner = export_run_module.write_model, []
 
     def write_model(*arguments: Any, **options: Any) -> list[str]:
@@ -85,9 +89,9 @@ def test_one_of_two_exports_to_a_folder_stays(
 
 
 def test_a_flipped_bit_of_the_checkpoint_is_found(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(workspace / "run", tmp_path / "run")
     file = next((tmp_path / "run" / "checkpoints" / "pool").glob("00000006-head-*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -98,9 +102,9 @@ def test_a_flipped_bit_of_the_checkpoint_is_found(
 
 
 def test_what_is_wrong_is_said(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, base, out = str(place / "run"), str(place / "base"), str(tmp_path / "out")
+    run, base, out = str(workspace / "run"), str(workspace / "base"), str(tmp_path / "out")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "target").mkdir()
@@ -134,12 +138,12 @@ def test_what_is_wrong_is_said(
         (["checkpoints", "~nobody-here/x"], "RUN: got '~nobody-here/x'"),
         (["export", run], "OUT"),
         (["export", run, out, "--step", "2", "--best"], "not allowed with"),
-        (["apply", str(place / "base"), str(tmp_path / "full"), out], "delta.json: cannot be read"),
+        (["apply", str(workspace / "base"), str(tmp_path / "full"), out], "delta.json: cannot be read"),
     ):
         assert main(command) == 2, command
         assert words in capsys.readouterr().err, command
     assert (tmp_path / "full" / "mine.txt").read_text() == "x" and not (tmp_path / "out").exists()
-    assert not list((tmp_path / "target").iterdir()) and not (place / "run" / "model").exists()
+    assert not list((tmp_path / "target").iterdir()) and not (workspace / "run" / "model").exists()
     assert main(["export", "--help"]) == 0 and "--shard-size SIZE" in capsys.readouterr().out
 
 
@@ -173,13 +177,15 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("command", ["export", "apply"])
 def test_no_more_than_a_shard_and_a_block_is_held(
-    trained: Trained, place: Path, tmp_path: Path, command: str, request: pytest.FixtureRequest
+    trained: Trained, workspace: Path, tmp_path: Path, command: str, request: pytest.FixtureRequest
 ) -> None:
     delta = tmp_path / "delta"
     if command == "apply":
-        assert main(["export", str(place / "run"), str(delta), "--delta"]) == 0
+        assert main(["export", str(workspace / "run"), str(delta), "--delta"]) == 0
     held = request.getfixturevalue("held")
-    words = ["export", str(place / "run")] if command == "export" else ["apply", str(place / "base"), str(delta)]
+    words = (
+        ["export", str(workspace / "run")] if command == "export" else ["apply", str(workspace / "base"), str(delta)]
+    )
     assert main([*words, str(tmp_path / "out"), "--shard-size", "0.04MB"]) == 0
     whole = sum(t.numel() for t in trained.weights[6].values()) * 2
     largest = max(

@@ -51,9 +51,9 @@ ODD_MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("name", ODD_MANIFESTS)
 def test_an_odd_manifest_with_a_right_checksum_is_refused(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    trained: Trained, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(workspace / "run", tmp_path / "run")
     change_manifest(tmp_path / "run", ODD_MANIFESTS[name])
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("\n") <= 12 and not (tmp_path / "out").exists()
@@ -117,9 +117,9 @@ ODD_FILES: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("name", ODD_FILES)
 def test_an_odd_file_with_a_right_checksum_is_refused(
-    trained: Trained, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    trained: Trained, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(workspace / "run", tmp_path / "run")
     change_file(tmp_path / "run", "head", ODD_FILES[name])
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "lm_" in (said := capsys.readouterr().err) or "00000006-head" in said

@@ -198,19 +198,19 @@ def test_weights_that_are_not_quantised_any_more_do_not_say_so(base: Path, tmp_p
 def test_a_tokenizer_that_the_base_s_type_would_read_as_another_class_is_said_to_be(base: Path, tmp_path: Path) -> None:
     """GPT-2's, which names no class of its own, beside a model of type qwen2."""
     vocabulary = {character: number for number, character in enumerate(bytes_tokenizer().get_vocab())}
-    place = tmp_path / "gpt2"
-    place.mkdir()
-    (place / "vocab.json").write_text(json.dumps(vocabulary | {"<|endoftext|>": len(vocabulary)}))
-    (place / "merges.txt").write_text("#version: 0.2\n")
-    (place / "tokenizer_config.json").write_text("{}")
-    (place / "config.json").write_text('{"model_type": "gpt2"}')
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    workspace = tmp_path / "gpt2"
+    workspace.mkdir()
+    (workspace / "vocab.json").write_text(json.dumps(vocabulary | {"<|endoftext|>": len(vocabulary)}))
+    (workspace / "merges.txt").write_text("#version: 0.2\n")
+    (workspace / "tokenizer_config.json").write_text("{}")
+    (workspace / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = AutoTokenizer.from_pretrained(workspace)
     tiny_model("qwen2", vocab_size=300).save_pretrained(tmp_path / "qwen2")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen2")
     first, second = written(model, tokenizer, tmp_path / "out")
     assert first.startswith("the tokenizer: as transformers writes it")
     assert "reads the tokenizer as Qwen2Tokenizer, which encodes texts in another way" in second
-    shutil.copytree(place, tmp_path / "delta", ignore=lambda *_: ["config.json"])
+    shutil.copytree(workspace, tmp_path / "delta", ignore=lambda *_: ["config.json"])
     save_tokenizer(tokenizer, tmp_path / "delta")
     restore_tokenizer(tokenizer, tmp_path / "delta")
     assert tokenizer_identity(AutoTokenizer.from_pretrained(tmp_path / "delta")) == tokenizer_identity(tokenizer)

@@ -54,16 +54,16 @@ class Trained:
     weights: dict[int, dict[str, Tensor]]
 
 
-def train(rank: int, place: Path) -> Trained:
+def train(rank: int, workspace: Path) -> Trained:
     """Six steps with a checkpoint every two, and an export of the end in shards; runs in each rank."""
     cell = Cell(stage=3, ranks=2, dtype="bf16", steps=6)
-    config = trainer.config.load(None, [setting.replace("=base", f"={place}/base") for setting in SETTINGS])
+    config = trainer.config.load(None, [setting.replace("=base", f"={workspace}/base") for setting in SETTINGS])
     model = models.load(config.model, bytes_tokenizer(), seed=0, deepspeed=deepspeed_config(cell, micro_batch=2))
-    sparse = build.prepare_model(config, model.train(), 6)
+    sparse = build.make_sparse(config, model.train(), 6)
     engine = make_engine(cell, model, sparse)
     sparse.attach(engine)
     identity = identity_of(model, bytes_tokenizer(), blocks=sparse.structure.path)
-    checkpoints = Checkpoints(sparse, place / "run", keep=9, asynchronous=False, identity=identity)
+    checkpoints = Checkpoints(sparse, workspace / "run", keep=9, asynchronous=False, identity=identity)
     weights = {}
     for step in range(6):
         train_step(cell, engine, step, rank)
@@ -72,7 +72,7 @@ def train(rank: int, place: Path) -> Trained:
             checkpoints.save(step + 1, {"config": config.model_dump(mode="json")})
             weights[step + 1] = full_weights(engine)
     checkpoints.finish()
-    export(engine, bytes_tokenizer(), place / "live", shard_size=SHARD)
+    export(engine, bytes_tokenizer(), workspace / "live", shard_size=SHARD)
     engine.destroy()
     return Trained(weights)
 

@@ -34,13 +34,13 @@ class SlowStaging(Staging):
         return not self._done.is_set()
 
 
-def _beside(rank: int, cells: list[Cell], place: Path) -> list[tuple[bool, bool, list[str]]]:
+def _beside(rank: int, cells: list[Cell], workspace: Path) -> list[tuple[bool, bool, list[str]]]:
     """By cell: whether forward was over before anything was copied, whether copying was over when the next step was,
     and what differs in an engine that resumed from what was there at the save."""
     found = []
     for number, cell in enumerate(cells):
         engine, sparse = start(cell, rank)
-        checkpoints = Checkpoints(sparse, place / str(number), keep=1, asynchronous=True)
+        checkpoints = Checkpoints(sparse, workspace / str(number), keep=1, asynchronous=True)
         checkpoints._staging = staging = SlowStaging()
         for step in range(SAVED_AT):
             train_step(cell, engine, step, rank)
@@ -58,8 +58,8 @@ def _beside(rank: int, cells: list[Cell], place: Path) -> list[tuple[bool, bool,
         checkpoints.finish()
         engine.destroy()
         engine, sparse = start(cell, rank)
-        Checkpoints(sparse, place / str(number), keep=1, asynchronous=False).resume(
-            Store(place / str(number)), SAVED_AT
+        Checkpoints(sparse, workspace / str(number), keep=1, asynchronous=False).resume(
+            Store(workspace / str(number)), SAVED_AT
         )
         again = _all(engine, sparse)
         differing = [name for name in saved if name not in again or not torch.equal(saved[name], again[name])]

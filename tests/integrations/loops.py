@@ -67,7 +67,7 @@ def build_scheduler(cell: Cell, optimizer: torch.optim.Optimizer) -> LRScheduler
     return get_scheduler(cell.schedule, optimizer, 0, cell.steps)
 
 
-def prepare_model(model: PreTrainedModel, cell: Cell) -> Sparse:
+def make_sparse(model: PreTrainedModel, cell: Cell) -> Sparse:
     return prepare(model, selector=Uniform(seed=55, blocks=2, interval=2), bank=cell.bank, always_on=cell.always_on)
 
 

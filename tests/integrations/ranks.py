@@ -46,7 +46,7 @@ from tests.integrations.loops import (
     deepspeed_config,
     fresh,
     load,
-    prepare_model,
+    make_sparse,
     rows,
 )
 from trainer import Sparse, prepare
@@ -93,7 +93,7 @@ def compare(cell: Cell, folder: Path) -> Answer:
     model = load(folder.parent)
     if cell.checkpointing:
         model.enable_input_require_grads()  # as TRL does for PEFT models; train() then installs this hook once more
-    sparse = prepare_model(model, cell)
+    sparse = make_sparse(model, cell)
     look = Look(sparse, model)
     with Listening() as warnings:
         trainer = build_trainer(cell, args, model)
@@ -149,7 +149,7 @@ def saved_adapters(folder: Path) -> tuple[set[str], float]:
 def resume(cell: Cell, folder: Path, expected: dict[str, Tensor]) -> Resumed:
     """In the middle of an interval, and with the best model in the end, which is the one resumed from."""
     model = load(folder.parent)
-    sparse = prepare_model(model, cell)
+    sparse = make_sparse(model, cell)
     look = Look(sparse, model)
     trainer = build_trainer(cell, arguments(folder, cell, load_best_model_at_end=True), model)
     layerwise(trainer, sparse, guard_every=1)
@@ -184,7 +184,7 @@ def own_loop(cell: Cell, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Te
     from trainer.run.step import train_step
 
     model = fresh().train()
-    sparse = prepare_model(model, cell)
+    sparse = make_sparse(model, cell)
     optimizer = torch.optim.AdamW(sparse.param_groups(weight_decay=WEIGHT_DECAY), lr=LR, betas=BETAS, eps=EPS)
     config = deepspeed_config(cell) | {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
@@ -215,7 +215,7 @@ def refusals(folder: Path) -> dict[str, str]:
     def ask(
         name: str,
         *,
-        prepared: Callable[[PreTrainedModel], Sparse] = lambda model: prepare_model(model, cell),
+        prepared: Callable[[PreTrainedModel], Sparse] = lambda model: make_sparse(model, cell),
         model: dict[str, Any] | None = None,
         optimizer: Any = None,
         **changes: Any,
@@ -231,7 +231,7 @@ def refusals(folder: Path) -> dict[str, str]:
         leave_deepspeed()
 
     ask("no DeepSpeed", deepspeed=None)
-    ask("another model", prepared=lambda model: prepare_model(fresh(), cell))
+    ask("another model", prepared=lambda model: make_sparse(fresh(), cell))
     ask("model_init", model={"model_init": fresh})
     ask("optimizer section", deepspeed=deepspeed_config(cell, optimizer={"type": "AdamW", "params": {"lr": "auto"}}))
     ask("optimizer with parameters", optimizer=(torch.optim.SGD, {"params": []}))
@@ -296,7 +296,7 @@ class Look(TrainerCallback):
 
 
 class AtTheEnd(TrainerCallback):
-    """Notes the weights after the last step, before the best ones take their place."""
+    """Notes the weights after the last step, before the best ones take their workspace."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer

@@ -320,8 +320,8 @@ def test_weights_that_are_read_straight_onto_the_device_are_the_same(tmp_path: P
         tiny_llama(layers=2, vocab=300, tied=tied).save_pretrained(tmp_path / "model")
         config = ModelConfig(path=str(tmp_path / "model"), dtype="fp32")
         whole, placed = (
-            models.load(config, bytes_tokenizer(), seed=0, deepspeed=settings(2), place=place)
-            for place in (False, True)
+            models.load(config, bytes_tokenizer(), seed=0, deepspeed=settings(2), onto_device=workspace)
+            for workspace in (False, True)
         )
         assert same(weights(whole), weights(placed))
         assert (placed.lm_head.weight is placed.model.embed_tokens.weight) == tied

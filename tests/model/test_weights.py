@@ -29,11 +29,11 @@ from trainer.model.weights import ModelFolder, WeightsError
 MORE: dict[str, dict[str, Any]] = {"mixtral": {"num_local_experts": 12}}
 
 
-def written(family: str, place: Path, **fields: Any) -> Path:
+def written(family: str, workspace: Path, **fields: Any) -> Path:
     """Write a folder of many small files with random weights, such as `from_pretrained` opens."""
     model = tiny_model(family, seed=3, vocab_size=TOKENS, **MORE.get(family, {}), **fields)
-    model.save_pretrained(place / family, max_shard_size="20KB")
-    return place / family
+    model.save_pretrained(workspace / family, max_shard_size="20KB")
+    return workspace / family
 
 
 def on_meta(folder: Path) -> PreTrainedModel:
@@ -47,12 +47,12 @@ def on_meta(folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reads_what_from_pretrained_loads(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    place = written(family, tmp_path)
-    assert len(list(place.glob("*.safetensors"))) > 5
-    expected = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).state_dict()
-    folder = ModelFolder(place, on_meta(place))
-    assert set(expected) - set(folder.names) <= {"lm_head.weight"}, "only a tied head is not in the files"
-    for name in folder.names:
+    workspace = written(family, tmp_path)
+    assert len(list(workspace.glob("*.safetensors"))) > 5
+    expected = AutoModelForCausalLM.from_pretrained(workspace, dtype=dtype).state_dict()
+    folder = ModelFolder(workspace, on_meta(workspace))
+    assert set(expected) - set(folder.shapes) <= {"lm_head.weight"}, "only a tied head is not in the files"
+    for name in folder.shapes:
         (read,) = folder.read([name], dtype).values()
         assert read.dtype == dtype and torch.equal(read, expected[name]), name
         assert folder.shapes[name] == tuple(read.shape)
@@ -133,38 +133,39 @@ def refusal(folder: Path) -> str:
     return str(error.value)
 
 
-def _load(rank: int, place: Path, families: tuple[str, ...], dtypes: tuple[str, ...]) -> Loaded:
-    """Runs in each rank, with the folders that `place` holds."""
-    found = {f"{family}, {dtype}": differing(place / family, dtype) for family in families for dtype in dtypes}
-    said = {name: refusal(place / name) for name in ("incomplete", "truncated", "without a file", "untied")}
+def _load(rank: int, workspace: Path, families: tuple[str, ...], dtypes: tuple[str, ...]) -> Loaded:
+    """Runs in each rank, with the folders that `workspace` holds."""
+    found = {f"{family}, {dtype}": differing(workspace / family, dtype) for family in families for dtype in dtypes}
+    said = {name: refusal(workspace / name) for name in ("incomplete", "truncated", "without a file", "untied")}
     lines: list[str] = []
     with mock.patch.object(models.logger, "warning", lambda text, *args: lines.append(text % args)):
-        old_format = differing(place / "old format", "fp32") == []
+        old_format = differing(workspace / "old format", "fp32") == []
     said["old format"] = "\n".join(lines)
-    generation = partitioned(place / "deep").generation_config.top_k == 7
-    return Loaded(found, peak(place / "deep"), said, old_format, generation)
+    generation = partitioned(workspace / "deep").generation_config.top_k == 7
+    return Loaded(found, peak(workspace / "deep"), said, old_format, generation)
 
 
-def write_folders(place: Path, families: Iterable[str]) -> None:
+def write_folders(workspace: Path, families: Iterable[str]) -> None:
     for family in families:
-        written(family, place)
+        written(family, workspace)
     deep = tiny_llama(layers=24, vocab=TOKENS)
-    deep.save_pretrained(place / "deep", max_shard_size="60KB")
-    whole = written("llama", place / "copied")
+    deep.save_pretrained(workspace / "deep", max_shard_size="60KB")
+    whole = written("llama", workspace / "copied")
     for name in ("incomplete", "truncated", "without a file", "untied"):
-        shutil.copytree(whole, place / name)
+        shutil.copytree(whole, workspace / name)
     index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
     change(
-        place / "incomplete" / index["model.layers.2.mlp.up_proj.weight"], without="model.layers.2.mlp.up_proj.weight"
+        workspace / "incomplete" / index["model.layers.2.mlp.up_proj.weight"],
+        without="model.layers.2.mlp.up_proj.weight",
     )
-    file = place / "truncated" / index["model.norm.weight"]
+    file = workspace / "truncated" / index["model.norm.weight"]
     file.write_bytes(file.read_bytes()[:-4])
-    (place / "without a file" / index["model.norm.weight"]).unlink()
+    (workspace / "without a file" / index["model.norm.weight"]).unlink()
     config = json.loads((whole / "config.json").read_text())
-    (place / "untied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    tiny_llama(layers=2, vocab=TOKENS).config.save_pretrained(place / "old format")
-    torch.save(tiny_llama(layers=2, vocab=TOKENS).state_dict(), place / "old format" / "pytorch_model.bin")
-    GenerationConfig(do_sample=True, top_k=7).save_pretrained(place / "deep")
+    (workspace / "untied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tiny_llama(layers=2, vocab=TOKENS).config.save_pretrained(workspace / "old format")
+    torch.save(tiny_llama(layers=2, vocab=TOKENS).state_dict(), workspace / "old format" / "pytorch_model.bin")
+    GenerationConfig(do_sample=True, top_k=7).save_pretrained(workspace / "deep")
 
 
 def change(file: Path, *, without: str) -> None:
@@ -176,10 +177,10 @@ def change(file: Path, *, without: str) -> None:
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> list[Loaded]:
     """By rank, of a family with tied embeddings and buffers, and of one with experts that are stored one by one."""
-    place = tmp_path_factory.mktemp("folders")
+    workspace = tmp_path_factory.mktemp("folders")
     families = ("gpt2", "mixtral")
-    write_folders(place, families)
-    return distributed.run(_load, place, families, ("fp32",), ranks=2)
+    write_folders(workspace, families)
+    return distributed.run(_load, workspace, families, ("fp32",), ranks=2)
 
 
 def test_partitions_hold_what_from_pretrained_loads(loaded: list[Loaded]) -> None:

@@ -51,17 +51,17 @@ PUBLISHED = {
 }
 
 
-def folder(place: Path, name: str) -> str:
+def folder(workspace: Path, name: str) -> str:
     """A folder with a config.json and nothing else."""
     kind, fields, _ = PUBLISHED[name]
-    kind(architectures=[kind.__name__.replace("Config", "ForCausalLM")], **fields).save_pretrained(place / name)
-    assert [file.name for file in (place / name).iterdir()] == ["config.json"]
-    return str(place / name)
+    kind(architectures=[kind.__name__.replace("Config", "ForCausalLM")], **fields).save_pretrained(workspace / name)
+    assert [file.name for file in (workspace / name).iterdir()] == ["config.json"]
+    return str(workspace / name)
 
 
-def arguments(place: Path, name: str, *more: str) -> list[str]:
+def arguments(workspace: Path, name: str, *more: str) -> list[str]:
     settings = ["train.steps=100", "train.global_batch_size=16", "data.max_length=512"]
-    return [f"model.path={folder(place, name)}", *settings, *more]
+    return [f"model.path={folder(workspace, name)}", *settings, *more]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -79,5 +79,5 @@ def take(config: RunConfig, *data: str) -> RunFolder:
         return take_folder(config, data, leaving)[0]
 
 
-def said(place: RunFolder) -> str:
-    return "\n".join(place.remarks)
+def said(workspace: RunFolder) -> str:
+    return "\n".join(workspace.remarks)

@@ -36,8 +36,8 @@ from trainer.run.folder import start_run_folder, take_folder
 from trainer.run.resuming import FinishedError
 
 
-def _refused(rank: int, place: Path) -> None:
-    with pytest.raises(ZeroDivisionError), start_run_folder(configure(place)) as run:
+def _refused(rank: int, workspace: Path) -> None:
+    with pytest.raises(ZeroDivisionError), start_run_folder(configure(workspace)) as run:
         folder = run.path
         if rank == 0:
             assert (folder / "config.yaml").exists()
@@ -48,30 +48,30 @@ def _refused(rank: int, place: Path) -> None:
     torch_distributed.barrier()
 
 
-def _cases(rank: int, place: Path) -> str:
-    _refused(rank, place / "new" / "run")
-    assert not (place / "new" / "run").exists()
-    before = contents(place / "mine")
+def _cases(rank: int, workspace: Path) -> str:
+    _refused(rank, workspace / "new" / "run")
+    assert not (workspace / "new" / "run").exists()
+    before = contents(workspace / "mine")
     torch_distributed.barrier()  # rank 0 writes there next, and once more after that
-    _refused(rank, place / "mine")
-    assert contents(place / "mine") == before
+    _refused(rank, workspace / "mine")
+    assert contents(workspace / "mine") == before
     torch_distributed.barrier()
 
-    with start_run_folder(configure(place / "mine")) as run:
+    with start_run_folder(configure(workspace / "mine")) as run:
         folder = run.path
-        assert folder == place / "mine"
+        assert folder == workspace / "mine"
         (folder / "metrics.jsonl").touch()
         torch_distributed.barrier()
     torch_distributed.barrier()
-    with start_run_folder(configure(place / "mine", "optimizer.lr=1")) as second:
-        assert second.path == place / "mine-2"
+    with start_run_folder(configure(workspace / "mine", "optimizer.lr=1")) as second:
+        assert second.path == workspace / "mine-2"
         (second.path / "metrics.jsonl").touch()
         torch_distributed.barrier()
     torch_distributed.barrier()
     if rank == 0:
-        write_model(place / "mine")
+        write_model(workspace / "mine")
     with pytest.raises(FinishedError, match="is finished, and there is nothing left to do"):
-        with start_run_folder(configure(place / "mine")):
+        with start_run_folder(configure(workspace / "mine")):
             pass
     return (folder / "config.yaml").read_text()
 
@@ -92,14 +92,16 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_in_the_same_folder(run: Path) -> None:
     begun(run)
-    place = take(configure(run))
-    assert (place.path, place.origin, place.remarks) == (run, None, ())
+    workspace = take(configure(run))
+    assert (workspace.path, workspace.origin, workspace.remarks) == (run, None, ())
 
 
 def test_a_run_with_checkpoints_resumes(run: Path) -> None:
     stopped(run)
-    place = take(configure(run))
-    assert place.path == run and place.origin is not None and place.origin.store.folder == run / "checkpoints"
+    workspace = take(configure(run))
+    assert (
+        workspace.path == run and workspace.origin is not None and workspace.origin.store.folder == run / "checkpoints"
+    )
 
 
 @pytest.mark.parametrize("left", ["lease.json", ".lease.lock", "{}/.lock"])
@@ -154,8 +156,12 @@ def test_a_finished_run_whose_model_was_cut_is_refused_and_the_file_named(
     assert str(refusal.value).startswith(f"{named}: ")
     assert str(refusal.value).endswith(f". Remove {folder}, and the same command resumes from the newest checkpoint")
     shutil.rmtree(folder)
-    place = take(configure(run, *more))
-    assert place.path == run and place.origin is not None and place.origin.find(configure(run, *more))[0] == STEPS
+    workspace = take(configure(run, *more))
+    assert (
+        workspace.path == run
+        and workspace.origin is not None
+        and workspace.origin.find(configure(run, *more))[0] == STEPS
+    )
 
 
 @pytest.mark.parametrize("more", ["output={}/../run", "checkpoint.every=7", "data.cache=/x", "train.timeout_minutes=9"])
@@ -168,11 +174,11 @@ def test_what_does_not_make_another_run_is_no_reason_to_train_a_finished_one_ane
 def test_a_finished_run_with_other_settings_is_left_alone_and_the_way_on_from_it_is_named(run: Path) -> None:
     finished(run)
     longer = configure(run, "train.steps=9")
-    place = take(longer)
-    assert place.path == run.with_name("run-2") and place.origin is None
-    assert said(place) == (
+    workspace = take(longer)
+    assert workspace.path == run.with_name("run-2") and workspace.origin is None
+    assert said(workspace) == (
         f"{run} contains a finished run with other settings (train.steps: 6 there, 9 now), which resume={run} "
-        f"continues; this run begins anew in {place.path}"
+        f"continues; this run begins anew in {workspace.path}"
     )
     onwards = take(configure(run, "train.steps=9", f"resume={run}"))
     assert onwards.origin is not None and onwards.origin.find(longer)[0] == STEPS
@@ -198,10 +204,10 @@ def test_the_same_command_finds_its_folder_behind_others(run: Path) -> None:
     begun(run.with_name("run-2"), "seed=1")
     write_model(run.with_name("run-3"))
     before = contents(run.parent)
-    place = take(configure(run, "seed=2"))
-    assert place.path == run.with_name("run-4") and contents(run.parent) == before
+    workspace = take(configure(run, "seed=2"))
+    assert workspace.path == run.with_name("run-4") and contents(run.parent) == before
     for words in ("finished run with other settings (seed: 0 there, 2 now)", "and no checkpoint", "is left alone"):
-        assert words in said(place)
+        assert words in said(workspace)
     stopped(run.with_name("run-4"), "seed=2")
     assert take(configure(run, "seed=2")).path == run.with_name("run-4")
     write_model(run.with_name("run-4"))
@@ -230,15 +236,15 @@ def test_a_path_takes_that_folder_or_one_of_a_run_that_began_with_it(run: Path) 
     other = run.with_name("other")
     finished(other)
     resume = f"resume={other}"
-    place = take(configure(run, resume))
-    assert place.path == run.with_name("run-2") and place.origin is not None
-    assert place.origin.store.folder == other / "checkpoints"
+    workspace = take(configure(run, resume))
+    assert workspace.path == run.with_name("run-2") and workspace.origin is not None
+    assert workspace.origin.store.folder == other / "checkpoints"
     begun(run.with_name("run-2"), resume)
-    place = take(configure(run, resume))  # killed before its first checkpoint
-    assert place.path == run.with_name("run-2") and place.origin.store.folder == other / "checkpoints"
+    workspace = take(configure(run, resume))  # killed before its first checkpoint
+    assert workspace.path == run.with_name("run-2") and workspace.origin.store.folder == other / "checkpoints"
     stopped(run.with_name("run-2"), resume)
-    place = take(configure(run, resume))
-    assert place.path == run.with_name("run-2") and place.origin.store.folder == place.path / "checkpoints"
+    workspace = take(configure(run, resume))
+    assert workspace.path == run.with_name("run-2") and workspace.origin.store.folder == workspace.path / "checkpoints"
     finished(run.with_name("run-2"), resume)
     with pytest.raises(FinishedError, match="run-2"):
         take(configure(run, resume))
@@ -253,16 +259,16 @@ def test_a_requeued_job_finds_its_folder_whatever_it_is_told(
     """`never` means what somebody submits, not what the scheduler starts once more."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     finished(run, "seed=3")
-    place, lease = take_folder(configure(run, f"resume={resume}"), (), ExitStack())
-    assert place.path == run.with_name("run-2")
-    (place.path / "metrics.jsonl").touch()
+    workspace, lease = take_folder(configure(run, f"resume={resume}"), (), ExitStack())
+    assert workspace.path == run.with_name("run-2")
+    (workspace.path / "metrics.jsonl").touch()
     lease._released.set()  # its node was lost
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert take(configure(run, f"resume={resume}", "optimizer.lr=1")).path == place.path
-    save(place.path, state_of(configure(run, f"resume={resume}"), job="SLURM job 7"))
+    assert take(configure(run, f"resume={resume}", "optimizer.lr=1")).path == workspace.path
+    save(workspace.path, state_of(configure(run, f"resume={resume}"), job="SLURM job 7"))
     again = take(configure(run, f"resume={resume}"))
-    assert again.path == place.path and again.origin is not None
-    write_model(place.path)
+    assert again.path == workspace.path and again.origin is not None
+    write_model(workspace.path)
     with pytest.raises(FinishedError, match="run-2"):
         take(configure(run, f"resume={resume}"))
 

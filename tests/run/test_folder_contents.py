@@ -29,8 +29,8 @@ def run(tmp_path: Path) -> Path:
 def test_what_a_run_writes_is_never_written_over(run: Path, name: str) -> None:
     """Also where somebody has kept only that."""
     (run / name).mkdir(parents=True)
-    place = take(configure(run))
-    assert place.path == run.with_name("run-2") and f"there is no {run / 'config.yaml'}" in said(place)
+    workspace = take(configure(run))
+    assert workspace.path == run.with_name("run-2") and f"there is no {run / 'config.yaml'}" in said(workspace)
 
 
 def test_a_setting_that_came_later_is_not_another_one(run: Path) -> None:
@@ -98,9 +98,11 @@ def damage(file: Path, how: str) -> None:
 def test_settings_that_cannot_be_read_are_those_of_the_checkpoint(run: Path, how: str) -> None:
     stopped(run)
     damage(run / "config.yaml", how)
-    place = take(configure(run))
-    assert place.path == run and place.origin is not None
-    assert str(run / "config.yaml") in said(place) and "its settings are those of its newest checkpoint" in said(place)
+    workspace = take(configure(run))
+    assert workspace.path == run and workspace.origin is not None
+    assert str(run / "config.yaml") in said(workspace) and "its settings are those of its newest checkpoint" in said(
+        workspace
+    )
     assert not run.with_name("run-2").exists()
     with pytest.raises(CheckpointError, match="selector.blocks: 2 in the checkpoint, 3 now"):
         take(configure(run, "selector.blocks=3"))
@@ -149,8 +151,8 @@ def test_a_start_that_was_killed_leaves_the_folder_to_the_same_command(run: Path
     if moment == "settings":
         (run / "config.yaml").write_text(dump(configure(run)))
     with ExitStack() as leaving:
-        place, _ = take_folder(configure(run), (), leaving)
-        assert place.path == run and contents(run) == {"config.yaml", "lease.json", ".lease.lock"}
+        workspace, _ = take_folder(configure(run), (), leaving)
+        assert workspace.path == run and contents(run) == {"config.yaml", "lease.json", ".lease.lock"}
     assert not run.exists()
 
 
@@ -161,8 +163,8 @@ def test_no_link_is_followed(run: Path, tmp_path: Path) -> None:
     run.mkdir()
     for name in (".config.yaml.partial", ".metrics.jsonl.partial", ".lease.json.partial"):
         (run / name).symlink_to(mine)
-    place = take(configure(run))
-    assert place.path == run
+    workspace = take(configure(run))
+    assert workspace.path == run
     for name in ("lease.json", ".lease.lock"):
         run.mkdir(exist_ok=True)
         (run / name).symlink_to(mine)

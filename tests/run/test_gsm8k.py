@@ -18,7 +18,7 @@ from tests.launching import (
 )
 from tests.run.whole_runs import evaluations, loss_by_hand
 from trainer.config.schema import TrainSource
-from trainer.data.cache import prepare
+from trainer.data.cache import tokenise
 from trainer.data.tokenizer import bytes_tokenizer
 
 GSM8K = SCRIPT.parent.parent.parent / "shared" / "data" / "gsm8k"
@@ -94,7 +94,7 @@ def test_lisa_learns_more_of_gsm8k_than_embeddings_alone(tmp_path: Path) -> None
             assert "norm" not in name or bool((untrained[index][name] == 1).all()), "a weight moved at rate 1e-30"
 
     model = AutoModelForCausalLM.from_pretrained(lisa / "model").eval()
-    prepared = prepare(
+    prepared = tokenise(
         train=[TrainSource(path=str(tmp_path / "test.jsonl"))],
         eval=(),
         eval_fraction=0.0,

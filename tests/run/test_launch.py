@@ -33,9 +33,9 @@ from trainer.selectors import build
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """LISA under ZeRO-3 on two ranks, started in a folder of its own."""
-    place = tmp_path_factory.mktemp("run")
-    write_inputs(place)
-    return Run(place, launch(deepspeed("tiny.yaml"), place))
+    workspace = tmp_path_factory.mktemp("run")
+    write_inputs(workspace)
+    return Run(workspace, launch(deepspeed("tiny.yaml"), workspace))
 
 
 # --- a run that works --------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_the_run_ends_well(run: Run) -> None:
 
 
 def test_the_saved_configuration_is_the_run_s(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(run.place)
+    monkeypatch.chdir(run.workspace)
     saved = load(str(run.folder / "config.yaml"))
     assert saved == load("tiny.yaml")
     assert isinstance(saved, RunConfig) and saved.selector.blocks == 2
@@ -102,7 +102,7 @@ def test_the_saved_model_has_the_last_evaluation_loss(run: Run) -> None:
     assert model.dtype == torch.float32
     last = evaluations(run.folder)[-1]
     assert last["step"] == 6
-    assert loss_by_hand(model, evaluation_samples(run.place)) == pytest.approx(last["eval_loss"], abs=1e-4)
+    assert loss_by_hand(model, evaluation_samples(run.workspace)) == pytest.approx(last["eval_loss"], abs=1e-4)
 
 
 def test_the_report_says_what_trained_how_far_the_loss_fell_and_where_the_model_is(run: Run) -> None:
@@ -128,7 +128,7 @@ def test_a_run_says_nothing_that_nobody_can_act_on(run: Run) -> None:
 
 def test_what_deepspeed_guesses_is_not_said(tmp_path: Path) -> None:
     guessing = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"}
-    start = "from trainer.cli.process import prepare_process; prepare_process()"
+    start = "from trainer.cli.process import set_up_process; set_up_process()"
     guess = "from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_name())"
     done = launch([sys.executable, "-c", f"{start}; {guess}"], tmp_path, variables=guessing)
     assert (done.code, done.stderr) == (0, "") and done.stdout.strip() in ("cpu", "cuda")
@@ -137,7 +137,7 @@ def test_what_deepspeed_guesses_is_not_said(tmp_path: Path) -> None:
 def test_a_run_that_diverges_stops_without_a_model_and_beside_an_earlier_run(run: Run) -> None:
     before = {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}
     values = ["output=~/runs/tiny", "optimizer.lr=1e15", "schedule.warmup_steps=0", "train.max_skipped_steps=2"]
-    finished = forked.run(["tiny.yaml", *values], run.place, variables={"HOME": str(run.place)})
+    finished = forked.run(["tiny.yaml", *values], run.workspace, variables={"HOME": str(run.workspace)})
     assert finished.code == 2, finished.everything
     message = "stopped at step 4: 3 steps in a row had NaN or infinite loss or gradients (train.max_skipped_steps is 2)"
     assert finished.everything.count(message) == 1
@@ -156,17 +156,17 @@ def test_a_run_that_diverges_stops_without_a_model_and_beside_an_earlier_run(run
 
 
 @pytest.mark.slow
-def test_torchrun_trains_the_same(run: Run, place: Path) -> None:
-    finished = launch(torchrun("tiny.yaml"), place)
+def test_torchrun_trains_the_same(run: Run, workspace: Path) -> None:
+    finished = launch(torchrun("tiny.yaml"), workspace)
     assert finished.code == 0, finished.everything
-    assert numbers(place / "runs" / "tiny") == numbers(run.folder)
+    assert numbers(workspace / "runs" / "tiny") == numbers(run.folder)
 
 
 @pytest.mark.slow
-def test_one_process_without_a_launcher_trains_the_same(run: Run, place: Path) -> None:
-    finished = launch([sys.executable, str(SCRIPT), "tiny.yaml"], place)
+def test_one_process_without_a_launcher_trains_the_same(run: Run, workspace: Path) -> None:
+    finished = launch([sys.executable, str(SCRIPT), "tiny.yaml"], workspace)
     assert finished.code == 0, finished.everything
-    alone, together = numbers(place / "runs" / "tiny"), numbers(run.folder)
+    alone, together = numbers(workspace / "runs" / "tiny"), numbers(run.folder)
     assert [line.get("active_blocks") for line in alone] == [line.get("active_blocks") for line in together]
     for key in ("loss", "eval_loss", "grad_norm"):
         found = [line[key] for line in alone if key in line]
@@ -174,50 +174,50 @@ def test_one_process_without_a_launcher_trains_the_same(run: Run, place: Path) -
 
 
 @pytest.mark.slow
-def test_a_run_whose_last_step_ruins_the_model_writes_none(place: Path) -> None:
+def test_a_run_whose_last_step_ruins_the_model_writes_none(workspace: Path) -> None:
     """No step was skipped: the weights were finite, the evaluation after them was not."""
     values = ["train.steps=1", "optimizer.lr=1e15", "schedule.warmup_steps=0", "eval.every=null"]
-    finished = forked.run(["tiny.yaml", *values], place, ranks=1)
+    finished = forked.run(["tiny.yaml", *values], workspace, ranks=1)
     assert finished.code == 2, finished.everything
     assert "\nstopped at step 1: the loss is nan; no model was written." in finished.stderr
-    folder = place / "runs" / "tiny"
+    folder = workspace / "runs" / "tiny"
     assert {entry.name for entry in folder.iterdir()} == {"config.yaml", "metrics.jsonl"}
     assert numbers(folder)[-1] == {"step": 1, "eval_loss": None}
 
 
 @pytest.mark.slow
-def test_packed_rows_a_fused_loss_8_bit_moments_and_what_bf16_loses(place: Path) -> None:
+def test_packed_rows_a_fused_loss_8_bit_moments_and_what_bf16_loses(workspace: Path) -> None:
     values = ["train.fused_loss=true", "data.packing=true", "model.dtype=bf16", "optimizer.name=adamw_8bit"]
-    finished = forked.run(["tiny.yaml", *values, "optimizer.lr=1.0e-8", "eval.every=null"], place)
+    finished = forked.run(["tiny.yaml", *values, "optimizer.lr=1.0e-8", "eval.every=null"], workspace)
     assert finished.code == 0, finished.everything
     assert "packed into" in finished.stderr
     assert finished.stderr.count("WARNING: nearly all that a block learns will be rounded away") == 1
-    folder = place / "runs" / "tiny"
+    folder = workspace / "runs" / "tiny"
     steps = [line for line in metrics(folder) if "loss" in line]
     assert steps[0].get("rounded_away") is None and steps[-1]["rounded_away"] > 0.9
     assert AutoModelForCausalLM.from_pretrained(folder / "model").dtype == torch.bfloat16
 
 
 @pytest.mark.slow
-def test_a_task_of_srun_that_does_not_know_its_place_is_refused(place: Path) -> None:
+def test_a_task_of_srun_that_does_not_know_its_place_is_refused(workspace: Path) -> None:
     """As in a container that lets few variables in: they would train twice, beside each other."""
     variables = environment() | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
-    process = start([sys.executable, str(SCRIPT), "tiny.yaml"], place, env=variables, stderr=subprocess.PIPE)
+    process = start([sys.executable, str(SCRIPT), "tiny.yaml"], workspace, env=variables, stderr=subprocess.PIPE)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2 and "srun started 2 tasks, but SLURM_LOCALID, SLURM_NODEID" in said, said
-    assert nothing_was_trained(place)
+    assert nothing_was_trained(workspace)
 
 
 @pytest.mark.slow
-def test_tensorboard_holds_the_metrics_in_the_run_s_own_folder(place: Path) -> None:
+def test_tensorboard_holds_the_metrics_in_the_run_s_own_folder(workspace: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    earlier = place / "runs" / "tiny"
+    earlier = workspace / "runs" / "tiny"
     earlier.mkdir(parents=True)
     (earlier / "config.yaml").write_text("")
-    finished = forked.run(["tiny.yaml", "monitor.tensorboard=true"], place, ranks=1)
+    finished = forked.run(["tiny.yaml", "monitor.tensorboard=true"], workspace, ranks=1)
     assert finished.code == 0, finished.everything
-    folder = place / "runs" / "tiny-2"
+    folder = workspace / "runs" / "tiny-2"
     events = EventAccumulator(str(folder / "tensorboard" / "strata")).Reload()
     losses = {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
     assert {event.step: event.value for event in events.Scalars("Train/loss")} == pytest.approx(losses)
@@ -227,14 +227,14 @@ def test_tensorboard_holds_the_metrics_in_the_run_s_own_folder(place: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_dry_run_of_each_recipe(run: Run, place: Path, recipe: Path) -> None:
+def test_dry_run_of_each_recipe(run: Run, workspace: Path, recipe: Path) -> None:
     own = [f"model.path={run.folder / 'model'}", "data.train=train.jsonl", "data.eval_fraction=0.1"]
     own.append("data.max_length=64")  # as many as that model has positions
     own += ["schedule.warmup_steps=0", "schedule.warmup_ratio=null"]  # the run has seven steps
     own += ["update.budget=1000"] * (recipe.stem == "id3")
     values = [] if recipe.stem == "quickstart" else own
-    finished = forked.run([str(recipe), *values, "output=runs/tiny", "--dry-run"], place, ranks=1)
+    finished = forked.run([str(recipe), *values, "output=runs/tiny", "--dry-run"], workspace, ranks=1)
     assert finished.code == 0, finished.everything
     stage = yaml.safe_load(recipe.read_text())["deepspeed"].removeprefix("zero")[0]
     assert f"each of 1 ranks stores, under ZeRO stage {stage}" in finished.stdout
-    assert nothing_was_trained(place)
+    assert nothing_was_trained(workspace)

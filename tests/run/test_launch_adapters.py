@@ -37,19 +37,19 @@ IST = [
 ]
 
 
-def write_base(place: Path) -> None:
+def write_base(workspace: Path) -> None:
     # As wide as what bitsandbytes quantises together.
-    tiny_llama(layers=4, hidden=64, vocab=261).save_pretrained(place / "base")
-    bytes_tokenizer().save_pretrained(place / "base")
+    tiny_llama(layers=4, hidden=64, vocab=261).save_pretrained(workspace / "base")
+    bytes_tokenizer().save_pretrained(workspace / "base")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """IST with LoRA under ZeRO-3 on two ranks; every other step three probes of five sequences."""
-    place = tmp_path_factory.mktemp("ist")
-    write_inputs(place)
-    write_base(place)
-    return Run(place, forked.run(["tiny.yaml", *IST], place))
+    workspace = tmp_path_factory.mktemp("ist")
+    write_inputs(workspace)
+    write_base(workspace)
+    return Run(workspace, forked.run(["tiny.yaml", *IST], workspace))
 
 
 def test_the_run_leaves_an_adapter_a_merged_model_and_a_picture(run: Run) -> None:
@@ -80,15 +80,15 @@ def test_the_adapter_holds_all_blocks_and_has_the_last_evaluation_loss(run: Run)
     for name, tensor in weights.items():
         if "lora_B" in name:
             assert bool(tensor.any()) == (int(name.split(".layers.")[1].split(".")[0]) in drawn), name
-    base = AutoModelForCausalLM.from_pretrained(run.place / "base")
+    base = AutoModelForCausalLM.from_pretrained(run.workspace / "base")
     adapted = PeftModel.from_pretrained(base, str(run.folder / "adapter")).eval()
     last = [line["eval_loss"] for line in metrics(run.folder) if "eval_loss" in line][-1]
-    assert loss_by_hand(adapted, evaluation_samples(run.place)) == pytest.approx(last, abs=1e-4)
+    assert loss_by_hand(adapted, evaluation_samples(run.workspace)) == pytest.approx(last, abs=1e-4)
     merged = AutoModelForCausalLM.from_pretrained(run.folder / "model").eval()
     ids = torch.arange(40)[None]
     with torch.no_grad():
         assert torch.allclose(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-5)
-    untouched = AutoModelForCausalLM.from_pretrained(run.place / "base").state_dict()
+    untouched = AutoModelForCausalLM.from_pretrained(run.workspace / "base").state_dict()
     for name, tensor in merged.state_dict().items():
         adapted_here = any(target in name for target in ("q_proj", "v_proj", "down_proj"))
         assert adapted_here or torch.equal(tensor, untouched[name]), name
@@ -121,21 +121,23 @@ def test_another_run_goes_on_from_the_adapter(run: Run) -> None:
     """On one rank under ZeRO-2, all blocks."""
     values = ["method=lora", "model.random=null", "model.path=base", "substrate.adapter=runs/tiny/adapter"]
     more = ["output=runs/more", "deepspeed=zero2"]
-    finished = forked.run(["tiny.yaml", *values, *more], run.place, ranks=1)
+    finished = forked.run(["tiny.yaml", *values, *more], run.workspace, ranks=1)
     assert finished.code == 0, finished.everything
     evaluations = [line["eval_loss"] for line in metrics(run.folder) if "eval_loss" in line]
-    again = [line["eval_loss"] for line in metrics(run.place / "runs" / "more") if "eval_loss" in line]
+    again = [line["eval_loss"] for line in metrics(run.workspace / "runs" / "more") if "eval_loss" in line]
     assert again[0] == pytest.approx(evaluations[-1], abs=1e-4) and again[-1] < again[0]
-    assert not (run.place / "runs" / "more" / "model").exists(), "merged only if asked for where the base has a folder"
+    assert not (run.workspace / "runs" / "more" / "model").exists(), (
+        "merged only if asked for where the base has a folder"
+    )
 
 
 @pytest.mark.slow
 def test_importance_of_whole_blocks(run: Run) -> None:
     """Full weights: suppression scales the residual contribution of a block."""
     values = ["method=lisa", "selector.name=importance", "selector.active_share=0.5", "selector.update_every=2"]
-    finished = forked.run(["tiny.yaml", *values, "output=runs/full"], run.place, ranks=1)
+    finished = forked.run(["tiny.yaml", *values, "output=runs/full"], run.workspace, ranks=1)
     assert finished.code == 0, finished.everything
-    learned = [line["importance"] for line in metrics(run.place / "runs" / "full") if "importance" in line]
+    learned = [line["importance"] for line in metrics(run.workspace / "runs" / "full") if "importance" in line]
     assert len(learned) == 3 and all(math.isfinite(value) for values in learned for value in values)
 
 
@@ -144,11 +146,11 @@ def test_a_base_in_four_bits(run: Run) -> None:
     """bitsandbytes has kernels for the CPU as well."""
     values = [v for v in IST if "merge" not in v]
     more = ["model.quantization=nf4", "model.dtype=bf16", "deepspeed=zero2", "output=runs/nf4"]
-    finished = forked.run(["tiny.yaml", *values, *more], run.place)
+    finished = forked.run(["tiny.yaml", *values, *more], run.workspace)
     assert finished.code == 0, finished.everything
-    evaluations = [line["eval_loss"] for line in metrics(run.place / "runs" / "nf4") if "eval_loss" in line]
+    evaluations = [line["eval_loss"] for line in metrics(run.workspace / "runs" / "nf4") if "eval_loss" in line]
     assert evaluations[-1] < evaluations[0]
-    assert len(load_file(run.place / "runs" / "nf4" / "adapter" / "adapter_model.safetensors")) == 4 * 3 * 2
+    assert len(load_file(run.workspace / "runs" / "nf4" / "adapter" / "adapter_model.safetensors")) == 4 * 3 * 2
 
 
 @pytest.mark.parametrize(

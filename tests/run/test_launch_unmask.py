@@ -30,25 +30,25 @@ ID3 = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which ID3 ran on two ranks; with four samples to a step two micro-batches, over which it sums."""
-    place = tmp_path_factory.mktemp("id3")
-    write_inputs(place)
-    write_base(place)
-    finished = forked.run(["tiny.yaml", *ID3], place)
+    workspace = tmp_path_factory.mktemp("id3")
+    write_inputs(workspace)
+    write_base(workspace)
+    finished = forked.run(["tiny.yaml", *ID3], workspace)
     assert finished.code == 0, finished.everything
     assert f"Unmasked {BUDGET} weights of a budget of {BUDGET}." in finished.everything
-    return place
+    return workspace
 
 
-def test_as_many_weights_as_the_budget_move_and_the_loss_falls(place: Path) -> None:
-    folder = place / "runs" / "tiny"
+def test_as_many_weights_as_the_budget_move_and_the_loss_falls(workspace: Path) -> None:
+    folder = workspace / "runs" / "tiny"
     lines = [line for line in metrics(folder) if "unmasked" in line]
     assert [line["unmasked"] for line in lines] == [32, 64, 95, 126, 157, 157, 157, 157]
     assert all(line["grad_norm"] > 0 for line in lines)
     losses = [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line]
     assert losses[-1] < losses[0] and math.isfinite(losses[-1])
-    base, trained = (load_file(next(f.glob("*.safetensors"))) for f in (place / "base", folder / "model"))
+    base, trained = (load_file(next(f.glob("*.safetensors"))) for f in (workspace / "base", folder / "model"))
     assert base.keys() == trained.keys()
     moved = sum(int((base[name] != trained[name]).sum()) for name in base)
     assert moved == BUDGET
@@ -56,10 +56,10 @@ def test_as_many_weights_as_the_budget_move_and_the_loss_falls(place: Path) -> N
 
 
 def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, base = str(place / "runs" / "tiny"), str(place / "base")
-    trained = load_file(place / "runs" / "tiny" / "model" / "model.safetensors")
+    run, base = str(workspace / "runs" / "tiny"), str(workspace / "base")
+    trained = load_file(workspace / "runs" / "tiny" / "model" / "model.safetensors")
     assert main(["export", run, str(tmp_path / "whole"), "--base", base]) == 0
     assert main(["export", run, str(tmp_path / "delta"), "--delta", "--base", base]) == 0
     assert main(["apply", base, str(tmp_path / "delta"), str(tmp_path / "applied")]) == 0
@@ -101,10 +101,10 @@ def test_exports_from_the_checkpoint_and_a_delta_of_unmasked_weights_alone(
     assert not (tmp_path / "wrong").exists()
 
 
-def test_infinite_scores_end_the_run_with_what_to_change(place: Path) -> None:
+def test_infinite_scores_end_the_run_with_what_to_change(workspace: Path) -> None:
     """After a warning, for the mask would be whole before every block has trained."""
     values = ["update.exp=1.0e+30", "selector={name: cyclic, blocks: 1, interval: 2}", "bank.name=device"]
-    finished = forked.run(["tiny.yaml", *ID3, *values, "output=runs/infinite"], place)
+    finished = forked.run(["tiny.yaml", *ID3, *values, "output=runs/infinite"], workspace)
     assert finished.code == 2, finished.everything
     assert "the mask is complete after 5 steps (update.growth_steps)" in finished.everything
     assert "stopped at step 1: update.eps: got 0.001 with update.exp 1e+30, for which" in finished.everything

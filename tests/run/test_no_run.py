@@ -27,13 +27,13 @@ from trainer.config import help_text
 from trainer.run.setup import emulates
 
 
-def test_help(place: Path) -> None:
-    finished = launch([sys.executable, str(SCRIPT), "--help"], place)
+def test_help(workspace: Path) -> None:
+    finished = launch([sys.executable, str(SCRIPT), "--help"], workspace)
     assert (finished.code, finished.stdout, finished.stderr) == (0, help_text(), "")
 
 
-def test_dry_run_prints_blocks_always_on_parts_and_bytes_and_trains_nothing(place: Path) -> None:
-    finished = forked.run(["tiny.yaml", "--dry-run", "model.dtype=bf16", "always_on.head=false"], place)
+def test_dry_run_prints_blocks_always_on_parts_and_bytes_and_trains_nothing(workspace: Path) -> None:
+    finished = forked.run(["tiny.yaml", "--dry-run", "model.dtype=bf16", "always_on.head=false"], workspace)
     assert finished.code == 0, finished.everything
     said = finished.stdout
     # A block: q and o 32 x 32, k and v 16 x 32, three MLP matrices 64 x 32, two norms.
@@ -49,15 +49,15 @@ def test_dry_run_prints_blocks_always_on_parts_and_bytes_and_trains_nothing(plac
     assert said.count("blocks: 4 at") == 1, "every rank describes the run"
     assert "\nloss: plain (train.fused_loss: auto, and the vocabulary of 261 is smaller than 32768)\n" in said
     assert ("WARNING: this CPU has no arithmetic for model.dtype=bf16 and emulates it" in said) == emulates("bf16")
-    assert nothing_was_trained(place)
+    assert nothing_was_trained(workspace)
 
 
-def by_launcher(arguments: list[str], place: Path) -> Finished:
-    return launch(deepspeed(*arguments), place)
+def by_launcher(arguments: list[str], workspace: Path) -> Finished:
+    return launch(deepspeed(*arguments), workspace)
 
 
-def by_forks(arguments: list[str], place: Path) -> Finished:
-    return forked.run(arguments, place)
+def by_forks(arguments: list[str], workspace: Path) -> Finished:
+    return forked.run(arguments, workspace)
 
 
 BERT = "model.random={model_type: bert, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 4, " + (
@@ -108,27 +108,27 @@ BERT = "model.random={model_type: bert, hidden_size: 32, intermediate_size: 64, 
     ],
 )
 def test_what_cannot_be_run_is_refused_once_and_leaves_nothing(
-    place: Path, start_ranks: Callable[[list[str], Path], Finished], values: list[str], messages: list[str]
+    workspace: Path, start_ranks: Callable[[list[str], Path], Finished], values: list[str], messages: list[str]
 ) -> None:
     rows = '{"question": "One and one?", "answer": "Two"}\n{"text": "free"}\n'
-    (place / "odd.jsonl").write_text(rows)
-    finished = start_ranks(["tiny.yaml", *values], place)
+    (workspace / "odd.jsonl").write_text(rows)
+    finished = start_ranks(["tiny.yaml", *values], workspace)
     assert finished.code == 2, finished.everything
     for message in messages:
         assert finished.everything.count(message) == 1, finished.everything
     assert "Traceback" not in finished.everything
-    assert nothing_was_trained(place)
+    assert nothing_was_trained(workspace)
 
 
 @pytest.fixture
-def endless(place: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def endless(workspace: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A run that is in the middle of its training, and the file that its output goes to."""
-    output = place / "output.txt"
+    output = workspace / "output.txt"
     with output.open("w") as file:
         values = ["train.steps=1000000", "schedule.warmup_steps=null", "eval.every=null"]
-        process = start(deepspeed("tiny.yaml", *values), place, stdout=file, stderr=subprocess.STDOUT)
+        process = start(deepspeed("tiny.yaml", *values), workspace, stdout=file, stderr=subprocess.STDOUT)
         try:
-            written = place / "runs" / "tiny" / "metrics.jsonl"
+            written = workspace / "runs" / "tiny" / "metrics.jsonl"
             end = time.monotonic() + 120
             while not (written.exists() and '"step": 3,' in written.read_text()):
                 assert process.poll() is None and time.monotonic() < end, output.read_text()

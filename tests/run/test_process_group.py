@@ -22,8 +22,8 @@ WAITS = """
 import sys
 
 import pytest
-from trainer.cli.train import prepare_process
-prepare_process()
+from trainer.cli.train import set_up_process
+set_up_process()
 from trainer.run.setup import initialise_process_group
 from deepspeed import comm as dist
 import torch
@@ -46,7 +46,7 @@ def test_a_rank_that_waits_in_vain_fails_after_the_timeout() -> None:
     assert "Timed out" in stderr or "timeout" in stderr.lower()
 
 
-def _share_and_die(rank: int, variables: dict[str, str], place: Path) -> None:
+def _share_and_die(rank: int, variables: dict[str, str], workspace: Path) -> None:
     os.environ.clear()
     os.environ.update(variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     torch.set_num_threads(1)
@@ -56,7 +56,7 @@ def _share_and_die(rank: int, variables: dict[str, str], place: Path) -> None:
         summed = torch.full((number,), rank + 1.0)
         dist.all_reduce(summed)
         assert bool((summed == 3).all())
-    (place / str(rank)).write_text("shared" if mapped else "apart")
+    (workspace / str(rank)).write_text("shared" if mapped else "apart")
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -259,14 +259,14 @@ def lives(pid: int) -> bool:
 
 
 @contextmanager
-def runs(place: Path, *values: str) -> Iterator[list[subprocess.Popen[str]]]:
+def runs(workspace: Path, *values: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Two ranks of a run that were started by hand, one beside the other."""
-    write_inputs(place)
+    write_inputs(workspace)
     shared = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         start(
             [sys.executable, str(SCRIPT), "tiny.yaml", *values],
-            place,
+            workspace,
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

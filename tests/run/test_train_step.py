@@ -16,13 +16,13 @@ from torch import Tensor
 import trainer
 from tests import distributed
 from tests.comparing import largest
-from tests.data.conftest import prepared
+from tests.data.conftest import tokenised
 from tests.engine.parity import Cell, deepspeed_config, full_weights, largest_difference
 from tests.models import tiny_llama, tiny_model
 from trainer.config import load
 from trainer.config.schema import DataSource
 from trainer.data.batches import SampleOrder, collate
-from trainer.data.cache import Prepared
+from trainer.data.cache import TokenisedData
 from trainer.data.rank_batches import RankBatches
 from trainer.data.tokenizer import bytes_tokenizer
 from trainer.model.loss import LossError, Objective, check_fused, summed_loss
@@ -60,7 +60,7 @@ class Outcome:
     weights: dict[str, Tensor]
 
 
-def step_and_evaluation(data: Prepared, *, flat: bool = False) -> Outcome:
+def step_and_evaluation(data: TokenisedData, *, flat: bool = False) -> Outcome:
     model = tiny_llama(vocab=300)
     model.set_attn_implementation("sdpa")
     size = len(data.train)
@@ -80,8 +80,8 @@ def _packing(rank: int, folder: Path) -> None:
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"max_length": 32, "eval": [DataSource(path=str(path))]}
-    whole = prepared(folder, bytes_tokenizer(), path, **options)
-    packed = prepared(folder, bytes_tokenizer(), path, packing=True, **options)
+    whole = tokenised(folder, bytes_tokenizer(), path, **options)
+    packed = tokenised(folder, bytes_tokenizer(), path, packing=True, **options)
     assert len(packed.train) < len(whole.train)
     expected = step_and_evaluation(whole)
     assert expected.targets == whole.train_report.target_tokens

@@ -15,7 +15,7 @@ from tests.launching import (
     metrics,
 )
 from trainer.config.schema import TrainSource
-from trainer.data.cache import prepare
+from trainer.data.cache import tokenise
 from trainer.data.tokenizer import bytes_tokenizer
 
 
@@ -23,24 +23,24 @@ from trainer.data.tokenizer import bytes_tokenizer
 class Run:
     """A training run that several tests look at."""
 
-    place: Path  # where it was started
+    workspace: Path  # where it was started
     finished: Finished
 
     @property
     def folder(self) -> Path:
-        return self.place / "runs" / "tiny"
+        return self.workspace / "runs" / "tiny"
 
 
-def evaluation_samples(place: Path) -> Iterable[Mapping[str, Any]]:
-    prepared = prepare(
-        train=[TrainSource(path=str(place / "train.jsonl"))],
+def evaluation_samples(workspace: Path) -> Iterable[Mapping[str, Any]]:
+    prepared = tokenise(
+        train=[TrainSource(path=str(workspace / "train.jsonl"))],
         eval=(),
         eval_fraction=0.2,
         tokenizer=bytes_tokenizer(),
         max_length=48,
         overflow="truncate",
         packing=False,
-        cache=place / "cache-of-test",
+        cache=workspace / "cache-of-test",
         seed=0,
     )
     assert prepared.eval is not None
@@ -61,9 +61,9 @@ def loss_by_hand(model: nn.Module, samples: Iterable[Mapping[str, Any]]) -> floa
     return total / count
 
 
-def nothing_was_trained(place: Path) -> bool:
+def nothing_was_trained(workspace: Path) -> bool:
     """No run folder and no model; a cache of tokenised data and its lock may lie there."""
-    runs = place / "runs"
+    runs = workspace / "runs"
     return not runs.exists() or {entry.name for entry in runs.iterdir()} <= {"cache"}
 
 

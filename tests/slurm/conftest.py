@@ -31,5 +31,5 @@ def lab(cluster: Lab) -> Iterator[Lab]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def workspace(tmp_path: Path) -> Path:
     return tmp_path

@@ -58,22 +58,24 @@ class Lab:
         done = subprocess.run([str(SCRIPT), *words], env=self.variables, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def login(self, command: Sequence[str], place: Path, *, deadline: float = 60, **variables: str) -> Finished:
-        """Run `command` on the login node, in `place`."""
-        return launch([str(SCRIPT), "run", *command], place, variables=self.variables | variables, deadline=deadline)
+    def login(self, command: Sequence[str], workspace: Path, *, deadline: float = 60, **variables: str) -> Finished:
+        """Run `command` on the login node, in `workspace`."""
+        return launch(
+            [str(SCRIPT), "run", *command], workspace, variables=self.variables | variables, deadline=deadline
+        )
 
     def on(self, node: str, *command: str) -> Finished:
         """Run `command` on a node, outside any job."""
         return launch([str(SCRIPT), "on", node, *command], self.folder, variables=self.variables, deadline=60)
 
-    def submit(self, place: Path, *words: str, nodes: int = 2, gpus: int = 1, limit: str = "10") -> Job:
-        """A job of `python -m trainer submit`, by a user who sits in `place`."""
+    def submit(self, workspace: Path, *words: str, nodes: int = 2, gpus: int = 1, limit: str = "10") -> Job:
+        """A job of `python -m trainer submit`, by a user who sits in `workspace`."""
         command = ["python", "-m", "trainer", "submit", *words]
         command += ["--nodes", str(nodes), "--gpus", str(gpus), "--time", limit]
-        done = self.login(command, place)
+        done = self.login(command, workspace)
         found = re.search(r"Submitted job (\d+) \((.*)\.sbatch\)", done.stdout)
         assert done.code == 0 and found, done.everything
-        return Job(self, found[1], place / f"{found[2]}-{found[1]}.log")
+        return Job(self, found[1], workspace / f"{found[2]}-{found[1]}.log")
 
     def clear(self) -> None:
         """No job, and all nodes there."""

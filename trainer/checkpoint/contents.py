@@ -115,13 +115,13 @@ def take(sparse: Sparse, units: Iterable[str], *, on_base: Collection[str]) -> d
 def put_on_host(shares: Iterable[Share], staging: Staging) -> None:
     """Replace the tensors of `shares` by host memory that `staging` fills when it runs; until then the originals must
     not change. Tensors that a bank keeps on the host are not copied."""
-    places = [
+    entries = [
         (share.tensors, name)
         for share in shares
         for name, tensor in share.tensors.items()
         if name not in share.settled or tensor.device.type != "cpu"
     ]
-    for (tensors, name), copy in zip(places, staging.place([t[name] for t, name in places]), strict=True):
+    for (tensors, name), copy in zip(entries, staging.lay_out([t[name] for t, name in entries]), strict=True):
         tensors[name] = copy
 
 

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainer.checkpoint import disk
 from trainer.checkpoint.store import CheckpointError
+from trainer.cluster.process_space import process_space
 
 FILE = "lease.json"
 # Locked while the lease is examined; removed with it.
@@ -67,7 +67,7 @@ _HOLDER = TypeAdapter(Holder)
 def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
     """Return the holder that this process would be: its SLURM job, if it has one."""
     process = os.getpid()
-    place = _place()
+    place = process_space()
     slurm = environment.get("SLURM_JOB_ID")
     job = f"SLURM job {slurm}" if slurm else f"process {process} on {place.split()[0]}"
     restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
@@ -251,12 +251,6 @@ def _time(folder: Path) -> int | None:
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
-
-
-def _place() -> str:
-    """Return a string that is the same for processes that can see each other."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {os.readlink(namespace) if namespace.exists() else ''}".strip()
 
 
 @contextmanager

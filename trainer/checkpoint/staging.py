@@ -34,7 +34,7 @@ class Staging:
     """Host memory that all saves copy into, since allocating it for each would cost more than the copy. For a GPU it is
     page-locked, so that copies run at full speed.
 
-    What is given to `place` must not change until `join` returns. Weights and optimizer state do not change between
+    What is given to `lay_out` must not change until `join` returns. Weights and optimizer state do not change between
     steps, so copies run alongside the next forward and backward (as in https://arxiv.org/abs/2406.10707).
     """
 
@@ -45,10 +45,10 @@ class Staging:
         self._done = threading.Event()
         self._done.set()
 
-    def place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def lay_out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return where each of `tensors`, flat, will be on the host. Earlier copies are overwritten."""
         self.join()
-        targets, self._copies = self._lay_out([tensor.detach().reshape(-1).contiguous() for tensor in tensors])
+        targets, self._copies = self._targets([tensor.detach().reshape(-1).contiguous() for tensor in tensors])
         return targets
 
     def order(self) -> None:
@@ -83,7 +83,7 @@ class Staging:
         """Wait until copying has ended, successfully or not."""
         self._done.wait()
 
-    def _lay_out(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[_Copy]]:
+    def _targets(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[_Copy]]:
         """Return a place for each tensor, and the copies to make. Tensors that are adjacent in memory, such as parts of
         an optimizer's flat buffers, stay adjacent and are copied as one."""
         targets = [torch.empty(0)] * len(tensors)

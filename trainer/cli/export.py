@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.cli.process import prepare_process, refuse
+from trainer.cli.process import refuse, set_up_process
 from trainer.config.argument_paths import path_argument
 from trainer.config.arguments import Parser
 from trainer.config.text import printable
@@ -43,12 +43,15 @@ def export(argv: Sequence[str]) -> int:
     which.add_argument("--best", action="store_true", help="the checkpoint with the lowest evaluation loss")
     parser.add_argument(
         "--base",
-        type=_place,
+        type=_folder_or_name,
         metavar="PATH|NAME",
         help="the base model, if it is no longer where the run found it; a name is fetched from the Hub",
     )
     parser.add_argument(
-        "--tokenizer", type=_place, metavar="PATH|NAME", help="the tokenizer, if it is no longer where the run found it"
+        "--tokenizer",
+        type=_folder_or_name,
+        metavar="PATH|NAME",
+        help="the tokenizer, if it is no longer where the run found it",
     )
     parser.add_argument(
         "--delta", action="store_true", help="write only the changed blocks, with fingerprints of the base; see `apply`"
@@ -132,7 +135,7 @@ def _shard_size(text: str) -> int:
     return size
 
 
-def _place(text: str) -> str:
+def _folder_or_name(text: str) -> str:
     """Return `text` if it can be a folder, or a name on the Hub. Raises `ArgumentTypeError` for what no path can be."""
     path_argument(text)
     return text
@@ -153,7 +156,7 @@ def _write(work: Callable[[Path], str], named: Path, *inputs: Path) -> int:
         problem = f"{named}: {error.strerror or error}; name another OUT"
     if problem is not None:
         return refuse(problem, rank=0)
-    prepare_process()
+    set_up_process()
     with refusals() as refused:
         from trainer.model.quiet import quiet_libraries
 
@@ -168,19 +171,19 @@ def _about_code(message: str) -> str:
 
 
 def _out_problem(out: Path, inputs: Sequence[Path]) -> str | None:
-    place = out.parent.resolve() / out.name
-    if out.name in ("", "..") or Path.cwd().is_relative_to(place):
+    target = out.parent.resolve() / out.name
+    if out.name in ("", "..") or Path.cwd().is_relative_to(target):
         return f"{out}: is the current folder, or contains it; name a new folder as OUT"
     if out.is_symlink():
         return f"{out}: is a link; name a new folder as OUT, or the folder to which it points"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return f"{out}: exists, and is not an empty folder; name another OUT"
-    above = next(path for path in place.parents if path.exists())
+    above = next(path for path in target.parents if path.exists())
     if not above.is_dir():
         return f"{out}: {above} is not a folder; name another OUT"
     for path in inputs:
         ours = any(os.path.exists(path / name) for name in ("checkpoints", "latest", "config.json", "delta.json"))
-        if ours and place.is_relative_to(path.resolve()):
+        if ours and target.is_relative_to(path.resolve()):
             return f"{out}: is inside {path}, which is only read; name another OUT"
     if len(os.fsencode(out.name)) > _LONGEST_NAME:
         return f"{out.name[:40]}...: a name of {len(os.fsencode(out.name))} bytes; allowed for OUT: {_LONGEST_NAME}"

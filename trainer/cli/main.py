@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from trainer.cli.process import EXIT_REFUSED, prepare_process
+from trainer.cli.process import EXIT_REFUSED, set_up_process
 from trainer.config.command_line import wants_help
 from trainer.config.errors import hint
 from trainer.config.text import quoted
@@ -31,7 +31,7 @@ class Command:
     def run(self, argv: Sequence[str]) -> int:
         """Run the command with `argv`. Returns its exit code."""
         if self.imports_torch:
-            prepare_process()
+            set_up_process()
         code: int = implementation(self.function)(argv)
         return code
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trainer.cli.process import prepare_process, refuse
+from trainer.cli.process import refuse, set_up_process
 from trainer.config import load, parse_command_line
 from trainer.config.text import printable
 from trainer.errors import refusals
@@ -31,14 +31,14 @@ def main(argv: Sequence[str]) -> int:
     if refused:
         return refuse(refused[0], rank=0)
 
-    prepare_process()
-    from trainer.data.cache import prepare_run
+    set_up_process()
+    from trainer.data.cache import tokenise_run
     from trainer.data.show import describe, shown
     from trainer.data.tokenizer import load_run_tokenizer
 
     with refusals() as refused:
         tokenizer = load_run_tokenizer(config.model)
-        data = prepare_run(config, tokenizer)
+        data = tokenise_run(config, tokenizer)
     if refused:
         return refuse(refused[0], rank=0)
     colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ

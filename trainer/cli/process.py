@@ -20,7 +20,7 @@ _PATIENCE_SECONDS, _PATIENCE_SECONDS_UNDER_SRUN = 10, 45
 _LIBRARIES = "accelerate|bitsandbytes|datasets|deepspeed|peft|torch|transformers"
 
 
-def prepare_process() -> None:
+def set_up_process() -> None:
     """Set up the environment and the filters of warnings. Call this before torch is imported.
 
     The tools of this Python environment are put first in PATH: DeepSpeed compiles operators with ninja, and compiles

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.cli.process import EXIT_REFUSED, prepare_process, refuse
+from trainer.cli.process import EXIT_REFUSED, refuse, set_up_process
 from trainer.cluster.ranks import LaunchError, first_of_all, take_rank
 from trainer.config import RunConfig, help_text, load, parse_command_line
 from trainer.config.command_line import wants_help
@@ -88,7 +88,7 @@ def _describe(config: RunConfig, rank: int, ranks: int) -> int:
 
 def _run(work: Callable[[], int]) -> int | str:
     """Return the exit code of `work`, or why it is refused or has failed."""
-    prepare_process()
+    set_up_process()
     with refusals() as refused:
         return work()
     return refused[0]

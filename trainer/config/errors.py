@@ -127,8 +127,8 @@ def _unknown_key(path: list[str], owner: type[BaseModel], member: str | None, ro
     if match:
         advice = f"nearest: {'.'.join([*path[:-1], match])!r}"
     elif elsewhere:
-        places = dict.fromkeys(_place(key) for key in elsewhere)
-        advice = f"did you mean {' or '.join(list(places)[:4])}?"
+        locations = dict.fromkeys(_location(key) for key in elsewhere)
+        advice = f"did you mean {' or '.join(list(locations)[:4])}?"
     else:
         by_leaf = {key.path.rsplit(".", 1)[-1]: key.path for key in everywhere}
         match = nearest(name, by_leaf)
@@ -137,7 +137,7 @@ def _unknown_key(path: list[str], owner: type[BaseModel], member: str | None, ro
     return f"{'.'.join(path)}: unknown key{scope}; {advice}"
 
 
-def _place(key: Key) -> str:
+def _location(key: Key) -> str:
     return f"{key.path} (with {key.path.rpartition('.')[0]}.name={key.member})" if key.member else key.path
 
 

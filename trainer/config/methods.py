@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
+from trainer.selectors.all import All
+from trainer.selectors.cyclic import Cyclic
+from trainer.selectors.uniform import Uniform
 from trainer.settings.nested import get
+from trainer.settings.updates.unmask import UnmaskSettings
 
 PARTS = ("substrate", "selector", "update", "bank", "always_on")
 
@@ -27,16 +33,24 @@ _ADAPTERS: dict[str, Any] = {
     "always_on": _ALL_OFF,
 }
 
+
+def _published(settings: BaseModel, *keys: str) -> dict[str, Any]:
+    """Return the name of a member and those of its defaults that a paper publishes."""
+    return {key: getattr(settings, key) for key in ("name", *keys)}
+
+
+_ALL = _published(All(), "interval")
+
 # Each method's published point.
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # LISA, arXiv 2403.17919, Algorithm 1. gamma = 2 and K = 20: defaults and fine-tuning script of the authors' LMFlow.
     # Embeddings, head and final norm are never frozen there; state of re-frozen layers "is treated as being discarded".
-    "lisa": {**_COMMON, "selector": {"name": "uniform", "blocks": 2, "interval": 20}, "always_on": ALL_ON},
+    "lisa": {**_COMMON, "selector": _published(Uniform(), "blocks", "interval"), "always_on": ALL_ON},
     # BAdam, arXiv 2404.02827. K = 100 and random reshuffling: the paper's scripts (the code's own defaults, 50 and
     # descending, differ). One layer at a time, embeddings and head frozen, state and master dropped with the block.
     "badam": {
         **_COMMON,
-        "selector": {"name": "cyclic", "blocks": 1, "interval": 100, "order": "reshuffled"},
+        "selector": _published(Cyclic(), "blocks", "interval", "order"),
         "always_on": _ALL_OFF,
     },
     # IST, arXiv 2410.11772: constants of the authors' ist.py, adapters of their llama_7B_LoRA_IST.sh. The state of
@@ -46,14 +60,14 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # unmasked weights is kept on the device.
     "id3": {
         **_COMMON,
-        "selector": {"name": "all", "interval": 20},
-        "update": {"name": "unmask", "budget": 100_000, "exp": 0.0, "eps": 1e-3, "bias_correction": "global"},
+        "selector": _ALL,
+        "update": _published(UnmaskSettings(), "budget", "exp", "eps", "bias_correction"),
         "bank": _KEPT,
         "always_on": ALL_ON,
     },
     # LoRA, arXiv 2106.09685, with the same adapters; all of them always train.
-    "lora": {**_ADAPTERS, "selector": {"name": "all", "interval": 20}},
-    "full": {**_COMMON, "selector": {"name": "all", "interval": 20}, "always_on": ALL_ON},
+    "lora": {**_ADAPTERS, "selector": _ALL},
+    "full": {**_COMMON, "selector": _ALL, "always_on": ALL_ON},
 }
 # Used for parts that neither a method nor the user sets.
 DEFAULT_PARTS = METHODS["lisa"]

@@ -32,7 +32,7 @@ class SampleOrder:
     the micro-batches are the same, too, only dealt to other ranks.
 
     `fingerprint` identifies the samples. `made_of` maps keys to what decided the samples, for messages, and
-    `earlier_fingerprint` is what checkpoints recorded before they recorded `made_of` (see `cache.Prepared`).
+    `earlier_fingerprint` is what checkpoints recorded before they recorded `made_of` (see `cache.TokenisedData`).
     """
 
     def __init__(

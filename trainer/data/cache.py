@@ -59,7 +59,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TokenisedData:
     """The samples of all sources, concatenated, and the part of each source.
 
     `weights` has one number for each part of `train`, or is None. `made_of` maps keys to what decides the training
@@ -91,11 +91,11 @@ class Prepared:
         return sum((part.report for part in self.train_parts), start=Report(0, 0, 0, 0, 0))
 
 
-def prepare_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Call `prepare` with the settings of a run. By default runs in the same folder share a cache."""
+def tokenise_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenisedData:
+    """Call `tokenise` with the settings of a run. By default runs in the same folder share a cache."""
     data = config.data
     beside = Path(config.output).expanduser().parent / "cache"
-    return prepare(
+    return tokenise(
         train=data.train,
         eval=data.eval or (),
         eval_fraction=data.eval_fraction,
@@ -110,7 +110,7 @@ def prepare_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepar
     )
 
 
-def prepare(
+def tokenise(
     *,
     train: Sequence[TrainSource],
     eval: Sequence[DataSource],
@@ -123,7 +123,7 @@ def prepare(
     seed: int,
     on_bad_row: OnBadRow = "error",
     special_tokens_in_text: TokensInText = "text",
-) -> Prepared:
+) -> TokenisedData:
     """Tokenise the training and evaluation sources once for all processes, and open the result.
 
     The samples of a source are stored in a folder of `cache`. Its name is a hash of what they are made of (the bytes of
@@ -158,7 +158,7 @@ def prepare(
     weights = tuple(source.weight for source in train if source.weight is not None)
     made_of = {key: value for i, one in enumerate(made[: len(train)]) for key, value in one.made_of(i).items()}
     earlier = [one.earlier_key for one in made[: len(train)]]
-    return Prepared(
+    return TokenisedData(
         _joined(train_parts),
         tuple(train_parts),
         _joined(eval_parts) if eval_parts else None,

@@ -11,7 +11,7 @@ from deepspeed import comm as dist
 
 from trainer.config import ConfigError, RunConfig
 from trainer.data.batches import SampleOrder, collate, deal, eval_batches
-from trainer.data.cache import Prepared
+from trainer.data.cache import TokenisedData
 from trainer.selectors import MeasuringSelector
 
 
@@ -33,7 +33,7 @@ class ProbeBatches(Iterator[list[dict[str, torch.Tensor]]]):
 class RankBatches:
     """Make this rank's batches of training (by index), of evaluation and of probes."""
 
-    def __init__(self, config: RunConfig, data: Prepared, *, pad_id: int, flat: bool) -> None:
+    def __init__(self, config: RunConfig, data: TokenisedData, *, pad_id: int, flat: bool) -> None:
         self._config = config
         self._data = data
         self._collate = partial(collate, pad_id=pad_id, flat=flat)

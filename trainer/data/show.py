@@ -14,14 +14,14 @@ from trainer.data.batches import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trainer.data.cache import Part, Prepared
+    from trainer.data.cache import Part, TokenisedData
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 SHOWN = 3  # rows that were left out
 BRACKETS = "⟦", "⟧"
 
 
-def shown(data: Prepared, tokenizer: PreTrainedTokenizerBase, count: int, *, colour: bool) -> list[str]:
+def shown(data: TokenisedData, tokenizer: PreTrainedTokenizerBase, count: int, *, colour: bool) -> list[str]:
     """Return the first `count` samples of each source as lines, with targets in green (`colour`) or in brackets."""
     start, end = (GREEN, PLAIN) if colour else BRACKETS
     lines = []
@@ -39,7 +39,7 @@ def shown(data: Prepared, tokenizer: PreTrainedTokenizerBase, count: int, *, col
     return lines
 
 
-def describe(data: Prepared, max_length: int) -> list[str]:
+def describe(data: TokenisedData, max_length: int) -> list[str]:
     """Return a line about each source: its samples and tokens, what was left out, and its share of a mix."""
     lines: list[str] = []
     named: set[str] = set()
@@ -68,7 +68,7 @@ def describe(data: Prepared, max_length: int) -> list[str]:
     return lines
 
 
-def _parts(data: Prepared) -> list[tuple[str, Part]]:
+def _parts(data: TokenisedData) -> list[tuple[str, Part]]:
     return [("train", part) for part in data.train_parts] + [("eval", part) for part in data.eval_parts]
 
 

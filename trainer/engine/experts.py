@@ -11,6 +11,10 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from trainer.engine.zero.errors import RegistrationError
+from trainer.settings.updates import REGISTRY as UPDATES
+
+# The rules that leave whole tensors to DeepSpeed's optimizer.
+_WHOLE = " or ".join(name for name, settings in UPDATES.items() if not settings.own_state)
 
 
 def gather_experts_together(model: nn.Module) -> None:
@@ -29,7 +33,7 @@ def refuse_waiting_experts(engine: DeepSpeedEngine, *, sparse_rule: bool = False
     if sparse_rule:
         raise RegistrationError(
             "update.name: a sparse update rule waits for experts that a rank sends no token, and this model's experts "
-            "are modules of their own: set update.name=dense, or train on one rank"
+            f"are modules of their own: set update.name={_WHOLE}, or train on one rank"
         )
     if stage in (1, 2):
         raise RegistrationError(

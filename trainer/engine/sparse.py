@@ -87,7 +87,7 @@ class Sparse:
         self._on_attach = on_attach
         num_blocks = len(self.blocks)
         outside = partial(trained_by_rule, self.blocks, self.always_on, update)
-        update.prepare(outside(range(num_blocks)), reachable=outside(selector.reachable(num_blocks)).keys())
+        update.bind(outside(range(num_blocks)), reachable=outside(selector.reachable(num_blocks)).keys())
         selector.num_active(num_blocks)  # raises for too few blocks, before anything is frozen
         self._slots = Slots(self.blocks, self.always_on, update, selector.select(0, num_blocks))
         self._sparse_rule = bool(self._slots.of_rule(range(num_blocks)))

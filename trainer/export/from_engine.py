@@ -203,7 +203,7 @@ def write_merged(
         tokenizer,
         folder,
         lambda piece: gather(merger.tensors(piece.path)),
-        prepare=merge,
+        convert=merge,
         step=step,
     )
 

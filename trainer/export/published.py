@@ -65,13 +65,13 @@ def restore_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, publi
     settings and a chat template of the run's own are edited into them. Returns lines as `restore_published` does."""
     names = (*_TOKENIZER_FILES, *tokenizer.vocab_files_names.values())
     commit = tokenizer.init_kwargs.get("_commit_hash")
-    place = published or _published_folder(tokenizer.name_or_path, (_TOKENIZER_CONFIG, "tokenizer.json"), commit)
-    if place is None:
+    base = published or _published_folder(tokenizer.name_or_path, (_TOKENIZER_CONFIG, "tokenizer.json"), commit)
+    if base is None:
         return []
     said = _or_as_written(
-        folder, names, "the tokenizer", place, lambda: _tokenizer(tokenizer, place, folder, names), _TEMPLATES
+        folder, names, "the tokenizer", base, lambda: _tokenizer(tokenizer, base, folder, names), _TEMPLATES
     )
-    return said + _misread(tokenizer, place, folder)
+    return said + _misread(tokenizer, base, folder)
 
 
 def _published_folder(name_or_path: str | None, files: Iterable[str], commit: str | None) -> Path | None:
@@ -199,17 +199,17 @@ def _generation(model: PreTrainedModel, base: Path, folder: Path) -> list[str]:
     return [f"{GENERATION_CONFIG_NAME}: {line}" for line in lines]
 
 
-def _tokenizer(tokenizer: PreTrainedTokenizerBase, place: Path, folder: Path, names: Iterable[str]) -> list[str]:
+def _tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path, names: Iterable[str]) -> list[str]:
     custom = type(tokenizer).__module__.startswith("transformers_modules.")  # which runs already
-    published = AutoTokenizer.from_pretrained(place, trust_remote_code=custom)
-    path = place / _TOKENIZER_CONFIG
+    published = AutoTokenizer.from_pretrained(base, trust_remote_code=custom)
+    path = base / _TOKENIZER_CONFIG
     settings = _mapping(path) if path.is_file() else {}
     for name in names:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / _TEMPLATES, ignore_errors=True)
-    files = [place / name for name in names] + sorted(place.glob(f"{_TEMPLATES}/*.jinja"))
-    for file in [*files, *(sorted(place.glob("*.py")) if "auto_map" in settings else ())]:
-        _copy(place, folder, file)
+    files = [base / name for name in names] + sorted(base.glob(f"{_TEMPLATES}/*.jinja"))
+    for file in [*files, *(sorted(base.glob("*.py")) if "auto_map" in settings else ())]:
+        _copy(base, folder, file)
     lines = list(_edit_tokenizer(tokenizer, published, settings, folder))
     if lines:
         _write(folder / _TOKENIZER_CONFIG, settings, None)
@@ -220,7 +220,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase, place: Path, folder: Path, na
     return lines
 
 
-def _misread(tokenizer: PreTrainedTokenizerBase, place: Path, folder: Path) -> list[str]:
+def _misread(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> list[str]:
     """Say if the files in `folder` are read as another tokenizer: the type of a model may decide the class."""
     if type(tokenizer).__module__.startswith("transformers_modules."):
         return []
@@ -231,7 +231,7 @@ def _misread(tokenizer: PreTrainedTokenizerBase, place: Path, folder: Path) -> l
         as_what = f"as {type(found).__name__}, which encodes texts in another way"
     except Exception as error:
         as_what = f"not at all ({in_short(error)})"
-    return [f"WARNING: beside this config.json transformers reads the tokenizer {as_what}: load it from {place}"]
+    return [f"WARNING: beside this config.json transformers reads the tokenizer {as_what}: load it from {base}"]
 
 
 def _edit_tokenizer(
@@ -276,10 +276,10 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return tokenizer_identity(tokenizer) | {key: getattr(tokenizer, key, None) for key in CALL_SETTINGS}
 
 
-def _copy(place: Path, folder: Path, file: Path) -> None:
+def _copy(base: Path, folder: Path, file: Path) -> None:
     """Copy the content: in the Hub's cache files are links."""
     if file.is_file():
-        copied = folder / file.relative_to(place)
+        copied = folder / file.relative_to(base)
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copied)
 

@@ -155,7 +155,7 @@ def write_model(
     folder: Path,
     read: Callable[[Piece], dict[str, Tensor]],
     *,
-    prepare: Callable[[Piece, dict[str, Tensor]], dict[str, Tensor]] = lambda piece, tensors: tensors,
+    convert: Callable[[Piece, dict[str, Tensor]], dict[str, Tensor]] = lambda piece, tensors: tensors,
     shard_size: int | str = SHARD_SIZE,
     step: LocalSteps | None = None,
     replace: bool = True,
@@ -168,7 +168,7 @@ def write_model(
 
     `model` provides names, shapes and configuration; its weights may be on the meta device, or partitioned.
     `read` returns the whole tensors of a piece, in host memory, by the model's own names; all ranks call it together.
-    `prepare` turns them into what is written. It and all writing happen in the process that `step` chooses.
+    `convert` turns them into what is written. It and all writing happen in the process that `step` chooses.
     `replace` is that of `complete_or_not_at_all`. `tokenizer_folder` has the tokenizer's published files, if they are
     not where it was loaded from.
     """
@@ -181,7 +181,7 @@ def write_model(
         step(partial(_write_configuration, model, partial_folder))  # first: transformers removes other shards
 
         def take(piece: Piece, tensors: dict[str, Tensor]) -> None:
-            made = _on_disk(model, prepare(piece, tensors))
+            made = _on_disk(model, convert(piece, tensors))
             tensors.clear()  # release what was split
             shards.add(made)
 

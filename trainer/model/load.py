@@ -54,13 +54,13 @@ def load(
     *,
     seed: int,
     deepspeed: dict[str, Any],
-    place: bool = False,
+    onto_device: bool = False,
     as_partitioned: bool = False,
 ) -> PreTrainedModel:
     """Load or build the model of `config` in its training dtype; under ZeRO-3 partitioned while it is created.
 
-    `deepspeed` is the resolved DeepSpeed dictionary. With `place` weights below ZeRO-3 are read directly onto this
-    rank's device: otherwise host memory would contain the whole model once for each rank. `as_partitioned` draws
+    `deepspeed` is the resolved DeepSpeed dictionary. With `onto_device` weights below ZeRO-3 are read directly onto
+    this rank's device: otherwise host memory would contain the whole model once for each rank. `as_partitioned` draws
     random weights as transformers draws them under ZeRO-3, where a layer does not first draw its own. Raises
     `ModelError`.
     """
@@ -89,8 +89,8 @@ def load(
                     model.initialize_weights()
             else:
                 # What is quantised is placed in any case, and ZeRO-3 places partitions itself.
-                place = place and config.quantization is None and not is_deepspeed_zero3_enabled()
-                model, unexpected = _from_pretrained(config, architecture, options, place=place)
+                onto_device = onto_device and config.quantization is None and not is_deepspeed_zero3_enabled()
+                model, unexpected = _from_pretrained(config, architecture, options, onto_device=onto_device)
                 if folder is None:  # no names could be compared before
                     for line in check_left_out(config, model, unexpected):
                         _say(line)
@@ -232,7 +232,7 @@ def _from_config(config: ModelConfig, architecture: PretrainedConfig, options: d
 
 
 def _from_pretrained(
-    config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any], *, place: bool
+    config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any], *, onto_device: bool
 ) -> tuple[PreTrainedModel, dict[str, None]]:
     """Load the model as transformers does; also return the names in the files that it has no place for."""
     refuse_other_kinds(config, architecture)
@@ -245,7 +245,7 @@ def _from_pretrained(
             # So that they can be named; under ZeRO-3 transformers names them itself.
             ignore_mismatched_sizes=not is_deepspeed_zero3_enabled(),
             **_quantized(config),
-            **({"device_map": {"": get_accelerator().current_device_name()}} if place else {}),
+            **({"device_map": {"": get_accelerator().current_device_name()}} if onto_device else {}),
             **options,
         )
     except Exception as error:

@@ -88,11 +88,6 @@ class ModelFolder:
             self.shapes |= {name: tuple(tensor.shape) for name, tensor in made.items() if name in own}
             self._origins |= {name: origin for name in made if name in own}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the names of the model's weights in the folder."""
-        return tuple(self.shapes)
-
     @torch.no_grad()
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the weights `names`, in host memory; floating-point ones as `dtype`, if given.

@@ -7,7 +7,7 @@ from deepspeed.accelerator import get_accelerator
 from trainer.accounting import readable
 from trainer.config import RunConfig, dump, total_steps, warmup_steps
 from trainer.config.deepspeed.resolve import resolve
-from trainer.data.cache import prepare_run
+from trainer.data.cache import tokenise_run
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_run_tokenizer
 from trainer.model import load as models
@@ -28,7 +28,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     """Return what a run on `ranks` ranks would train and store, from a model on the meta device. Trains nothing."""
     quiet_libraries()
     tokenizer = load_run_tokenizer(config.model)
-    data = prepare_run(config, tokenizer)
+    data = tokenise_run(config, tokenizer)
     batches = build_batches(config, data, rank=0, ranks=ranks)
     finished = []
     try:

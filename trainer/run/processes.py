@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,12 +13,6 @@ from trainer.cluster.ranks import in_step
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_RANK")
 _LAUNCHERS = ("torchrun", "torch.distributed", "deepspeed", "accelerate", "slurmstepd", "mpi", "orted", "prted")
 _RUNNERS = ("deepspeed", "ds", "deepspeed.launcher.runner")
-
-
-def place() -> str:
-    """Return a string that is equal for processes that see each other: same host and PID namespace."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {os.readlink(namespace) if namespace.exists() else ''}"
 
 
 def children(parent: int) -> list[int]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+from trainer.cluster.process_space import process_space
 from trainer.cluster.ranks import LaunchError
 from trainer.config.text import printable
 from trainer.run import processes
@@ -67,7 +68,7 @@ class RankWatch:
     def __init__(self, rank: int, ranks: int, environment: Mapping[str, str] = os.environ) -> None:
         self._ranks = ranks
         self._environment = environment
-        self._self = _Process(rank, os.getpid(), processes.place())
+        self._self = _Process(rank, os.getpid(), process_space())
         self._token = secrets.token_hex(8)
         self._store: Store | None = None
         self._store_watch: threading.Thread | None = None

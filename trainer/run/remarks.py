@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from trainer.config import METHODS, RunConfig
-from trainer.data.cache import Prepared
+from trainer.data.cache import TokenisedData
 from trainer.engine.rounding import half_unit
 from trainer.engine.sparse import Sparse
 from trainer.engine.zero.slices import stored
@@ -98,7 +98,11 @@ def one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
 
 
 def report(
-    sparse: Sparse, evaluations: dict[int, float], data: Prepared, num_steps: int, written: Sequence[tuple[str, object]]
+    sparse: Sparse,
+    evaluations: dict[int, float],
+    data: TokenisedData,
+    num_steps: int,
+    written: Sequence[tuple[str, object]],
 ) -> str:
     always_on = ", ".join(sparse.always_on) or "nothing"
     lines = [f"\nTrained {num_steps} steps on {data.train_report.samples} samples; always on: {always_on}."]

@@ -32,7 +32,7 @@ from trainer.config import ConfigError, RunConfig
 from trainer.config.deepspeed.buckets import size_buckets as size_deepspeed_buckets
 from trainer.config.text import in_short
 from trainer.data.batches import SampleOrder
-from trainer.data.cache import Prepared
+from trainer.data.cache import TokenisedData
 from trainer.engine import banks
 from trainer.engine.sparse import Sparse
 from trainer.engine.zero.private_names import SHARED_MEMORY
@@ -158,7 +158,7 @@ def build_model(
     if not empty:
         torch.manual_seed(config.seed)
         onto_device = not reads_base(config.substrate)
-        base = models.load(config.model, tokenizer, seed=config.seed, deepspeed=dict(ds), place=onto_device)
+        base = models.load(config.model, tokenizer, seed=config.seed, deepspeed=dict(ds), onto_device=onto_device)
     elif base is None:
         base = models.on_meta(config.model, tokenizer)
     elif config.substrate.name == "adapter":
@@ -173,7 +173,7 @@ def build_model(
         model = adapters.model
     find_obstacle = find_obstacle or partial(_obstacle, config, tokenizer)
     loss = choose_fused(config.train.fused_loss, base, find_obstacle)
-    sparse = prepare_model(config, model, num_steps)
+    sparse = make_sparse(config, model, num_steps)
     return Built(base, model, adapters, loss, sparse, size_buckets(ds, sparse, model))
 
 
@@ -182,7 +182,7 @@ def _obstacle(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> s
     return obstacle(model, find(model, path=config.model.blocks).path)
 
 
-def prepare_model(config: RunConfig, model: nn.Module, num_steps: int | None) -> Sparse:
+def make_sparse(config: RunConfig, model: nn.Module, num_steps: int | None) -> Sparse:
     """Freeze all of `model` but the blocks and parts that `config` trains first, in a run of `num_steps` steps."""
     adapters = config.substrate.name == "adapter"
     # With adapters, PEFT's `modules_to_save` decides what trains outside the blocks.
@@ -233,7 +233,7 @@ def bytes_to_write(config: RunConfig, built: Built, *, merge: bool) -> int:
     return written
 
 
-def build_batches(config: RunConfig, data: Prepared, *, rank: int, ranks: int) -> SampleOrder:
+def build_batches(config: RunConfig, data: TokenisedData, *, rank: int, ranks: int) -> SampleOrder:
     """Return the order in which `rank` sees the samples of `data`."""
     return SampleOrder(
         data.sizes,

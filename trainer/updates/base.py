@@ -46,11 +46,6 @@ class Footprint:
     backward: tuple[Transient, ...] = ()
     saved: int = 0
 
-    @property
-    def resident(self) -> int:
-        """Return the bytes that remain between steps, without those of inactive blocks."""
-        return self.gradients + self.masters + self.moments + self.indices
-
 
 class UpdateRule(ABC):
     """Decide what is trained inside an active block, and how.
@@ -81,7 +76,7 @@ class UpdateRule(ABC):
     def in_optimizer(self, block: Block) -> set[str]:
         """Return the names of the block's parameters in DeepSpeed's optimizer: the same kinds in every block."""
 
-    def prepare(self, parameters: Mapping[str, nn.Parameter], *, reachable: Collection[str]) -> None:
+    def bind(self, parameters: Mapping[str, nn.Parameter], *, reachable: Collection[str]) -> None:
         """Prepare the rule, once, before anything is allocated. `parameters`: all that the rule could train, in the
         same order on every rank; `reachable`: the names of those that the selector ever reaches. Raises `ValueError` if
         the rule's settings do not fit them."""

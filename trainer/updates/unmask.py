@@ -30,6 +30,7 @@ from trainer.updates.candidates import NOT_A_CANDIDATE, best, best_of_all
 
 # Scores computed at a time: all scores of a large embedding would take gigabytes.
 _CHUNK = 2**25
+_DEFAULTS = UnmaskSettings()
 
 
 def target(step: int, *, budget: int, steps: int) -> int:
@@ -37,13 +38,6 @@ def target(step: int, *, budget: int, steps: int) -> int:
     more at each of the first budget % steps (the authors' id3.py)."""
     step = min(step, steps)
     return step * (budget // steps) + min(step, budget % steps)
-
-
-def scalar_updates(*, budget: int, steps: int, total_steps: int) -> int:
-    """Return how many updates of single weights `total_steps` optimizer steps make. The first `steps`, in which the
-    mask grows, make about budget (steps + 1) / 2 in all, half as many as with a complete mask; each later
-    step makes budget."""
-    return sum(target(step, budget=budget, steps=steps) for step in range(1, total_steps + 1))
 
 
 def d3_scores(gradient: Tensor, weights: Tensor, *, exp: float, eps: float) -> Tensor:
@@ -138,11 +132,11 @@ class Unmask(UpdateRule):
     unmasking (`local`).
     """
 
-    budget: int = 100_000
+    budget: int = _DEFAULTS.budget
     growth_steps: int = 1000
-    exp: float = 0.0
-    eps: float = 1e-3
-    bias_correction: Literal["global", "local"] = "global"
+    exp: float = _DEFAULTS.exp
+    eps: float = _DEFAULTS.eps
+    bias_correction: Literal["global", "local"] = _DEFAULTS.bias_correction
     adam: AdamSettings = AdamSettings()
     gradient_clipping: float = 0.0
     unmasked: int = field(default=0, init=False)  # weights so far, of all ranks
@@ -195,7 +189,7 @@ class Unmask(UpdateRule):
     def in_optimizer(self, block: Block) -> set[str]:
         return set()
 
-    def prepare(self, parameters: Mapping[str, nn.Parameter], *, reachable: Collection[str]) -> None:
+    def bind(self, parameters: Mapping[str, nn.Parameter], *, reachable: Collection[str]) -> None:
         offset = 0
         for name, parameter in parameters.items():
             indices = torch.empty(0, dtype=torch.int64)
