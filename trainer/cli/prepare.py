@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     set_up_process()
     from trainer.data.cache import tokenise_run
     from trainer.data.show import describe, shown
-    from trainer.data.tokenizer import load_run_tokenizer
+    from trainer.data.tokenizer import describe_new_tokens, load_run_tokenizer
 
     with refusals() as refused:
         tokenizer = load_run_tokenizer(config.model)
@@ -43,5 +43,6 @@ def main(argv: Sequence[str]) -> int:
         return refuse(refused[0], rank=0)
     colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
     print("\n".join(shown(data, tokenizer, command.show, colour=colour)), end="\n" if command.show else "")
-    print(printable("\n".join(describe(data, config.data.max_length))))
+    lines = [*describe(data, config.data.max_length), *describe_new_tokens(tokenizer, config.model.add_tokens)]
+    print(printable("\n".join(lines)))
     return 0
