@@ -118,8 +118,15 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> ran
                 f"{first}; add the tokens to the tokenizer's files, and set {TOKENIZER_KEY} to their folder"
             ]
         )
-    setattr(tokenizer, _NEW_IDS, range(getattr(tokenizer, _NEW_IDS, ids).start, ids.stop))
+    mark_new(tokenizer, range((new_ids(tokenizer) or ids).start, ids.stop))
     return ids
+
+
+def mark_new(tokenizer: PreTrainedTokenizerBase, ids: range) -> None:
+    """Record that the tokens `ids`, the last ones of `tokenizer`, are new. Raises `DataError` if it has others."""
+    if len(ids) and ids.stop > (size := vocabulary_size(tokenizer)):
+        raise DataError([f"new tokens up to id {ids.stop - 1}, but the tokenizer has {size}"])
+    setattr(tokenizer, _NEW_IDS, ids)
 
 
 def new_ids(tokenizer: PreTrainedTokenizerBase | None) -> range:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ from trainer.model.blocks import NEW_ROWS, full_shape
 from trainer.model.new_rows import WithNewRows, gathered
 
 _WEIGHTS = "adapter_model.safetensors"
+# The names that PEFT gives a module inside its own.
+_WRAPPED = re.compile(r"(\.token_adapter)?\.(base_layer|original_module|modules_to_save\..+)$")
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -115,14 +118,13 @@ def adapt(
 def _with_new_rows(adapted: PeftModel, key: str) -> set[str]:
     """Let the rows of new tokens train beside the adapters. Returns what is saved because of them: the rows, and their
     tables unless PEFT's format has rows of this kind. Raises `AdapterError` for adapters on their modules."""
-    wrapped = [name for name, module in adapted.named_modules() if name.endswith(".base_layer") and _split(module)]
-    wrapped += [name for name, module in adapted.named_modules() if ".original_module" in name and _split(module)]
-    if wrapped:
-        path = wrapped[0].rpartition(".")[0].removeprefix("base_model.model.")
-        raise AdapterError(
-            f"{key}: PEFT would also train {path}, of which always_on trains the new rows; take it out of target_modules, "
-            "modules_to_save and trainable_token_indices, or set always_on.embeddings and always_on.head to false"
-        )
+    for name, module in adapted.named_modules():
+        if isinstance(module, WithNewRows) and (wrapped := _WRAPPED.search(name)):
+            raise AdapterError(
+                f"{key}: PEFT would also train {name[: wrapped.start()].removeprefix('base_model.model.')}, of which "
+                "always_on trains the new rows; take it out of target_modules, modules_to_save and "
+                "trainable_token_indices, or set always_on.embeddings and always_on.head to false"
+            )
     names = set()
     for name, parameter in adapted.named_parameters():
         path, _, leaf = name.rpartition(".")
@@ -130,10 +132,6 @@ def _with_new_rows(adapted: PeftModel, key: str) -> set[str]:
             parameter.requires_grad_(True)
             names |= {name} if has_token_rows(adapted) else {name, f"{path}.weight"}
     return names
-
-
-def _split(module: nn.Module) -> bool:
-    return isinstance(module, WithNewRows)
 
 
 def has_token_rows(adapted: PeftModel) -> bool:
