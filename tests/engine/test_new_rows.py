@@ -51,7 +51,6 @@ CASES = [
 SLOW = [
     Case("llama", _cell(0)),
     Case("qwen2", _cell(1), spare=16),
-    Case("gemma2", _cell(3)),
     Case("mixtral", _cell(3)),
     Case("llama", _cell(2, offload=True)),
     Case("gemma3_text", _cell(3, offload=True, extra={"zero": {"offload_param": {"device": "cpu"}}})),
@@ -153,7 +152,7 @@ def _check(cases: list[Case]) -> None:
                 assert torch.equal(weights[name][kept], start[name].detach()[kept]), f"{case}: {name}"
             assert not torch.equal(weights[name][IDS.start : IDS.stop], start[name][IDS.start : IDS.stop])
         assert largest_difference(weights, plain) <= 1e-6, str(case)
-        values = len(IDS) * 32 * len(tables)
+        values = len(IDS) * 32 * len(tables) * (2 if case.cell.stage == 0 else 1)  # which every rank has whole
         assert 16 * values <= sum(size for _, size in ranks) <= 1.05 * 16 * values, str(case)
 
 

@@ -28,7 +28,7 @@ from trainer.model.new_rows import fold, split
 
 BOTH = ("embeddings", "head")
 IDS = range(61, 64)
-# Untied; tied with scaled embeddings and scaled logits, or soft caps; tied with spare rows; experts; a head with a bias.
+# Untied; tied with scaled embeddings, soft caps, or spare rows; experts; tied with scaled logits; a head with a bias.
 FAMILIES = ["llama", "gemma3_text", "gemma2", "qwen2", "mixtral", "cohere", "phi"]
 SPARE = {"qwen2": 80}
 

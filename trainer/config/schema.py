@@ -161,10 +161,10 @@ class AlwaysOn(Section):
         return tuple(f"{part} (new rows)" if on == NEW_ROWS else part for part, on in self.model_dump().items() if on)
 
     @property
-    def new_rows(self) -> tuple[str, ...]:
+    def new_rows(self) -> tuple[Literal["embeddings", "head"], ...]:
         """Return the parts of which only the rows of new tokens train."""
-        return tuple(part for part in ("embeddings", "head") if getattr(self, part) == NEW_ROWS)
-
+        values: dict[Literal["embeddings", "head"], object] = {"embeddings": self.embeddings, "head": self.head}
+        return tuple(part for part, value in values.items() if value == NEW_ROWS)
 
 
 class OptimizerConfig(Section):

@@ -73,7 +73,7 @@ class _Info(BaseModel):
     sha256: dict[str, _Sha256]
     files: dict[str, _Sha256] | None = None
     identity: Identity | None = None
-    # Ids (start, stop) of the tokens that the run added to its tokenizer, and the parts of which only their rows trained.
+    # Ids (start, stop) of the tokens that the run added, and the parts of which only their rows trained.
     new_ids: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
     new_rows: tuple[Literal["embeddings", "head"], ...] = ()
 

@@ -55,7 +55,7 @@ class _Origin:
     substrate: AdapterSubstrate | FullSubstrate
     seed: int
     tokenizer: str
-    new_rows: tuple[str, ...]  # the parts of which the rows of new tokens alone trained
+    new_rows: tuple[Literal["embeddings", "head"], ...]  # the parts of which the rows of new tokens alone trained
     trusted: bool  # whether the run allowed code of its model
 
 

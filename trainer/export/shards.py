@@ -257,8 +257,8 @@ def _plan(model: PreTrainedModel, parts: list[Piece]) -> dict[str, Tensor]:
 
 
 def _on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors named and split as in published checkpoints, for example with separate experts, and with the rows
-    of new tokens in their tables. They are sorted by name: transformers' order depends on where a model was loaded from."""
+    """Return tensors named and split as in published checkpoints: experts one by one, the rows of new tokens in their
+    tables. They are sorted by name: transformers' order depends on where a model was loaded from."""
     return dict(sorted(revert_weight_conversion(model, fold(model, tensors)).items()))
 
 

@@ -135,8 +135,8 @@ def _with_new_rows(adapted: PeftModel, key: str) -> set[str]:
 
 
 def has_token_rows(adapted: PeftModel) -> bool:
-    """Return whether PEFT's format for these adapters has rows of single tokens: `trainable_token_indices`, which leaves
-    out a head's bias."""
+    """Return whether PEFT's format for these adapters has rows of single tokens (`trainable_token_indices`), with which
+    PEFT leaves out a head's bias."""
     head: Any = adapted.get_base_model().get_output_embeddings()
     return hasattr(adapted.active_peft_config, "trainable_token_indices") and head.bias is None
 

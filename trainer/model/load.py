@@ -62,8 +62,8 @@ def load(
 
     `deepspeed` is the resolved DeepSpeed dictionary. With `onto_device` weights below ZeRO-3 are read directly onto
     this rank's device: otherwise host memory would contain the whole model once for each rank. If `tokenizer` has new
-    tokens (`add_tokens`), the model has rows for them. `as_partitioned` draws random weights as transformers draws them under ZeRO-3, where a layer does not first draw its own. Raises
-    `ModelError`.
+    tokens (`add_tokens`), the model has rows for them. `as_partitioned` draws random weights as transformers draws them
+    under ZeRO-3, where a layer does not first draw its own. Raises `ModelError`.
     """
     architecture = _architecture(config, tokenizer)
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}

@@ -48,7 +48,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cuda")
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # type: ignore[override] # of decorators without types
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         (hidden,), head = ctx.saved_tensors, ctx.head
         of_hidden = of_rows = None
         if ctx.needs_input_grad[0]:
@@ -128,7 +130,7 @@ def split(model: nn.Module, ids: range, parts: Collection[str]) -> None:
         _give(head, _HeadWithNewRows, rows, ids)
     if tied:
         names = [name for name, module in model.named_modules() if module in (embeddings, head)]
-        keys = model.all_tied_weights_keys  # for exports, which write tied tensors under one name
+        keys: Any = model.all_tied_weights_keys  # for exports, which write tied tensors under one name
         for name in names:
             if (source := keys.get(f"{name}.weight")) is not None:
                 keys[f"{name}.{NEW_ROWS}"] = f"{source.rpartition('.')[0]}.{NEW_ROWS}"

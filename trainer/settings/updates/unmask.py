@@ -55,8 +55,8 @@ class UnmaskSettings(UpdateSettings):
             )
         if "new_rows" in (get(values, "always_on.embeddings"), get(values, "always_on.head")):
             problems.append(
-                "always_on: new_rows, but update.name=unmask chooses the weights that train itself, in all parts alike; "
-                "set always_on.embeddings and always_on.head to true or false"
+                "always_on: new_rows, but update.name=unmask itself chooses the weights that train, in all parts; set "
+                "always_on.embeddings and always_on.head to true or false"
             )
         steps, total = number(values, "update.growth_steps"), number(values, "train.steps")
         if steps and total and steps > total:
