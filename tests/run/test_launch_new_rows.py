@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import forked
 from tests.launching import metrics, write_inputs
@@ -82,6 +83,35 @@ def test_a_run_resumes_bit_for_bit_and_not_with_other_tokens(workspace: Path) ->
         {m["step"]: m["loss"] for m in metrics(workspace / "runs" / run) if "loss" in m} for run in ("tiny", "resumed")
     ]
     assert all(losses[0][step] == loss for step, loss in losses[1].items())
+
+
+@pytest.mark.slow
+def test_ist_on_a_tied_model_with_the_fused_loss_writes_an_adapter_and_a_merged_model(workspace: Path) -> None:
+    """Of which a checkpoint becomes the same adapter; each loss is that without fusing."""
+    tiny_model("gemma3_text", vocab_size=261).save_pretrained(workspace / "tied")
+    bytes_tokenizer().save_pretrained(workspace / "tied")
+    values = [*VALUES, "method=ist", "model.path=tied", "substrate.merge=true", "selector.active_share=0.5"]
+    for fused in ("true", "false"):
+        finished = forked.run(["tiny.yaml", *values, f"train.fused_loss={fused}", f"output=runs/{fused}"], workspace)
+        assert finished.code == 0, finished.everything
+    fused, plain = ([m["loss"] for m in metrics(workspace / "runs" / run) if "loss" in m] for run in ("true", "false"))
+    assert fused == pytest.approx(plain, abs=2e-6)
+    run = workspace / "runs" / "true"
+    assert forked.command(["export", str(run), "adapter"], workspace).code == 0
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (workspace / "adapter", run / "adapter")
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rows = ours["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    merged = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert torch.equal(merged.get_input_embeddings().weight[261:], rows)
+    base = AutoModelForCausalLM.from_pretrained(workspace / "tied")
+    assert torch.equal(merged.get_output_embeddings().weight[:261], base.get_output_embeddings().weight)
+    base.resize_token_embeddings(263)
+    adapted = PeftModel.from_pretrained(base, str(run / "adapter"))
+    ids = torch.tensor([[97, 261, 98, 262]])
+    with torch.no_grad():
+        assert torch.allclose(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -321,12 +321,16 @@ def _tokenizer(origin: _Origin) -> PreTrainedTokenizerBase:
 def _loaded(run: TrainedRun) -> PreTrainedModel:
     """Return the base with its weights, whole in host memory. Random ones are those of the run's ZeRO stage."""
     plain = {"zero_optimization": {"stage": 0}}
-    load = partial(models.load, run.origin.model, run.tokenizer, seed=run.origin.seed, deepspeed=plain)
+
+    def load(**options: Any) -> PreTrainedModel:
+        model = models.load(run.origin.model, run.tokenizer, seed=run.origin.seed, deepspeed=plain, **options)
+        split(model, new_ids(run.tokenizer), run.origin.new_rows)
+        return model
+
     model = load()
     if run.origin.model.path is None and not _as_recorded(run, model):
         partitioned = load(as_partitioned=True)
         model = partitioned if _as_recorded(run, partitioned) else model
-    split(model, new_ids(run.tokenizer), run.origin.new_rows)
     return model
 
 
