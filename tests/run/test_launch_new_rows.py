@@ -85,6 +85,13 @@ def test_a_run_resumes_bit_for_bit_and_not_with_other_tokens(workspace: Path) ->
     assert all(losses[0][step] == loss for step, loss in losses[1].items())
 
 
+def test_tokens_that_the_data_lacks_do_not_end_a_run_with_adapters(workspace: Path) -> None:
+    """Which ends for other weights that no gradient reaches."""
+    values = [*VALUES, "method=lora", "model.add_tokens=[<never>]", "output=runs/never", "deepspeed=zero2"]
+    finished = forked.run(["tiny.yaml", *values], workspace, ranks=1)
+    assert finished.code == 0, finished.everything
+
+
 @pytest.mark.slow
 def test_ist_on_a_tied_model_with_the_fused_loss_writes_an_adapter_and_a_merged_model(workspace: Path) -> None:
     """Of which a checkpoint becomes the same adapter; each loss is that without fusing."""
