@@ -63,7 +63,10 @@ def warmup_steps(config: RunConfig, num_steps: int) -> int:
     if config.schedule.warmup_steps is not None:
         if config.schedule.warmup_steps > num_steps:
             raise ConfigError(
-                [f"schedule.warmup_steps: {config.schedule.warmup_steps}, but the run has {num_steps} steps"]
+                [
+                    f"schedule.warmup_steps: {config.schedule.warmup_steps}, but the run has {num_steps} steps; lower "
+                    "it, or set schedule.warmup_ratio"
+                ]
             )
         return config.schedule.warmup_steps
     return math.ceil(Fraction(repr(config.schedule.warmup_ratio or 0.0)) * num_steps)
