@@ -80,8 +80,8 @@ def _contains(whole: str, part: str) -> bool:
 
 
 def explains(quote: str, refusal: Refusal) -> bool:
-    """Return whether a quote is of a refusal: it has all of its words, or enough of them and no others."""
-    return _contains(quote, refusal.text) or (_contains(refusal.text, quote) and num_words(quote) >= MIN_WORDS)
+    """Return whether a quote is of a refusal: it has all of its words, or no others and not only common ones."""
+    return _contains(quote, refusal.text) or (_contains(refusal.text, quote) and num_words(quote) > MIN_WORDS)
 
 
 def _exempts(key: str, refusal: Refusal) -> bool:
