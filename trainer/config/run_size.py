@@ -53,7 +53,10 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
     steps = math.ceil(epochs * num_samples / config.train.global_batch_size)
     if steps > MOST:
         raise ConfigError(
-            [f"train.epochs: {config.train.epochs} of {num_samples} samples are {steps:.3g} steps; lower train.epochs"]
+            [
+                f"train.epochs: {config.train.epochs} of {num_samples} samples are {steps:.3g} steps; allowed: up to "
+                f"{MOST:,} steps; lower train.epochs"
+            ]
         )
     return steps
 
