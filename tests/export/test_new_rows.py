@@ -70,7 +70,7 @@ def _written(rank: int, folder: Path) -> dict[str, Tensor]:
         if adapters is None:
             export(engine, tokenizer, folder / name)
         else:
-            export_adapter(engine, adapters, tokenizer, folder / name)
+            export_adapter(engine, adapters, folder / name, tokenizer=tokenizer)
         engine.destroy()
     return logits
 

@@ -184,7 +184,7 @@ def export_run(run: TrainedRun, folder: Path, *, shard_size: int | str) -> list[
     if isinstance(substrate, AdapterSubstrate):
         adapted = _adapted(run, substrate)
         run.check_adapters(adapted)
-        write_adapter(adapted.model, _adapter_weights(run, adapted), run.tokenizer, folder, replace=False)
+        write_adapter(adapted.model, _adapter_weights(run, adapted), folder, tokenizer=run.tokenizer, replace=False)
         return []
     check = BaseCheck(run.base_name, run.recorded, run.units, run.identity)
 

@@ -102,7 +102,7 @@ def save(
             written += _model(folder, changed)
         except ExportError as error:
             failure = error
-    export_adapter(engine, adapters, tokenizer, folder / "adapter", step=step)
+    export_adapter(engine, adapters, folder / "adapter", tokenizer=tokenizer, step=step)
     return written, failure
 
 
@@ -134,9 +134,9 @@ def export(
 def export_adapter(
     engine: DeepSpeedEngine,
     adapters: Adapted,
-    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     step: RankZeroSteps | None = None,
 ) -> None:
     """Write the adapters of all blocks in PEFT's format, which `PeftModel.from_pretrained` opens on the base. If
@@ -148,7 +148,7 @@ def export_adapter(
     engine.empty_partition_cache()
     everything = adapters.model.state_dict(keep_vars=True)
     weights = _gather({name: everything[name] for name in everything if name in adapters.names})
-    write_adapter(adapters.model, weights, tokenizer, folder, step=step or RankZeroSteps())
+    write_adapter(adapters.model, weights, folder, tokenizer=tokenizer, step=step or RankZeroSteps())
 
 
 def export_merged(
@@ -167,9 +167,9 @@ def export_merged(
 def write_adapter(
     model: PeftModel,
     weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     step: LocalSteps | None = None,
     replace: bool = True,
 ) -> None:
@@ -182,7 +182,7 @@ def write_adapter(
             model.save_pretrained(unfinished, state_dict=dict(weights), save_embedding_layers=False)
             named = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
             _verify(unfinished, named | add_new_rows(model, weights, unfinished))
-            if new_ids(tokenizer):
+            if tokenizer is not None and new_ids(tokenizer):
                 save_tokenizer(tokenizer, unfinished)
             config = PeftConfig.from_pretrained(str(unfinished))
             if config.peft_type != model.active_peft_config.peft_type:
