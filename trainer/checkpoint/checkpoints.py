@@ -343,7 +343,7 @@ class Checkpoints:
         agreed(lambda: checks.check_shapes(self._sparse, manifest, contents))
         checks.compare_base(self._sparse, self.base, manifest, contents)
         restore_weights(self._sparse, contents)
-        with checks.fits(manifest):
+        with checks.as_checkpoint_errors(manifest):
             agreed(lambda: self._sparse.load_state_dict(manifest.state["sparse"], contents))
         self._sparse.compare_ranks()
         self.base = manifest.state["base"]
@@ -351,7 +351,7 @@ class Checkpoints:
             self._adopt_best(manifest)
             ask_rank_0(lambda: self._clear_after(manifest))
             self._baseline, self._last = manifest, step
-        with checks.fits(manifest):
+        with checks.as_checkpoint_errors(manifest):
             agreed(lambda: self._restore_random_state(source, manifest.units[RANDOM], step))
         return dict(manifest.state["run"])
 

@@ -179,11 +179,11 @@ def _tidy(folder: Path) -> None:
 class State(Enum):
     """The progress of the run in a folder."""
 
-    FREE = auto()
-    BEGUN = auto()
-    STOPPED = auto()
-    FINISHED = auto()
-    UNKNOWN = auto()
+    FREE = auto()  # no run
+    BEGUN = auto()  # settings, but no checkpoint
+    STOPPED = auto()  # checkpoints, but no model
+    FINISHED = auto()  # a model
+    UNKNOWN = auto()  # a run whose settings cannot be read
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _names_substrate(values: dict[str, Any]) -> bool:
+    """Return whether `values` look like the settings of a run, whose substrate other functions read."""
     return isinstance(values.get("substrate"), dict) and "name" in values["substrate"]
 
 

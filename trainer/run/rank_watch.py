@@ -308,7 +308,7 @@ class RankWatch:
         # A rank on the node of rank 0 prints, if there is one; otherwise the first on another node.
         all_elsewhere = len(elsewhere) == self._ranks - 1
         if self._everyone:
-            prints = all_elsewhere and self._self.rank == min(elsewhere, default=1)
+            prints = all_elsewhere and self._self.rank == min(elsewhere)
         else:
             prints = self._self.rank == 1
         gone = self._everyone[0] if self._everyone else _Process(0, 0, "")

@@ -80,7 +80,7 @@ class _Parameter:
 class _Candidates:
     """A rank's `k` best masked weights of a step so far, by ascending position among all parameters.
 
-    Up to k / 4 more wait to be compared with these, so that few comparisons of many are made.
+    Up to k / 4 more wait until they are compared with these, all at once, because each comparison sorts all k.
     """
 
     def __init__(self, k: int) -> None:
