@@ -23,6 +23,7 @@ _FIXED = (
     "model.random",
     "model.dtype",
     "model.quantization",
+    "model.vision",
     "substrate",
     "selector",
     "update",

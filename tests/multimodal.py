@@ -1,0 +1,176 @@
+"""Small sizes of the multimodal families that transformers has: a language model of four blocks of width 32, a tower of
+two layers of width 16.
+
+The ids below 60 are text; those from 60 on have a meaning in some of the configurations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
+
+# Without names of special tokens: those that `vocab_size` has no place for stay as they are.
+TEXT: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "use_cache": False,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+IMAGE, VIDEO, START, END = 60, 61, 62, 63
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+_QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 16,
+    "embed_dim": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 32,
+}
+_QWEN3_VISION = {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LINEAR: dict[str, Any] = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
+_CLIP = {**VISION, "model_type": "clip_vision_model", "projection_dim": 16}
+_PIXTRAL = {**VISION, "model_type": "pixtral", "head_dim": 8}
+_LLAMA = {**TEXT, "model_type": "llama"}
+_LLAVA = {"text_config": _LLAMA, "vision_config": _CLIP, "image_token_id": IMAGE, "image_token_index": IMAGE}
+
+# The configuration of each by transformers' model type.
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**TEXT, "head_dim": 8, "sliding_window": 8},
+        "vision_config": _SIGLIP,
+        "mm_tokens_per_image": 4,
+        "image_token_id": IMAGE,
+        "boi_token_id": START,
+        "eoi_token_id": END,
+    },
+    "qwen3_vl": {
+        "text_config": {**TEXT, "head_dim": 8, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},
+        "vision_config": _QWEN3_VISION,
+        **_QWEN,
+    },
+    "qwen2_5_vl": {
+        "text_config": {**TEXT, "rope_parameters": _ROPE},
+        "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 16},
+        **_QWEN,
+    },
+    "llama4": {
+        "text_config": {
+            **TEXT,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 64,
+            "attention_chunk_size": 64,
+        },
+        "vision_config": {**VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        "image_token_index": IMAGE,
+    },
+    "mistral3": {
+        "text_config": {**TEXT, "model_type": "mistral", "head_dim": 8},
+        "vision_config": _PIXTRAL,
+        "image_token_id": IMAGE,
+        "spatial_merge_size": 2,
+    },
+    "qwen2_vl": {"text_config": {**TEXT, "rope_parameters": _ROPE}, "vision_config": {**_QWEN_VISION, "hidden_size": 32}, **_QWEN},
+    "qwen3_vl_moe": {
+        "text_config": {**TEXT, **_EXPERTS, "head_dim": 8, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},
+        "vision_config": _QWEN3_VISION,
+        **_QWEN,
+    },
+    "qwen3_5": {
+        "text_config": {**TEXT, **_LINEAR},
+        "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16},
+        **_QWEN,
+    },
+    "llava": _LLAVA,
+    "llava_next": {**_LLAVA, "image_grid_pinpoints": [[16, 16]]},
+    "llava_onevision": {
+        **_LLAVA,
+        "text_config": {**TEXT, "model_type": "qwen2"},
+        "vision_config": _SIGLIP,
+        "image_grid_pinpoints": [[16, 16]],
+    },
+    "idefics3": {"text_config": _LLAMA, "vision_config": VISION, "image_token_id": IMAGE, "scale_factor": 2},
+    "smolvlm": {"text_config": _LLAMA, "vision_config": VISION, "image_token_id": IMAGE, "scale_factor": 2},
+    "internvl": {
+        "text_config": {**TEXT, "model_type": "qwen2"},
+        "vision_config": {**VISION, "model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [4, 4]},
+        "image_token_id": IMAGE,
+    },
+    "paligemma": {
+        "text_config": {**TEXT, "model_type": "gemma", "head_dim": 8},
+        "vision_config": _SIGLIP,
+        "image_token_id": IMAGE,
+        "projection_dim": 32,
+    },
+    "gemma4": {
+        "text_config": {
+            **TEXT,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 64,
+        },
+        "vision_config": {**VISION, "head_dim": 8},
+        "image_token_id": IMAGE,
+    },
+    "glm4v": {
+        "text_config": {**TEXT, "rope_parameters": _ROPE},
+        "vision_config": {**_QWEN_VISION, "image_size": 16},
+        **_QWEN,
+    },
+    "aya_vision": {
+        "text_config": {**TEXT, "model_type": "cohere2", "head_dim": 8},
+        "vision_config": _SIGLIP,
+        "image_token_index": IMAGE,
+        "downsample_factor": 2,
+    },
+    "kimi_k25": {
+        "text_config": _LLAMA,
+        "vision_config": {**VISION, "merge_kernel_size": [2, 2]},
+        "image_token_id": IMAGE,
+    },
+    "qwen2_audio": {
+        "text_config": {**TEXT, "model_type": "qwen2"},
+        "audio_config": {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
+        "audio_token_index": IMAGE,
+    },
+}
+
+
+def tiny_multimodal(family: str, *, seed: int = 0, **text: Any) -> PreTrainedModel:
+    """A model of the given transformers type, with random weights and eager attention; `text` is for its language
+    model's configuration."""
+    torch.manual_seed(seed)
+    fields = MULTIMODAL[family]
+    config = AutoConfig.for_model(family, **{**fields, "text_config": {**fields["text_config"], **text}})
+    return AutoModelForMultimodalLM.from_config(config, attn_implementation="eager")
