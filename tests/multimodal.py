@@ -6,10 +6,20 @@ The ids below 60 are text; those from 60 on have a meaning in some of the config
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+
+from trainer.data.tokenizer import bytes_tokenizer
 
 # Without names of special tokens: those that `vocab_size` has no place for stay as they are.
 TEXT: dict[str, Any] = {
@@ -100,7 +110,11 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
         "image_token_id": IMAGE,
         "spatial_merge_size": 2,
     },
-    "qwen2_vl": {"text_config": {**TEXT, "rope_parameters": _ROPE}, "vision_config": {**_QWEN_VISION, "hidden_size": 32}, **_QWEN},
+    "qwen2_vl": {
+        "text_config": {**TEXT, "rope_parameters": _ROPE},
+        "vision_config": {**_QWEN_VISION, "hidden_size": 32},
+        **_QWEN,
+    },
     "qwen3_vl_moe": {
         "text_config": {**TEXT, **_EXPERTS, "head_dim": 8, "rope_parameters": {**_ROPE, "mrope_interleaved": True}},
         "vision_config": _QWEN3_VISION,
@@ -174,3 +188,65 @@ def tiny_multimodal(family: str, *, seed: int = 0, **text: Any) -> PreTrainedMod
     fields = MULTIMODAL[family]
     config = AutoConfig.for_model(family, **{**fields, "text_config": {**fields["text_config"], **text}})
     return AutoModelForMultimodalLM.from_config(config, attn_implementation="eager")
+
+
+# --- folders as they lie on the Hub -----------------------------------------------------------------------------------
+
+# Writes contents that are texts or lists of parts, as the templates of multimodal models do.
+TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|' + message['role'] + '|>' -}}
+    {%- if message['content'] is string -%}
+        {{- message['content'] -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}{{- 'PLACE' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
+
+
+def image_tokenizer(place: str, **special: str) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with the tokens of `special`, and a template that writes `place` for an image."""
+    plain = bytes_tokenizer()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        pad_token=plain.pad_token,
+        eos_token=plain.eos_token,
+        extra_special_tokens=special,
+        chat_template=TEMPLATE.replace("PLACE", place),
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+
+
+def gemma3_processor() -> ProcessorMixin:
+    """Four tokens for each image of 16 x 16 pixels."""
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+
+    tokenizer = image_tokenizer("<|boi|>", image_token="<|image|>", boi_token="<|boi|>", eoi_token="<|eoi|>")
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    return Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template)
+
+
+def write_folder(folder: Path, family: str, *, seed: int = 0) -> ProcessorMixin:
+    """Write a random model of a family with the processor of Gemma 3, and terms. Returns the processor."""
+    processor = gemma3_processor()
+    size = len(processor.tokenizer)
+    at = {
+        f"{name}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image", "boi", "eoi")
+    }
+    fields = MULTIMODAL[family]
+    marks = {name: 256 + (name == "eos_token_id") for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = {**fields["text_config"], "vocab_size": size, **marks}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**fields, **(at if family == "gemma3" else {}), "text_config": text})
+    AutoModelForMultimodalLM.from_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "LICENSE").write_text("terms")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "made_by": "a lab"}, indent=4))
+    return processor

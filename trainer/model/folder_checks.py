@@ -61,8 +61,9 @@ def refuse_other_kinds(config: ModelConfig, architecture: PretrainedConfig, mode
     if parts or has_language_inside(architecture):
         raise ModelError(
             f"{key_of(config)}: a model of type '{architecture.model_type}' is more than a language model: its "
-            f"configuration also has {', '.join(parts) or 'a text_config inside'}. transformers does not say which part "
-            f"of {type(model).__name__} is the language model, so that part cannot be trained alone: choose another model"
+            f"configuration also has {', '.join(parts) or 'a text_config inside'}. transformers does not say which "
+            f"part of {type(model).__name__} is the language model, and that part alone is not the whole: choose "
+            "another model"
         )
 
 

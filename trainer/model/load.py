@@ -193,8 +193,8 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
     if config.path is None:
         assert config.random is not None and tokenizer is not None  # one of path and random, by validation
         fields = dict(config.random)
-        text = fields
-        if "text_config" in getattr(CONFIG_MAPPING.get(fields["model_type"]), "sub_configs", {}):
+        kind, text = str(fields["model_type"]), fields
+        if kind in CONFIG_MAPPING and "text_config" in CONFIG_MAPPING[kind].sub_configs:  # a multimodal one
             text = fields["text_config"] = dict(fields.get("text_config") or {})
         text.setdefault("vocab_size", vocabulary_size(tokenizer))
         for name in ("pad", "bos", "eos"):
