@@ -43,7 +43,8 @@ def has_language_inside(config: Any) -> bool:
 def towers_of(model: nn.Module) -> Towers | None:
     """Return the parts of `model`, with or without adapters, or None if it is a language model and nothing else, or
     does not say where in it the language model is."""
-    if not has_language_inside(getattr(model, "config", None)):
+    config: Any = getattr(model, "config", None)
+    if not has_language_inside(config):
         return None
     paths = {id(module): name for name, module in model.named_modules()}
     language = paths.get(id(_called(model, "get_decoder")), "")
@@ -56,7 +57,7 @@ def towers_of(model: nn.Module) -> Towers | None:
     inside = {id(p) for encoder in encoders for p in encoder.parameters()}
     projector = {name: p for name, p in others.items() if id(p) not in inside}
     if not projector:
-        width = model.config.get_text_config().hidden_size  # type: ignore[union-attr]
+        width = config.get_text_config().hidden_size
         projecting = {id(p) for encoder in encoders for module in _last(encoder, width) for p in module.parameters()}
         projector = {name: p for name, p in others.items() if id(p) in projecting}
     return Towers(language, {name: p for name, p in others.items() if name not in projector}, projector)
