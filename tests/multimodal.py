@@ -6,11 +6,15 @@ The ids below 60 are text; those from 60 on have a meaning in some of the config
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForMultimodalLM,
@@ -19,6 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from trainer.data.pictures import Pictures
 from trainer.data.tokenizer import bytes_tokenizer
 
 # Without names of special tokens: those that `vocab_size` has no place for stay as they are.
@@ -250,3 +255,82 @@ def write_folder(folder: Path, family: str, *, seed: int = 0) -> ProcessorMixin:
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "made_by": "a lab"}, indent=4))
     return processor
+
+
+def qwen_processor() -> ProcessorMixin:
+    """The processor of Qwen2.5-VL without videos, whose part of it needs torchvision."""
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class Qwen(Qwen2_5_VLProcessor):
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+            self.image_token, self.video_token = tokenizer.image_token, tokenizer.video_token
+            self.image_token_id, self.video_token_id = tokenizer.image_token_id, tokenizer.video_token_id
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    special = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "start": "<|vis|>", "end": "<|/vis|>"}
+    tokenizer = image_tokenizer("<|vis|><|image_pad|><|/vis|>", **special)
+    size = {"shortest_edge": 16 * 16, "longest_edge": 32 * 32}
+    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
+    return Qwen(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+class Given(Pictures):
+    """A processor that is there already."""
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        super().__init__("given")
+        self.processor = processor  # type: ignore[misc]
+        self.settings = {"given": type(processor).__name__}  # type: ignore[misc]
+
+
+def with_ids_of(processor: ProcessorMixin, family: str, **text: Any) -> PreTrainedModel:
+    """A model of a family whose image tokens are those of the processor."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    fields = dict(MULTIMODAL[family])
+    if "video_token_id" in fields:
+        names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+        fields |= {name: ids(token) for name, token in names.items()}
+        fields |= {"vision_start_token_id": ids("<|vis|>"), "vision_end_token_id": ids("<|/vis|>")}
+    else:
+        fields["image_token_id"] = ids("<|image|>")
+    text = {**fields["text_config"], "vocab_size": len(processor.tokenizer), **text}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**fields, "text_config": text})
+    return AutoModelForMultimodalLM.from_config(config, attn_implementation="eager")
+
+
+def drawn(seed: int, width: int = 20, height: int = 16) -> Image.Image:
+    """An image of noise around a colour."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(256, size=3) / 2 + generator.integers(128, size=(height, width, 3))
+    return Image.fromarray(pixels.astype("uint8"))
+
+
+def write_images(folder: Path, count: int = 24) -> Path:
+    """Write rows about drawn images into `folder`, two of three with images, in all spellings; every sixth has two."""
+    (folder / "drawn").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        picture, question = (
+            drawn(number, 12 + number % 9, 16 + number % 5),
+            f"how bright is {number}?" + "?" * (number % 4),
+        )
+        picture.save(folder / "drawn" / f"{number}.png")
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        inline = base64.b64encode(stream.getvalue()).decode()
+        spelt: list[dict[str, Any]] = [
+            {"type": "image", "path": f"drawn/{number}.png"},
+            {"type": "image", "base64": inline},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{inline}"}},
+            {"type": "image", "url": str(folder / "drawn" / f"{number}.png")},
+        ]
+        part = spelt[number % 4]
+        parts = [part, part] if number % 6 == 0 else [part]
+        content: Any = question if number % 3 == 2 else [*parts, {"type": "text", "text": question}]
+        answer = {"role": "assistant", "content": str(int(np.asarray(picture).mean()))}
+        rows.append({"messages": [{"role": "user", "content": content}, answer]})
+    path = folder / "images.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.config.text import printable
 from trainer.data.batches import IGNORED
+from trainer.data.pictures import image_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def shown(data: TokenisedData, tokenizer: PreTrainedTokenizerBase, count: int, *
     start, end = (GREEN, PLAIN) if colour else BRACKETS
     lines = []
     for title, part in _parts(data):
-        for number, (ids, labels) in enumerate(islice(_samples(part), count), start=1):
+        for number, (ids, labels, images) in enumerate(islice(_samples(part), count), start=1):
             targets = int(np.count_nonzero(labels != IGNORED))
             heading = f"--- {title} {printable(part.path)}, sample {number}"
             lines.append(f"{heading}: {len(ids)} tokens, {targets} trained on")
@@ -35,7 +36,7 @@ def shown(data: TokenisedData, tokenizer: PreTrainedTokenizerBase, count: int, *
             for trained, run in runs:
                 piece = printable(tokenizer.decode([token for token, _ in run]))
                 text += f"{start}{piece}{end}" if trained else piece
-            lines += [text, ""]
+            lines += [text, *(f"image {index}: {printable(image)}" for index, image in enumerate(images, start=1)), ""]
     return lines
 
 
@@ -50,6 +51,8 @@ def describe(data: TokenisedData, max_length: int) -> list[str]:
             f"{title} {part.path}: {report.samples:,} samples ({report.truncated:,} truncated, {report.dropped:,} "
             f"dropped), {report.tokens:,} tokens, {report.target_tokens:,} trained on"
         )
+        if part.has_images:
+            line += f"; {sum(bool(record) for record in part.samples['images']):,} samples have images"
         if part.ignored:
             line += f"; ignored: {', '.join(part.ignored)}"
         if part.num_spelling and part.path not in spelling:
@@ -72,9 +75,11 @@ def _parts(data: TokenisedData) -> list[tuple[str, Part]]:
     return [("train", part) for part in data.train_parts] + [("eval", part) for part in data.eval_parts]
 
 
-def _samples(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids and labels of each sample, also of those in packed rows."""
-    row: Mapping[str, np.ndarray]
+def _samples(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
+    """Yield ids and labels of each sample, also of those in packed rows, and where its images are."""
+    row: Mapping[str, Any]
     for row in part.samples:
         borders: list[int] = np.cumsum(row["seq_lengths"])[:-1].tolist() if "seq_lengths" in row else []
-        yield from zip(np.split(row["input_ids"], borders), np.split(row["labels"], borders), strict=True)
+        images = image_files(row.get("images"), part.places)
+        for ids, labels in zip(np.split(row["input_ids"], borders), np.split(row["labels"], borders), strict=True):
+            yield ids, labels, images

@@ -16,9 +16,9 @@ from trainer.model.quiet import quiet_libraries
 from trainer.planner import Planner
 from trainer.planner.report import one_line as planned
 from trainer.run.folder import would_resume
-from trainer.run.remarks import one_line, warnings
+from trainer.run.remarks import image_remarks, one_line, warnings
 from trainer.run.resuming import FinishedError
-from trainer.run.setup import build_batches, build_model, check_hardware, offload_device
+from trainer.run.setup import build_batches, build_model, check_hardware, check_images, offload_device
 
 # The column of names.
 _WIDTH = 15
@@ -40,6 +40,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     ds = resolve(config, ranks)
     check_hardware(config)
     base = models.on_meta(config.model, tokenizer)
+    check_images(data, base)
     remarks = [*finished, *models.check_files(config.model, base)]
     num_steps = total_steps(config, len(data.train))
     warmup_steps(config, num_steps)  # raises if there are more than that
@@ -49,7 +50,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     plan = Planner(on_cpu=get_accelerator().device_name() == "cpu").plan_built(config, ranks, built)
     state = plan.state
     lines = [dump(config).rstrip(), ""]
-    lines += [*remarks, *warnings(config, sparse, num_steps)]
+    lines += [*remarks, *warnings(config, sparse, num_steps), *image_remarks(data, sparse)]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines.append(f"steps: {num_steps} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in built.model.parameters()):,} parameters")

@@ -41,6 +41,7 @@ from trainer.model.adapters import Adapted, adapt, reads_base
 from trainer.model.blocks import PARTS, find, full_numel, full_shape, refused_tower
 from trainer.model.fused_head import obstacle
 from trainer.model.loss import LossChoice, choose_fused
+from trainer.model.towers import towers_of
 
 # Flags in Linux's /proc/cpuinfo of CPUs that compute in a dtype.
 _HALF_PRECISION_OF_CPUS = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
@@ -82,6 +83,15 @@ def check_length(config: RunConfig, model: PreTrainedModel) -> None:
                 f"data.max_length: {config.data.max_length} tokens, but the model has {positions} positions "
                 f"(max_position_embeddings); allowed: 1 to {positions}"
             ]
+        )
+
+
+def check_images(data: TokenisedData, model: nn.Module) -> None:
+    """Raise `ConfigError` if the data has images and `model` does not read any."""
+    towers = towers_of(model)
+    if data.has_images and (towers is None or not any(towers.outside.values())):
+        raise ConfigError(
+            ["data.train: has rows with images, but the model reads text only; give rows of text, or another model"]
         )
 
 
