@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers import (
     ProcessorMixin,
 )
 
+from trainer.config.schema import TrainSource
+from trainer.data.cache import TokenisedData, tokenise
 from trainer.data.pictures import Pictures
 from trainer.data.tokenizer import bytes_tokenizer
 
@@ -334,3 +337,21 @@ def write_images(folder: Path, count: int = 24) -> Path:
     path = folder / "images.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {"gemma3": gemma3_processor, "qwen2_5_vl": qwen_processor}
+
+
+def prepared(
+    folder: Path, processor: ProcessorMixin, *, pictures: Pictures | None = None, **more: Any
+) -> TokenisedData:
+    settings: dict[str, Any] = {"max_length": 200, "overflow": "truncate", "packing": False, "eval_fraction": 0.0}
+    return tokenise(
+        train=[TrainSource(path=str(folder / "images.jsonl"))],
+        eval=(),
+        tokenizer=processor.tokenizer,
+        cache=folder / "cache",
+        seed=0,
+        pictures=Given(processor) if pictures is None else pictures,
+        **{**settings, **more},
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import ProcessorMixin
 
-from tests.multimodal import Given, drawn, gemma3_processor, qwen_processor, write_images
+from tests.multimodal import PROCESSORS, Given, drawn, gemma3_processor, prepared, write_images
 from trainer.config.schema import TrainSource
 from trainer.data.batches import collate
-from trainer.data.cache import TokenisedData, tokenise
+from trainer.data.cache import tokenise
 from trainer.data.errors import DataError
 from trainer.data.pictures import Pictures
 from trainer.data.show import describe, shown
 from trainer.data.tokenizer import padding_id
 
-PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {"gemma3": gemma3_processor, "qwen2_5_vl": qwen_processor}
 ANSWER = {"role": "assistant", "content": "grey"}
 PATH = {"type": "image", "path": "a.png"}
-
-
-def prepared(
-    folder: Path, processor: ProcessorMixin, *, pictures: Pictures | None = None, **more: Any
-) -> TokenisedData:
-    settings: dict[str, Any] = {"max_length": 200, "overflow": "truncate", "packing": False, "eval_fraction": 0.0}
-    return tokenise(
-        train=[TrainSource(path=str(folder / "images.jsonl"))],
-        eval=(),
-        tokenizer=processor.tokenizer,
-        cache=folder / "cache",
-        seed=0,
-        pictures=Given(processor) if pictures is None else pictures,
-        **{**settings, **more},
-    )
 
 
 def write(folder: Path, *contents: Any) -> None:
