@@ -22,6 +22,8 @@ from trainer.run.setup import build_batches, build_model, check_hardware, check_
 
 # The column of names.
 _WIDTH = 15
+# The most names of parameters in a line: towers have hundreds.
+_NAMES = 5
 
 
 def describe(config: RunConfig, ranks: int) -> str:
@@ -59,7 +61,9 @@ def describe(config: RunConfig, ranks: int) -> str:
     )
     for part, parameters in sparse.always_on.items():
         count = sum(p.numel() for p in parameters.values())
-        lines.append(f"always on: {part}, {count:,} parameters ({', '.join(parameters)})")
+        names = ", ".join(list(parameters)[:_NAMES])
+        more = f" and {len(parameters) - _NAMES} more" if len(parameters) > _NAMES else ""
+        lines.append(f"always on: {part}, {count:,} parameters ({names}{more})")
     trained = sum(p.numel() for p in sparse.trainable_parameters())
     what = f"{trained:,}" if plan.trained == trained else f"{plan.trained:,} of {trained:,}"
     lines.append(f"trained at a time: {what} parameters; {one_line(sparse, config, num_steps)}")
