@@ -219,7 +219,7 @@ def test_the_same_command_finds_its_folder_behind_others(run: Path) -> None:
 def test_settings_that_do_not_fit_are_refused_and_change_nothing(run: Path) -> None:
     stopped(run)
     before = (run / "config.yaml").read_text()
-    with pytest.raises(CheckpointError, match=rf"in {run}: selector.blocks: 2 in the checkpoint, 3 now. Take"):
+    with pytest.raises(CheckpointError, match=rf"in {run}: selector.blocks: 2 in the checkpoint, 3 now. Change"):
         take(configure(run, "selector.blocks=3"))
     assert (run / "config.yaml").read_text() == before
     assert contents(run) == {"config.yaml", "metrics.jsonl", "checkpoints", "checkpoints/pool", MANIFEST}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.cli.process import refuse, set_up_process
 from trainer.config import load, parse_command_line
 from trainer.config.text import printable
 from trainer.errors import refusals
 
-USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N]
+ON_A_PAGE = 20  # samples of each source
+USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N] [--html FILE]
 
 Tokenises the data of a recipe into its cache (data.cache), where training with the same data, tokenizer and settings
 finds it, and reports on every source. --show N prints the first N samples of each, with the tokens that are trained on
-in green, or in ⟦brackets⟧ if the output is no terminal (FORCE_COLOR=1 forces colours).
+in green, or in ⟦brackets⟧ if the output is no terminal (FORCE_COLOR=1 forces colours). --html FILE writes them to a
+page for a browser instead; N is then 20 unless --show is given.
 `python -m trainer train --help` lists the settings.
 """
 
@@ -23,7 +26,7 @@ in green, or in ⟦brackets⟧ if the output is no terminal (FORCE_COLOR=1 force
 def main(argv: Sequence[str]) -> int:
     """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, or 2 after a message."""
     with refusals() as refused:
-        command = parse_command_line(argv, options=("--show", "--help"))
+        command = parse_command_line(argv, options=("--show", "--html", "--help"))
         if command.show_help:
             print(USAGE, end="")
             return 0
@@ -33,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
 
     set_up_process()
     from trainer.data.cache import tokenise_run
-    from trainer.data.show import describe, shown
+    from trainer.data.show import describe, samples, shown
+    from trainer.data.show_page import page
     from trainer.data.tokenizer import load_run_tokenizer
 
     with refusals() as refused:
@@ -41,7 +45,16 @@ def main(argv: Sequence[str]) -> int:
         data = tokenise_run(config, tokenizer)
     if refused:
         return refuse(refused[0], rank=0)
-    colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
-    print("\n".join(shown(data, tokenizer, command.show, colour=colour)), end="\n" if command.show else "")
-    print(printable("\n".join(describe(data, config.data.max_length))))
+    summary = [printable(line) for line in describe(data, config.data.max_length)]
+    if command.html is None:
+        colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
+        print("\n".join(shown(data, tokenizer, command.show, colour=colour)), end="\n" if command.show else "")
+    else:
+        file = Path(command.html).expanduser()
+        with refusals() as refused:
+            file.write_text(page(samples(data, tokenizer, command.show or ON_A_PAGE), summary), encoding="utf-8")
+        if refused:
+            return refuse(f"--html: {refused[0]}", rank=0)
+        print(f"Samples: {printable(str(file))}")
+    print("\n".join(summary))
     return 0

@@ -56,7 +56,9 @@ def _schedule_rules(values: Mapping[str, Any]) -> list[str]:
     if name == "constant" and (steps or ratio):
         problems.append("schedule.name: constant has no warm-up; use constant_with_warmup, or set no warm-up")
     if total and number(values, "schedule.warmup_steps") > total:
-        problems.append(f"schedule.warmup_steps: {steps} is more than train.steps {total}")
+        problems.append(
+            f"schedule.warmup_steps: {steps} is more than train.steps {total}; lower it, or set schedule.warmup_ratio"
+        )
     if name == "polynomial" and number(values, "optimizer.lr", 1.0) <= 1e-7:
         problems.append(
             f"optimizer.lr: got {get(values, 'optimizer.lr')}; allowed with schedule polynomial: number > 1e-7"

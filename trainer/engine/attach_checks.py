@@ -8,7 +8,6 @@ from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
-from trainer.engine.experts import refuse_waiting_experts
 from trainer.engine.probe import LossFunction
 from trainer.engine.zero.registration import Registration
 from trainer.selectors import Selector
@@ -30,7 +29,6 @@ def refuse_unfit_engine(engine: DeepSpeedEngine, update: UpdateRule, *, sparse_r
         )
     if sparse_rule and engine.fp16_enabled():
         raise ValueError(f"fp16 gradients are scaled, which {name} does not see: use bf16")
-    refuse_waiting_experts(engine, sparse_rule=sparse_rule)
 
 
 def refuse_unfit_probes(

@@ -113,7 +113,8 @@ class Slots:
         }
         if len(by_block) != 1:
             raise BlockError(
-                "blocks differ in whether the optimizer trains matrices, vectors or both; their groups cannot be slots"
+                "blocks differ in whether the optimizer trains matrices, vectors or both, so they cannot take turns in "
+                "its groups: use another model, or adapters of one kind in all blocks"
             )
         return by_block.pop()
 

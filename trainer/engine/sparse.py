@@ -20,7 +20,7 @@ from trainer.engine.attach_checks import cannot_measure, check_registration, ref
 from trainer.engine.banks import Bank
 from trainer.engine.banks.discard import redrawn_as_recorded
 from trainer.engine.engine_state import engine_state, restore_engine_state
-from trainer.engine.experts import gather_experts_together
+from trainer.engine.experts import gather_experts_together, reduce_experts_together
 from trainer.engine.fetch_order import FetchOrder
 from trainer.engine.guard import Guard
 from trainer.engine.input_gradients import let_backward_end
@@ -312,6 +312,7 @@ class Sparse:
             raise RuntimeError("already attached: prepare the model once for each engine")
         refuse_unfit_probes(self.selector, probe_batches, loss_function)
         refuse_unfit_engine(engine, self.update, sparse_rule=self._sparse_rule)
+        reduce_experts_together(engine, sparse_rule=self._sparse_rule)
         registration = register(engine, self.groups())
         trained = sum(structure_of.full_numel(p) for p in self.trainable_parameters())
         banks = self.bank.keeps and self.selector.changes(len(self.blocks))

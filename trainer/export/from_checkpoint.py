@@ -241,8 +241,7 @@ def _origin(manifest: Manifest, identity: Identity | None, allowed: Permissions,
             config = RunConfig.model_validate(manifest.state["run"]["config"])
         except (TypeError, AttributeError, ValueError) as error:  # pydantic's ValidationError is one
             raise CheckpointError(
-                f"the checkpoint after step {manifest.step} does not contain a configuration of this version's runs "
-                f"({error})"
+                f"the checkpoint after step {manifest.step} contains no configuration that this version reads ({error})"
             ) from error
         if allowed.base is not None and config.model.path is None:
             raise ExportError(

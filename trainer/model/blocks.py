@@ -252,7 +252,8 @@ def _refuse_shared_parameters(blocks: tuple[Block, ...]) -> None:
             other = owner.setdefault(id(parameter), block)
             if other is not block:
                 raise BlockError(
-                    f"{other.path} and {block.path} share the parameter {name}: blocks cannot be switched one by one"
+                    f"{other.path} and {block.path} share the parameter {name}, so they cannot be switched one by one: "
+                    "choose a model whose blocks have weights of their own"
                 )
 
 
