@@ -37,7 +37,7 @@ from trainer.run.loop import Loop
 from trainer.run.model_checks import check_model
 from trainer.run.progress import Meter, Progress
 from trainer.run.rank_watch import RankWatch
-from trainer.run.remarks import image_remarks, one_line, report, rounding_warning, title, warnings
+from trainer.run.remarks import image_remarks, new_token_lines, one_line, report, rounding_warning, title, warnings
 from trainer.run.resuming import FinishedError
 from trainer.run.step import summed_over
 from trainer.run.swap_folder import own_swap_folder
@@ -130,6 +130,7 @@ def _train(
         f"run folder {folder.path}: {one_line(sparse, config, num_steps)}",
         *folder.remarks,
         *describe_data(data, config.data.max_length),
+        *new_token_lines(config, tokenizer, sparse),
         str(loss),
         *watch.start(fused=loss.fused),
         *remarks,

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from tests.multimodal import PROCESSORS, Given, drawn, gemma3_processor, prepared, write_images
-from trainer.config.schema import TrainSource
+from trainer.config.schema import ModelConfig, TrainSource
 from trainer.data.batches import collate
 from trainer.data.cache import tokenise
 from trainer.data.errors import DataError
-from trainer.data.pictures import Pictures
+from trainer.data.pictures import Pictures, run_pictures
 from trainer.data.show import describe, shown
-from trainer.data.tokenizer import padding_id
+from trainer.data.tokenizer import load_run_tokenizer, padding_id
 
 ANSWER = {"role": "assistant", "content": "grey"}
 PATH = {"type": "image", "path": "a.png"}
@@ -194,6 +194,19 @@ def test_other_settings_of_the_processor_are_another_cache(tmp_path: Path) -> No
     second = prepared(tmp_path, gemma3_processor(), pictures=Pictures(str(tmp_path / "model")))
     assert first.fingerprint != second.fingerprint
     assert len(second.train[0]["input_ids"]) == len(first.train[0]["input_ids"]) + 10  # two images
+
+
+def test_new_tokens_are_tokens_beside_images_too(tmp_path: Path) -> None:
+    drawn(0).save(tmp_path / "a.png")
+    text = {"type": "text", "text": "is it a <door>?"}
+    write(tmp_path, [PATH, text], [text])
+    gemma3_processor().save_pretrained(tmp_path / "model")
+    config = ModelConfig(path=str(tmp_path / "model"), add_tokens=("<door>",))
+    processor = gemma3_processor()
+    processor.tokenizer = load_run_tokenizer(config)
+    data = prepared(tmp_path, processor, pictures=run_pictures(config))
+    new = len(gemma3_processor().tokenizer)
+    assert [sample["input_ids"].tolist().count(new) for sample in data.train] == [1, 1]
 
 
 def test_show_says_where_images_are(tmp_path: Path) -> None:

@@ -38,14 +38,15 @@ def main(argv: Sequence[str]) -> int:
     from trainer.data.cache import tokenise_run
     from trainer.data.show import describe, samples, shown
     from trainer.data.show_page import page
-    from trainer.data.tokenizer import load_run_tokenizer
+    from trainer.data.tokenizer import describe_new_tokens, load_run_tokenizer
 
     with refusals() as refused:
         tokenizer = load_run_tokenizer(config.model)
         data = tokenise_run(config, tokenizer)
     if refused:
         return refuse(refused[0], rank=0)
-    summary = [printable(line) for line in describe(data, config.data.max_length)]
+    about = [*describe(data, config.data.max_length), *describe_new_tokens(tokenizer, config.model.add_tokens)]
+    summary = [printable(line) for line in about]
     if command.html is None:
         colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
         print("\n".join(shown(data, tokenizer, command.show, colour=colour)), end="\n" if command.show else "")

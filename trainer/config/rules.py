@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.methods import ALL_ON
+from trainer.config.methods import ALL_ON, NEW_ROWS
 from trainer.config.sources import source_list
 from trainer.selectors import REGISTRY as SELECTORS
 from trainer.settings.banks import REGISTRY as BANKS
@@ -24,6 +24,7 @@ def rule_problems(values: Mapping[str, Any]) -> list[str]:
         *_optimizer_rules(values),
         *_substrate_rules(values),
         *_update_rules(values),
+        *_new_token_rules(values),
         *_seed_rules(values),
         *_probe_rules(values),
     ]
@@ -140,6 +141,16 @@ def _update_rules(values: Mapping[str, Any]) -> list[str]:
             f"train.gradient_clipping: {shown}, but update.name={name} does not clip its gradients; set it to 0"
         )
     return problems + settings.problems(values)
+
+
+def _new_token_rules(values: Mapping[str, Any]) -> list[str]:
+    parts = [part for part in ALL_ON if get(values, f"always_on.{part}") == NEW_ROWS]
+    if not parts or get(values, "model.add_tokens"):
+        return []
+    return [
+        f"always_on.{parts[0]}: {NEW_ROWS}, but there are no new tokens; name them in model.add_tokens, or set true or "
+        "false"
+    ]
 
 
 def _seed_rules(values: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from trainer.data.batches import IGNORED
 from trainer.data.errors import DataError, in_short
 from trainer.data.formats.base import Row
 from trainer.data.formats.images import Image
-from trainer.data.tokenizer import BYTES, tokenizer_name
+from trainer.data.tokenizer import BYTES, add_tokens, tokenizer_name
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +65,11 @@ class Places:
 class Pictures:
     """The processor of the model in a folder, or of a name on the Hub, loaded when the first image needs it."""
 
-    def __init__(self, name: str, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, name: str, *, trust_remote_code: bool = False, tokens: Sequence[str] = ()) -> None:
+        """`tokens` are added to the processor's tokenizer, as they are to the run's."""
         self._name = name
         self._trust_remote_code = trust_remote_code
+        self._tokens = tokens
         self._places: Places | None = None  # of the rows that are encoded now
 
     @cached_property
@@ -89,6 +91,7 @@ class Pictures:
             raise DataError(
                 [f"model.tokenizer: the rows have images, and {self._name!r} has no processor that reads images"]
             )
+        add_tokens(found.tokenizer, self._tokens)
         return found
 
     @cached_property
@@ -275,7 +278,9 @@ def image_files(record: Any, places: Places) -> list[str]:
 def run_pictures(model: ModelConfig) -> Pictures | None:
     """Return the processor of a run, or None if its tokenizer is the built-in one, which has none."""
     name = tokenizer_name(model)
-    return None if name == BYTES else Pictures(name, trust_remote_code=model.trust_remote_code)
+    if name == BYTES:
+        return None
+    return Pictures(name, trust_remote_code=model.trust_remote_code, tokens=model.add_tokens)
 
 
 def _settings(name: str) -> dict[str, str] | None:

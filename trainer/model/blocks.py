@@ -21,6 +21,8 @@ from trainer.model.towers import Towers, towers_of
 PARTS = ("embeddings", "head", "norm")
 # Of multimodal models only, each with the setting that trains it.
 TOWER_PARTS = {"projector": "always_on.projector: true", "vision": "model.vision: train"}
+# The attribute under which a module has the rows of new tokens (`new_rows.py`). The rest of such a module stays frozen.
+NEW_ROWS = "new_rows"
 # A second module list of at least this share of the largest one's parameters makes the choice ambiguous
 # (encoder-decoders, vision-language models).
 _RIVAL_SHARE = 0.1
@@ -265,17 +267,20 @@ def _sort_outside(
     head: nn.Module | None,
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Sort the parameters outside the blocks into parts, without those `apart`. Norm: vectors. Embeddings: lookup
-    tables, and matrices registered before the blocks. Head: the other matrices."""
+    tables, and matrices registered before the blocks. Head: the other matrices. Of a module with rows of new tokens,
+    these alone."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     if input_embeddings is not None:
         tables |= {id(p) for p in input_embeddings.parameters()}
     head_parameters = {id(p) for p in head.parameters()} - tables if head is not None else set()
+    split = [module for module in model.modules() if hasattr(module, NEW_ROWS)]
+    frozen = {id(p) for module in split for name, p in module.named_parameters(recurse=False) if name != NEW_ROWS}
     parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     before_blocks = True
     for name, parameter in model.named_parameters():
         if id(parameter) in inside:
             before_blocks = False
-        elif id(parameter) in apart:
+        elif id(parameter) in apart | frozen:
             continue
         elif id(parameter) in tables:
             parts["embeddings"][name] = parameter

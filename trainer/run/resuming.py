@@ -21,6 +21,7 @@ _FIXED = (
     "seed",
     "model.path",
     "model.random",
+    "model.add_tokens",
     "model.dtype",
     "model.quantization",
     "model.vision",
