@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tests.families import MORE
+from tests.multimodal import MULTIMODAL, tiny_multimodal
 
 COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -52,6 +53,8 @@ def family_fields(family: str) -> dict[str, Any]:
 
 def tiny_model(family: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """A model of four blocks of the given transformers type, with random weights and eager attention."""
+    if family in MULTIMODAL:
+        return tiny_multimodal(family, seed=seed, **fields)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**COMMON, **family_fields(family), **fields})
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -19,6 +19,7 @@ from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed.resolve import resolve
 from trainer.config.text import printable
 from trainer.data.cache import TokenisedData, tokenise_run
+from trainer.data.pictures import run_pictures
 from trainer.data.rank_batches import RankBatches
 from trainer.data.show import describe as describe_data
 from trainer.data.tokenizer import load_run_tokenizer, padding_id
@@ -36,7 +37,7 @@ from trainer.run.loop import Loop
 from trainer.run.model_checks import check_model
 from trainer.run.progress import Meter, Progress
 from trainer.run.rank_watch import RankWatch
-from trainer.run.remarks import new_token_lines, one_line, report, rounding_warning, title, warnings
+from trainer.run.remarks import image_remarks, new_token_lines, one_line, report, rounding_warning, title, warnings
 from trainer.run.resuming import FinishedError
 from trainer.run.step import summed_over
 from trainer.run.swap_folder import own_swap_folder
@@ -85,6 +86,7 @@ def _train(
     # Build: the model with adapters, all but the first active set frozen; its optimizer and schedule; the data's order.
     built = setup.build_model(config, ds, tokenizer, num_steps=num_steps, empty=False)
     sparse, ds = built.sparse, built.ds
+    setup.check_images(data, built.base)
     merge, remarks = choose_merge(config, built.adapters)
     torch.manual_seed(config.seed + rank)  # dropout differs between ranks
     objective = Objective(built.base, fused=built.loss.fused, router_loss=config.train.router_loss, deepspeed=ds)
@@ -92,7 +94,7 @@ def _train(
     scheduler = get_scheduler(config.schedule.name, optimizer, warmup_steps(config, num_steps), num_steps)
     # FlashAttention keeps packed samples apart in one flat row.
     flat = built.base.config.get_text_config()._attn_implementation == "flash_attention_2"
-    feed = RankBatches(config, data, pad_id=padding_id(tokenizer), flat=flat)
+    feed = RankBatches(config, data, pad_id=padding_id(tokenizer), flat=flat, pictures=run_pictures(config.model))
     batches = setup.build_batches(config, data, rank=rank, ranks=ranks)
 
     # Attach: DeepSpeed's engine, whose optimizer follows the active set from here on.
@@ -134,6 +136,7 @@ def _train(
         *remarks,
         *built.warnings,
         *warnings(config, sparse, num_steps),
+        *image_remarks(data, sparse),
         *rounding_warning(config, sparse),
         *resumed,
     ]:

@@ -16,9 +16,9 @@ from tests.launching import free_port, write_inputs
 
 def _notice_soon(rank: int) -> None:
     """Print the notice that another process tokenises after 1 second instead of 30."""
-    import trainer.data.cache
+    import trainer.data.cached
 
-    trainer.data.cache.LOCK_NOTICE_SECONDS = 1
+    trainer.data.cached.LOCK_NOTICE_SECONDS = 1
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 
 from tests.config.settings import config, problems, settings, write
 from trainer.config import METHODS, ConfigError, dump, load
+from trainer.config.methods import ALL_ON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +67,7 @@ def test_the_configuration_does_not_change_afterwards() -> None:
 def test_method_expands_to_its_published_point(method: str, selector: dict, always_on: bool) -> None:
     loaded = config(f"method={method}")
     assert loaded.selector.model_dump() == selector
-    assert set(loaded.always_on.model_dump().values()) == {always_on}
+    assert loaded.always_on.model_dump() == {**dict.fromkeys(ALL_ON, always_on), "projector": False}
     assert (loaded.substrate.name, loaded.update.name, loaded.bank.name) == ("full", "dense", "discard")
 
 
@@ -74,7 +75,7 @@ def test_method_expands_to_its_published_point(method: str, selector: dict, alwa
 def test_parts_of_a_method_can_be_overridden_key_by_key() -> None:
     loaded = config("method=badam", "selector.interval=7", "always_on.norm=true", "bank.name=cpu")
     assert (loaded.selector.interval, loaded.selector.order) == (7, "reshuffled")
-    assert loaded.always_on.model_dump() == {"embeddings": False, "head": False, "norm": True}
+    assert loaded.always_on.model_dump() == {"embeddings": False, "head": False, "norm": True, "projector": False}
     assert loaded.bank.name == "cpu"
 
 

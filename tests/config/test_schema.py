@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from trainer.config.keys import Key, allowed, keys
-from trainer.config.methods import METHODS
+from trainer.config.methods import ALL_ON, METHODS
 from trainer.config.schema import RunConfig, ScheduleName
 from trainer.config.sources import FORMATS
 
@@ -42,7 +42,10 @@ def test_defaults_that_depend_on_the_substrate_are_described() -> None:
         RunConfig(**REQUIRED),
         RunConfig(**REQUIRED, substrate={"name": "adapter", "peft": {"peft_type": "IA3"}}),
     )
-    assert full.bank.name == "discard" and set(full.always_on.model_dump().values()) == {True}
+    assert full.bank.name == "discard" and full.always_on.model_dump() == {
+        **dict.fromkeys(ALL_ON, True),
+        "projector": False,
+    }
     assert adapters.bank.name == "device" and set(adapters.always_on.model_dump().values()) == {False}
     assert adapters.selector == full.selector == RunConfig(**REQUIRED, method="lisa").selector
     for part in ("embeddings", "head", "norm"):

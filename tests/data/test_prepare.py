@@ -117,7 +117,7 @@ def test_a_cache_that_cannot_be_written_is_named(write, tmp_path, tokenizer):
 
 def _prepare_together(workspace, answers):
     """Prepare data in `workspace`. The process that builds waits until the other one has reached the lock."""
-    lock, build = data._lock, data._Maker._build
+    lock, build = data.lock, data._Maker._build
 
     @contextmanager
     def announced_lock(path):
@@ -131,7 +131,7 @@ def _prepare_together(workspace, answers):
             time.sleep(0.01)
         build(*arguments)
 
-    data._lock, data._Maker._build = announced_lock, late_build
+    data.lock, data._Maker._build = announced_lock, late_build
     prepared = tokenise_file(
         workspace / "train.jsonl", workspace / "cache", bytes_tokenizer(), eval_fraction=0.25, seed=3
     )

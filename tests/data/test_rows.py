@@ -167,7 +167,7 @@ def test_a_message_can_opt_out(write, out):
         ([{**USER, "train": True}, ASSISTANT], r"messages\[0\]\.train: boolean true on a message of role 'user'"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT],
-            r"messages\[0\]\.content\[0\]: {type}, but",
+            r"messages\[0\]\.content\[0\]: {url}, but {type: image, path \| url \| image \| base64} is needed",
         ),
         ([{"role": "user", "content": []}, ASSISTANT], r"messages\[0\]\.content: empty list, but a non-empty string"),
         ([{**ASSISTANT, "tool_calls": "add"}], r"messages\[0\]\.tool_calls: string \"add\", but a list"),

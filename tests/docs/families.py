@@ -10,11 +10,11 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.docs.pages import ROOT
 from tests.families import MORE
-from tests.models import COMMON, FAMILIES, family_fields
+from tests.models import FAMILIES, tiny_model
+from tests.multimodal import MULTIMODAL
 from trainer.config.schema import AdapterSubstrate
 from trainer.errors import StrataError
 from trainer.model.adapters import adapt
@@ -36,24 +36,36 @@ plain loops whose weights begin one rounding apart), and all are planned in fp32
 - *packing*: samples in a row do not see each other (`data.packing`).
 - *fused loss*: the fused head computes what the model's own does (`train.fused_loss`).
 
+Of the multimodal families, [at the end](#multimodal-families), the blocks of the language model train as said above, on
+text. What they read besides is described in [What is supported](support.md#multimodal-models).
+
 | family | blocks | IST, LoRA | packing | fused loss |
 | --- | --- | --- | --- | --- |
+"""
+_MULTIMODAL = """
+## Multimodal families
+
+*projector*: where it is, if it is trained (`always_on.projector: true`).
+
+| family | blocks | projector | IST, LoRA | packing | fused loss |
+| --- | --- | --- | --- | --- | --- |
 """
 
 
 def row(family: str) -> str:
     """The line of a family."""
-    fields = {**COMMON, **family_fields(family), "vocab_size": 40_000}
-    config = AutoConfig.for_model(family, **fields)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    path = find(empty).path
-    torch.manual_seed(0)
-    small = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **{**fields, "vocab_size": 64}), attn_implementation="eager"
-    ).train()
+        empty = tiny_model(family, vocab_size=40_000)
+    structure = find(empty)
+    path = structure.path
+    small = tiny_model(family, vocab_size=64).train()
     answers = [_adapts(copy.deepcopy(small)), _packs(small), obstacle(empty, path) is None]
-    return f"| {family} | `{path}` | " + " | ".join("yes" if answer else "no" for answer in answers) + " |"
+    where = [f"`{path}`"]
+    if family in MULTIMODAL:  # the first three parts of each name say where it is, or two
+        depth = 3 if any(".merger" in name for name in structure.outside["projector"]) else 2
+        names = (name.rsplit(".", 1)[0].split(".")[:depth] for name in structure.outside["projector"])
+        where.append(", ".join(f"`{name}`" for name in dict.fromkeys(".".join(parts) for parts in names if parts[1:])))
+    return f"| {family} | {' | '.join(where)} | " + " | ".join("yes" if answer else "no" for answer in answers) + " |"
 
 
 def _adapts(model: Any) -> bool:
@@ -73,7 +85,10 @@ def _packs(model: Any) -> bool:
 
 
 def page() -> str:
-    return _HEAD + "".join(f"{row(family)}\n" for family in sorted({*FAMILIES, *MORE}))
+    text, multimodal = (
+        "".join(f"{row(family)}\n" for family in sorted(group)) for group in ({*FAMILIES, *MORE}, MULTIMODAL)
+    )
+    return _HEAD + text + _MULTIMODAL + multimodal
 
 
 if __name__ == "__main__":

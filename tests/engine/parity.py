@@ -16,6 +16,7 @@ from torch import Tensor
 import trainer
 from tests.comparing import largest_difference  # noqa: F401 - for the tests around this
 from tests.models import FAMILIES, tiny_llama, tiny_model
+from tests.multimodal import MULTIMODAL
 from trainer.engine import banks
 from trainer.engine.banks import Bank
 from trainer.model.blocks import find
@@ -51,7 +52,7 @@ class Cell:
     always_on: tuple[str, ...] = ("embeddings", "head", "norm")
     dtype: str = "fp32"
     evaluate: bool = False
-    family: str | None = None  # of tests.models.FAMILIES or tests.families.MORE; None: a Llama of `depth` blocks
+    family: str | None = None  # of tests.models.FAMILIES, MORE or MULTIMODAL; None: a Llama of `depth` blocks
     reward_rate: float = 10.0  # of selector importance
     dora: bool = False
     lora: int = 0  # rank of adapters, which then train in place of the weights; the head is in PEFT's modules_to_save
@@ -170,6 +171,8 @@ def reference(cell: Cell) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
     outside = {n: p for n, p in names.items() if not n.startswith(f"{path}.")}
     # The parts of other families have other names; they all train.
     on = outside if cell.family or cell.lora else {n: p for n, p in outside.items() if _part(n) in cell.always_on}
+    if cell.family in MULTIMODAL and "vision" not in cell.always_on:
+        on = {n: p for n, p in on.items() if any(part in n for part in ("language_model.", "text_model.", "lm_head."))}
     selector = make_selector(cell)
     state: dict[str, dict[str, Tensor]] = {}
     step_counts: dict[str, int] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests import distributed
 from tests.model.loading import settings, weights
@@ -198,7 +198,7 @@ def test_partitions_are_filled_with_the_rows_that_a_whole_model_has(tmp_path: Pa
     """Also where transformers has to load the model, since its files are no safetensors."""
     tiny_model("gemma3_text", vocab_size=261).save_pretrained(tmp_path)
     if not safetensors:
-        model = models.AutoModelForCausalLM.from_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
         (tmp_path / "model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     whole = _loaded(0, tmp_path, 2)

@@ -12,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.families import MORE
 from tests.models import COMMON, FAMILIES, family_fields, tiny_llama, tiny_model
+from tests.multimodal import MULTIMODAL
 from trainer.config import RunConfig
 from trainer.model.blocks import find
 from trainer.model.load import ModelError
 from trainer.model.loss import Objective
+from trainer.model.towers import towers_of
 from trainer.planner import Plan, Planner
 from trainer.planner.passes import PassError, Passes
 from trainer.planner.tracing import kinds
@@ -25,13 +27,17 @@ from trainer.planner.tracing import kinds
 ODD = ("mixtral", "bamba", "falcon_h1", "mamba", "gemma3n_text", "gemma4_text", "jetmoe", "mpt", "llama4_text", "lfm2")
 
 
-def configured(family: str, dtype: str, **more: Any) -> RunConfig:
-    fields = {**COMMON, **family_fields(family), "vocab_size": 272}
-    del fields["use_cache"]
+def configured(family: str, dtype: str, *, fields: dict[str, Any] | None = None, **more: Any) -> RunConfig:
+    if family in MULTIMODAL:
+        text = {**MULTIMODAL[family]["text_config"], "vocab_size": 272}
+        random = {**MULTIMODAL[family], "text_config": text}
+    else:
+        text = random = {**COMMON, **family_fields(family), "vocab_size": 272, **(fields or {})}
+    del text["use_cache"]
     return RunConfig.model_validate(
         {
             "method": "lisa",
-            "model": {"random": {"model_type": family, **fields}, "tokenizer": "bytes", "dtype": dtype},
+            "model": {"random": {"model_type": family, **random}, "tokenizer": "bytes", "dtype": dtype},
             "data": {"train": "none.jsonl", "max_length": 48},
             "train": {"steps": 6, "global_batch_size": 4, "micro_batch_size": 2},
             **more,
@@ -55,10 +61,24 @@ def test_odd_families_are_planned(family: str, dtype: str, caplog: pytest.LogCap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE} - set(ODD)))
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *MORE, *MULTIMODAL} - set(ODD)))
 def test_all_families_are_planned(family: str, caplog: pytest.LogCaptureFixture) -> None:
     for dtype in ("fp32", "bf16"):
         planned(family, dtype, caplog)
+
+
+@pytest.mark.parametrize(("family", "text"), [("gemma3", "gemma3_text"), ("qwen3_vl", "qwen3")])
+def test_frozen_towers_are_weights_and_nothing_else(family: str, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole = planned(family, "fp32", caplog)
+    fields = {"rope_parameters": None, "sliding_window": 8} if family == "gemma3" else {}
+    alone = planned(text, "fp32", caplog, fields=fields)
+    assert (whole.flops, whole.volume, whole.trained) == (alone.flops, alone.volume, alone.trained)
+    towers = towers_of(tiny_model(family))
+    assert towers is not None
+    numel = sum(p.numel() for part in towers.outside.values() for p in part.values())
+    assert whole.parameters == alone.parameters + numel
+    assert 0 <= whole.state.weights - alone.state.weights - 2 * numel < 4 * 50  # two ranks; parts are padded
+    assert whole.memory.moments["loss"]["activations"] == alone.memory.moments["loss"]["activations"]
 
 
 @pytest.mark.parametrize("family", ["mpt", "mixtral", "bamba"])

@@ -110,7 +110,7 @@ def _substrate_rules(values: Mapping[str, Any]) -> list[str]:
             "adapter (method ist or lora), or model.quantization=null"
         ]
     problems = _exactly_one(values, "substrate.peft", "substrate.adapter")
-    on = [part for part in ALL_ON if get(values, f"always_on.{part}") is True]
+    on = [part for part in (*ALL_ON, "projector") if get(values, f"always_on.{part}") is True]
     if on:
         problems.append(
             f"always_on.{on[0]}: true, but with adapters whole modules train if PEFT keeps a copy of them; "

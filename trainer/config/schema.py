@@ -63,6 +63,11 @@ class ModelConfig(Section):
         False, description="Recompute activations in backward: less memory, about a third more compute."
     )
     trust_remote_code: bool = Field(False, description="Allow running Python code that the model folder contains.")
+    vision: Literal["frozen", "train"] = Field(
+        "frozen",
+        description="train: the towers of a multimodal model (images, video, sound) train in every interval; with "
+        "adapters, those that sit on them and on the projector.",
+    )
     blocks: Text | None = Field(
         None,
         description="Module path of the list of blocks (model.layers); set it if Strata cannot tell which list it is.",
@@ -154,6 +159,11 @@ class AlwaysOn(Section):
         f"embeddings as well unless you set embeddings. {_WITH_ADAPTERS}",
     )
     norm: bool = Field(True, description=f"Train the final norm in every interval. {_WITH_ADAPTERS}")
+    projector: bool = Field(
+        False,
+        description="Train what turns a multimodal model's images, video or sound into what its language model reads, "
+        "in every interval.",
+    )
 
     @property
     def parts(self) -> tuple[str, ...]:

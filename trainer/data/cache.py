@@ -9,8 +9,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from trainer.config.schema import DataSource, RunConfig, TrainSource
-from trainer.data.cached import check_samples, read_cached, seal
+from trainer.data.cached import check_samples, lock, read_cached, remove_damaged, seal
 from trainer.data.control_tokens import ControlTokens, TokensInText
 from trainer.data.encode import ROWS_PER_CHUNK, Overflow, Report, Sample, encode, find_unused_keys
 from trainer.data.errors import BadRows, DataError, in_short
 from trainer.data.formats.base import Row
+from trainer.data.pictures import INLINE, Pictures, Places, run_pictures
 from trainer.data.rows import Unused, read_rows
 from trainer.data.sources import Opened, open_source
 from trainer.data.tokenizer import tokenizer_identity, vocabulary_size
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4  # raise it whenever the same file and settings give other samples: it is part of a folder's name
 EARLIER_VERSION = 2  # of caches, and so of fingerprints, before there was `made_of`
-LOCK_NOTICE_SECONDS = 30
 OnBadRow = Literal["error", "drop"]
 TRAIN, HELD_OUT = "train", "held_out"  # the splits of a source in its folder of the cache
 
@@ -51,11 +50,16 @@ class Part:
     path: str
     samples: Dataset
     report: Report
+    places: Places
     ignored: tuple[str, ...] = ()
     num_bad: int = 0
     first_bad: tuple[str, ...] = ()
     num_spelling: int = 0
     control_tokens: tuple[str, ...] = ()
+
+    @property
+    def has_images(self) -> bool:
+        return "images" in self.samples.column_names
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,10 @@ class TokenisedData:
     def fingerprints(self) -> tuple[str, ...]:
         """Return `fingerprint`, and what a checkpoint of an earlier version may have recorded instead."""
         return tuple(filter(None, (self.fingerprint, self.earlier_fingerprint)))
+
+    @property
+    def has_images(self) -> bool:
+        return any(part.has_images for part in (*self.train_parts, *self.eval_parts))
 
     @property
     def sizes(self) -> list[int]:
@@ -107,6 +115,7 @@ def tokenise_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Token
         special_tokens_in_text=data.special_tokens_in_text,
         cache=Path(data.cache).expanduser() if data.cache else beside,
         seed=config.seed,
+        pictures=run_pictures(config.model),
     )
 
 
@@ -123,6 +132,7 @@ def tokenise(
     seed: int,
     on_bad_row: OnBadRow = "error",
     special_tokens_in_text: TokensInText = "text",
+    pictures: Pictures | None = None,
 ) -> TokenisedData:
     """Tokenise the training and evaluation sources once for all processes, and open the result.
 
@@ -135,11 +145,14 @@ def tokenise(
     If `eval_fraction` is above 0 (which requires an empty `eval`), rows of each training source are set aside for
     evaluation. They are drawn by `seed` alone, so that neither max_length nor the tokenizer changes which ones.
     `on_bad_row="drop"` leaves out rows that cannot be read or rendered instead of raising.
-    `special_tokens_in_text="allow"` makes tokens of control tokens that rows spell, instead of text.
+    `special_tokens_in_text="allow"` makes tokens of control tokens that rows spell, instead of text. `pictures` reads
+    images; without it, rows that have some cannot be used.
     """
     if eval and eval_fraction:
         raise DataError([f"data.eval_fraction: {eval_fraction}, but data.eval is given, too; give one of them"])
-    maker = _Maker(tokenizer, max_length, overflow, packing, Path(cache), seed, on_bad_row, special_tokens_in_text)
+    maker = _Maker(
+        tokenizer, max_length, overflow, packing, Path(cache), seed, on_bad_row, special_tokens_in_text, pictures
+    )
     made: list[_Made] = []
     problems: list[str] = []
     for source in [*train, *eval]:
@@ -158,6 +171,10 @@ def tokenise(
     weights = tuple(source.weight for source in train if source.weight is not None)
     made_of = {key: value for i, one in enumerate(made[: len(train)]) for key, value in one.made_of(i).items()}
     earlier = [one.earlier_key for one in made[: len(train)]]
+    parts = [*train_parts, *eval_parts]
+    if pictures is not None and any(part.has_images for part in parts):
+        for part in parts:
+            pictures.refuse_spelt(part.path, part.samples)
     return TokenisedData(
         _joined(train_parts),
         tuple(train_parts),
@@ -202,6 +219,7 @@ class _Maker:
     seed: int
     on_bad_row: OnBadRow
     special_tokens_in_text: TokensInText
+    pictures: Pictures | None = None
 
     def make(self, source: DataSource, eval_fraction: float) -> _Made:
         """Return the samples of a source from its folder. The folder is built if it is missing or damaged."""
@@ -215,6 +233,8 @@ class _Maker:
             "ignore": sorted(source.ignore),
         }
         settings = self._settings(eval_fraction)
+        if self.pictures is not None and self.pictures.settings is not None:
+            settings["the model's processor"] = {"sha256": _digest(self.pictures.settings)}
         folder = self.cache / _digest([of_source, settings])
         try:
             parts = self._open_or_build(folder, source, opened, eval_fraction)
@@ -269,17 +289,19 @@ class _Maker:
                 return _parts(source.path, folder)
             except ValueError:
                 pass  # another process may be replacing it: check again under the lock
-        with _lock(folder.with_name(f"{folder.name}.lock")):
+        with lock(folder.with_name(f"{folder.name}.lock")):
             if os.path.lexists(folder):
                 try:
                     return _parts(source.path, folder)
                 except ValueError as damage:
                     logger.warning("%s is damaged (%s): it is built anew", folder, damage)
-                    _remove(folder, damage)
+                    remove_damaged(folder, damage)
             unused = Unused(source.path, source.ignore)
             bad = BadRows(source.path, drop=self.on_bad_row == "drop")
             rows = read_rows(source.path, opened.records(), source.format, unused, bad)
-            find_unused_keys(rows, self.tokenizer, unused)
+            if self.packing and (pictured := next((row.where for row in rows if row.images), None)):
+                raise DataError([f"data.packing: true, but {pictured} has an image; set data.packing=false"])
+            find_unused_keys(rows, self.tokenizer, unused, self.pictures)
             if unused.problems():
                 raise DataError(unused.problems())
             splits = _split(source.path, rows, eval_fraction, self.seed)
@@ -328,7 +350,12 @@ class _Maker:
         """Write rows as one Arrow stream, the format that `datasets` maps into memory, chunk by chunk."""
         import pyarrow as pa
 
-        schema = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "labels")})
+        columns: dict[str, Any] = {name: pa.list_(pa.int32()) for name in ("input_ids", "labels")}
+        if any(row.images for row in rows):
+            columns["images"] = pa.string()
+            if self.pictures is not None:
+                self.pictures.begin(_places(path, file.parent))
+        schema = pa.schema(columns)
         waiting: list[Sample] = []
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
 
@@ -350,6 +377,7 @@ class _Maker:
                 keep=keep,
                 bad=bad,
                 control=control,
+                pictures=self.pictures,
             )
             flush()
         return report
@@ -397,6 +425,7 @@ def _parts(path: str, folder: Path) -> dict[str, Part]:
                 path,
                 Dataset.from_file(str(folder / f"{name}.arrow")).with_format("numpy"),
                 Report(**report),
+                _places(path, folder),
                 tuple(info["ignored"]),
                 info["num_bad"],
                 tuple(info["first_bad"]),
@@ -409,38 +438,11 @@ def _parts(path: str, folder: Path) -> dict[str, Part]:
         raise ValueError(in_short(error)) from error
 
 
-def _remove(folder: Path, damage: ValueError) -> None:
-    """Remove a damaged folder; processes that have mapped its files keep them. Raises `DataError`."""
-    aside = folder.with_name(f"{folder.name}.{socket.gethostname()}.damaged.{uuid.uuid4().hex}")
-    try:
-        os.rename(folder, aside)
-    except FileNotFoundError:  # a host on which the lock has no effect was faster
-        return
-    except OSError as error:
-        raise DataError(
-            [f"data.cache: {str(folder)!r} is damaged ({damage}) and cannot be removed ({error}); delete it"]
-        ) from error
-    if aside.is_dir() and not aside.is_symlink():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)
+def _places(path: str, folder: Path) -> Places:
+    """Return where the images are of a source at `path` whose samples are in `folder`."""
+    source = Path(path).expanduser()
+    return Places(source if source.is_dir() else source.parent, folder / INLINE)
 
 
 def _digest(parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    held = None
-    while held is None:
-        try:
-            held = lock.acquire(timeout=LOCK_NOTICE_SECONDS)
-        except Timeout:
-            logger.warning("waiting for another process to tokenise the data; it holds %s", path)
-    with held:
-        yield

@@ -1,9 +1,15 @@
-"""Write and verify the checksums of a folder of tokenised samples, and check its samples."""
+"""Lock a folder of tokenised samples, write and verify its checksums, check its samples, remove a damaged one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,9 @@ from trainer.config.reading import read_file
 from trainer.data.batches import IGNORED
 from trainer.data.errors import DataError
 
+logger = logging.getLogger(__name__)
+
+LOCK_NOTICE_SECONDS = 30
 INFO = "reports.json"
 SUFFIX = ".arrow"
 _MOST_INFO_BYTES = 2**24
@@ -79,6 +88,40 @@ def check_samples(file: Path, *, vocabulary: int, max_length: int) -> None:
                     problem = "packed rows whose length is not that of their samples"
             if problem is not None:
                 raise DataError([f"model.tokenizer: made {problem}; give another tokenizer or chat template"])
+
+
+def remove_damaged(folder: Path, damage: ValueError) -> None:
+    """Remove a damaged folder; processes that have mapped its files keep them. Raises `DataError`."""
+    aside = folder.with_name(f"{folder.name}.{socket.gethostname()}.damaged.{uuid.uuid4().hex}")
+    try:
+        os.rename(folder, aside)
+    except FileNotFoundError:  # a host on which the lock has no effect was faster
+        return
+    except OSError as error:
+        raise DataError(
+            [f"data.cache: {str(folder)!r} is damaged ({damage}) and cannot be removed ({error}); delete it"]
+        ) from error
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the lock of a folder while inside; says so if another process holds it for long."""
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    held = None
+    while held is None:
+        try:
+            held = lock.acquire(timeout=LOCK_NOTICE_SECONDS)
+        except Timeout:
+            logger.warning("waiting for another process to tokenise the data; it holds %s", path)
+    with held:
+        yield
 
 
 def _checksum(file: Path) -> str:

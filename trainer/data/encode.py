@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import astuple, dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,14 +17,16 @@ from trainer.data.errors import MAX_PROBLEMS, BadRows, DataError
 from trainer.data.formats.base import Row
 from trainer.data.formats.conversations import CALL_KEYS, FUNCTION_KEYS
 from trainer.data.formats.fields import is_empty
+from trainer.data.pictures import PicturedRow, Pictures
 from trainer.data.rows import Unused
+from trainer.data.templates import Templates, in_parts, wants_parts
 from trainer.data.tokenizer import GENERATION_MARK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Overflow = Literal["truncate", "truncate_at_turn", "drop", "error"]
-Sample = dict[str, np.ndarray]
+Sample = dict[str, Any]
 Rendered = tuple[str, list[Span]]
 # Ids, where in the text each of them is, and the spans of the text that are trained on.
 Tokens = tuple[Sequence[int], Sequence[Span], Sequence[Span]]
@@ -65,6 +66,7 @@ def encode(
     keep: Callable[[Sample], object],
     bad: BadRows | None = None,
     control: ControlTokens | None = None,
+    pictures: Pictures | None = None,
 ) -> Report:
     """Encode rows and pass each sample to `keep` as it is made: a large source does not have to fit in memory twice.
 
@@ -73,15 +75,17 @@ def encode(
     of a plain text is a target. Messages are rendered by the tokenizer's chat template, and the assistant's tokens are
     the targets, message by message. If a sample has more than `max_length` tokens, "truncate" cuts its end,
     "truncate_at_turn" cuts a conversation after the last answer that is whole, "drop" leaves it out, and "error"
-    raises. A sample without a target is dropped. Raises `DataError` for rows that cannot be rendered, unless `bad`
-    drops them, and if no sample is left. By default `control` keeps control tokens in rows as text.
+    raises. A sample without a target is dropped. Rows with images need `pictures`: their samples also have `images`, of
+    which it makes pixels; the places of images are no targets, and where one would be cut the sample is dropped. Raises
+    `DataError` for rows that cannot be rendered, unless `bad` drops them, and if no sample is left. By default
+    `control` keeps control tokens in rows as text.
     """
     control = ControlTokens(tokenizer) if control is None else control
     bad = BadRows(path) if bad is None else bad
     bad_before = bad.count
     num_samples = num_truncated = num_tokens = num_targets = num_without = 0
     too_long: list[str] = []
-    for row, ids, labels in _encode_rows(rows, tokenizer, bad, control):
+    for row, ids, labels in _encode_rows(rows, tokenizer, bad, control, pictures):
         length = len(ids)
         labels[:1] = IGNORED
         if length > max_length and overflow == "error":
@@ -93,6 +97,8 @@ def encode(
         kept = min(length, max_length)
         if length > max_length and overflow == "truncate_at_turn" and row.messages:
             kept = _whole_turns(labels, max_length)
+        if isinstance(row, PicturedRow) and kept < row.end:
+            continue
         targets = int(np.count_nonzero(labels[:kept] != IGNORED))
         if targets == 0:
             num_without += 1
@@ -101,7 +107,8 @@ def encode(
         num_truncated += length > max_length
         num_tokens += kept
         num_targets += targets
-        keep({"input_ids": ids[:kept], "labels": labels[:kept]})
+        more = {"images": row.record} if isinstance(row, PicturedRow) else {}
+        keep({"input_ids": ids[:kept], "labels": labels[:kept], **more})
     if too_long:
         raise DataError([*too_long, "raise data.max_length, or set data.overflow to truncate or drop"])
     num_rows = len(rows) - (bad.count - bad_before)
@@ -126,10 +133,14 @@ def _whole_turns(labels: np.ndarray, max_length: int) -> int:
 
 
 def _encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, bad: BadRows, control: ControlTokens
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows,
+    control: ControlTokens,
+    pictures: Pictures | None,
 ) -> Encoded:
     """Yield each row with its ids and labels, not yet cut to the limit."""
-    templates = Templates(tokenizer)
+    templates = Templates(tokenizer, pictures)
     num_rendered = 0
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         # A source of {prompt, completion} may contain texts and conversations.
@@ -142,8 +153,14 @@ def _encode_rows(
             rendered: list[tuple[Row, Rendered | Tokens]] = []
             for row in chunk:
                 try:
-                    spells, template = control.found(row), templates.for_row(row)
+                    spells = control.found(row)
+                    if row.images:
+                        _refuse_images(spells, pictures)
+                    template = templates.for_row(row)
                     found = _render(control.hidden(row) if spells else row, tokenizer, template, templates.tokens)
+                    if row.images and pictures is not None:
+                        rendered.append(pictures.encode(row, *found))
+                        continue
                     if not spells:
                         rendered.append((row, found))
                         continue
@@ -156,6 +173,17 @@ def _encode_rows(
             if rendered:
                 yield from _encode_messages(rendered, tokenizer)
     bad.check(num_rendered)
+
+
+def _refuse_images(spells: bool, pictures: Pictures | None) -> None:
+    if pictures is None:
+        raise RefusedRow("has an image, and the model reads text only (model.tokenizer names no folder of a processor)")
+    pictures.check()
+    if spells:
+        raise RefusedRow(
+            "has an image and spells control tokens, which cannot be kept as text there; leave them out of the row, or "
+            "set data.special_tokens_in_text=allow"
+        )
 
 
 def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, control: ControlTokens) -> Encoded:
@@ -237,7 +265,7 @@ def _write(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, prompt: 
     try:
         # tokenizer.apply_chat_template calls this, but then flattens the spans to a mask, in which neighbours merge.
         texts, spans = render_jinja_template(
-            conversations=[list(row.messages)],
+            conversations=[in_parts(row.messages) if row.images or wants_parts(template) else list(row.messages)],
             tools=list(row.tools) or None,
             chat_template=template,
             return_assistant_tokens_mask=GENERATION_MARK.search(template) is not None,
@@ -332,10 +360,12 @@ def _mark(index: int, what: str) -> str:
     return f"marked_{index}_{what}_"
 
 
-def find_unused_keys(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, unused: Unused) -> None:
+def find_unused_keys(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, unused: Unused, pictures: Pictures | None = None
+) -> None:
     """Report to `unused` the keys of messages and of their calls that the chat template writes in no row. Keys that
     every template reads are not checked."""
-    templates = Templates(tokenizer)
+    templates = Templates(tokenizer, pictures)
     written: set[tuple[str, str]] = set()  # key and role
     first: dict[tuple[str, str], str] = {}  # key and role: the first row that has them
     tries: Counter[tuple[str, str]] = Counter()
@@ -388,53 +418,6 @@ def _writes(
         return _write(row, tokenizer, template) != _write(replace(row, messages=tuple(messages)), tokenizer, template)
     except RefusedRow:  # encoding the row reports it
         return True
-
-
-class Templates:
-    """Find the chat template for each row. Some tokenizers have a separate one for rows with tools."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokens = tokenizer.get_added_vocab().keys()
-        self._tokenizer = tokenizer
-        self._by_tools: dict[bool, str] = {}
-
-    def for_row(self, row: Row) -> str:
-        tools = bool(row.tools)
-        if tools not in self._by_tools:
-            self._by_tools[tools] = training_template(self._tokenizer, tools=tools)
-        return self._by_tools[tools]
-
-
-def training_template(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> str:
-    """Return the tokenizer's chat template, with marks around the assistant's tokens if it or TRL has them.
-
-    If there are several templates, it is the one that transformers would use for rows with or without `tools`. Raises
-    `DataError` if there is none, or the tokenizer is not a fast one.
-    """
-    key, instead = "model.tokenizer", "use rows of {prompt, completion}, or the tokenizer of an instruct model"
-    if not tokenizer.is_fast:
-        raise DataError([f"{key}: {type(tokenizer).__name__} cannot map text to tokens (not a fast one); {instead}"])
-    try:
-        template = tokenizer.get_chat_template(tools=[] if tools else None)
-    except ValueError as error:
-        if isinstance(tokenizer.chat_template, dict):
-            raise DataError(
-                [
-                    f"{key}: has chat templates called {', '.join(sorted(tokenizer.chat_template))}, but none called "
-                    "default, which rows of {messages} need; save the one to train with as chat_template.jinja"
-                ]
-            ) from error
-        raise DataError([f"{key}: has no chat template, which rows of {{messages}} need; {instead}"]) from error
-    if GENERATION_MARK.search(template):
-        return template
-    single = copy(tokenizer)
-    single.chat_template = template
-    try:
-        from trl import get_training_chat_template
-
-        return get_training_chat_template(single) or template
-    except ValueError:  # it knows this template as little; `find_answers` looks for what the assistant says
-        return template
 
 
 def _int32(values: Sequence[int]) -> np.ndarray:

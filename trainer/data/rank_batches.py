@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +14,10 @@ from deepspeed import comm as dist
 from trainer.config import ConfigError, RunConfig
 from trainer.data.batches import SampleOrder, collate, deal, eval_batches
 from trainer.data.cache import TokenisedData
+from trainer.data.pictures import Pictures
 from trainer.selectors import MeasuringSelector
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class ProbeBatches(Iterator[list[dict[str, torch.Tensor]]]):
@@ -33,10 +38,14 @@ class ProbeBatches(Iterator[list[dict[str, torch.Tensor]]]):
 class RankBatches:
     """Make this rank's batches of training (by index), of evaluation and of probes."""
 
-    def __init__(self, config: RunConfig, data: TokenisedData, *, pad_id: int, flat: bool) -> None:
+    def __init__(
+        self, config: RunConfig, data: TokenisedData, *, pad_id: int, flat: bool, pictures: Pictures | None = None
+    ) -> None:
+        """`pictures` makes the pixels, if the data has images."""
         self._config = config
         self._data = data
         self._collate = partial(collate, pad_id=pad_id, flat=flat)
+        self._pictures = pictures if data.has_images else None
         self._this_rank = {"rank": dist.get_rank(), "ranks": dist.get_world_size()}
 
     @property
@@ -44,7 +53,7 @@ class RankBatches:
         return self._data.eval is not None
 
     def micro_batches(self, indices: list[list[int]]) -> list[dict[str, torch.Tensor]]:
-        return [self._collate([self._data.train[i] for i in chosen]) for chosen in indices]
+        return [self._batch(self._data.train, chosen) for chosen in indices]
 
     def eval_batches(self) -> list[dict[str, torch.Tensor]]:
         assert self._data.eval is not None
@@ -97,8 +106,18 @@ class RankBatches:
         batches = []
         for chosen in dealt:
             # A rank without samples must run the forward, too: under ZeRO-3 it is collective.
-            batch = self._collate([samples[i] for i in chosen or [0]])
+            batch = self._batch(samples, chosen or [0])
             if not chosen:
                 batch["labels"].fill_(-100)
             batches.append(batch)
         return batches
+
+    def _batch(self, samples: Any, chosen: list[int]) -> dict[str, torch.Tensor]:
+        found = [samples[i] for i in chosen]
+        if self._pictures is None:
+            return self._collate(found)
+        parts = self._data.train_parts if samples is self._data.train else self._data.eval_parts
+        ends = list(accumulate(len(part.samples) for part in parts))
+        places = [parts[bisect_right(ends, index)].places for index in chosen]
+        dtype = getattr(torch, _DTYPES[self._config.model.dtype])
+        return self._pictures.add(found, places, self._collate, dtype=dtype)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.config.text import printable
 from trainer.data.batches import IGNORED
+from trainer.data.pictures import image_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,13 +25,15 @@ BRACKETS = "⟦", "⟧"
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as text: runs of tokens that are trained on, or not. `source` says which part of the data it is from."""
+    """A sample as text: runs of tokens that are trained on, or not, and the files of its images. `source` says which
+    part of the data it is from."""
 
     source: str
     number: int
     num_tokens: int
     num_targets: int
     runs: tuple[tuple[str, bool], ...]
+    images: tuple[str, ...] = ()
 
     @property
     def heading(self) -> str:
@@ -40,14 +43,14 @@ class Sample:
 def samples(data: TokenisedData, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[Sample]:
     """Yield the first `count` samples of each source. Characters that a terminal would obey are escaped."""
     for title, part in _parts(data):
-        for number, (ids, labels) in enumerate(islice(_samples(part), count), start=1):
+        for number, (ids, labels, images) in enumerate(islice(_samples(part), count), start=1):
             pairs = zip(ids.tolist(), (labels != IGNORED).tolist(), strict=True)
             runs = tuple(
                 (printable(tokenizer.decode([token for token, _ in run])), trained)
                 for trained, run in groupby(pairs, key=lambda pair: pair[1])
             )
             targets = int(np.count_nonzero(labels != IGNORED))
-            yield Sample(f"{title} {printable(part.path)}", number, len(ids), targets, runs)
+            yield Sample(f"{title} {printable(part.path)}", number, len(ids), targets, runs, tuple(images))
 
 
 def shown(data: TokenisedData, tokenizer: PreTrainedTokenizerBase, count: int, *, colour: bool) -> list[str]:
@@ -56,7 +59,8 @@ def shown(data: TokenisedData, tokenizer: PreTrainedTokenizerBase, count: int, *
     lines = []
     for sample in samples(data, tokenizer, count):
         text = "".join(f"{start}{text}{end}" if trained else text for text, trained in sample.runs)
-        lines += [f"--- {sample.heading}", text, ""]
+        images = (f"image {index}: {printable(image)}" for index, image in enumerate(sample.images, start=1))
+        lines += [f"--- {sample.heading}", text, *images, ""]
     return lines
 
 
@@ -71,6 +75,8 @@ def describe(data: TokenisedData, max_length: int) -> list[str]:
             f"{title} {part.path}: {report.samples:,} samples ({report.truncated:,} truncated, {report.dropped:,} "
             f"dropped), {report.tokens:,} tokens, {report.target_tokens:,} trained on"
         )
+        if part.has_images:
+            line += f"; {sum(bool(record) for record in part.samples['images']):,} samples have images"
         if part.ignored:
             line += f"; ignored: {', '.join(part.ignored)}"
         if part.num_spelling and part.path not in spelling:
@@ -93,9 +99,11 @@ def _parts(data: TokenisedData) -> list[tuple[str, Part]]:
     return [("train", part) for part in data.train_parts] + [("eval", part) for part in data.eval_parts]
 
 
-def _samples(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield ids and labels of each sample, also of those in packed rows."""
-    row: Mapping[str, np.ndarray]
+def _samples(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
+    """Yield ids and labels of each sample, also of those in packed rows, and where its images are."""
+    row: Mapping[str, Any]
     for row in part.samples:
         borders: list[int] = np.cumsum(row["seq_lengths"])[:-1].tolist() if "seq_lengths" in row else []
-        yield from zip(np.split(row["input_ids"], borders), np.split(row["labels"], borders), strict=True)
+        images = image_files(row.get("images"), part.places)
+        for ids, labels in zip(np.split(row["input_ids"], borders), np.split(row["labels"], borders), strict=True):
+            yield ids, labels, images

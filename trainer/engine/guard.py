@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,8 @@ class Guard:
 
     At most once in `every` steps (0: never) it also takes a sample of each block's weights at a switch, and checks at
     the next switch that active blocks moved and frozen ones did not. Unless `every` is 0, it names the parameters in
-    the optimizer that no gradient reaches, and stops training if these are `adapters`.
+    the optimizer that no gradient reaches, and stops training if these are `adapters`. Those named in `rare` may
+    have to wait for a gradient: the towers of a multimodal model, until a row has an image.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class Guard:
         every: int,
         expect_motion: bool,
         adapters: bool = False,
+        rare: Collection[str] = (),
     ) -> None:
         self._registration = registration
         self._blocks = blocks
         self._every = every
         self._expect_motion = expect_motion  # False for sparse rules: they may not train the sampled weights
-        self._silence = Silence(registration) if every and expect_motion else None
+        self._silence = Silence(registration, rare) if every and expect_motion else None
         self._adapters = adapters
         # Kept after its comparison until the next one is taken, so that memory is the same at every switch.
         self._snapshot: _Snapshot | None = None

@@ -7,6 +7,7 @@ The optimizer's state does: without a gradient the moments stay zero from the fi
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import torch
 from deepspeed import comm as dist
@@ -29,10 +30,11 @@ _RARE = ("trainable_tokens_delta", NEW_ROWS)
 class Silence:
     """Find registered parameters that have had no gradient yet, at growing intervals, on all ranks together."""
 
-    def __init__(self, registration: Registration) -> None:
+    def __init__(self, registration: Registration, rare: Collection[str] = ()) -> None:
+        """Those named in `rare` are not looked at."""
         self._registration = registration
         self._least_rate = _LEAST_RATE_IN_FP16 if registration.engine.fp16_enabled() else 0.0
-        self._heard: set[str] = set()
+        self._heard = {_shared_name(name) for name in rare}
         self._silent: dict[str, int] = {}  # steps, by name
         self._steps = 0  # since the last look
         self._next = _PATIENCE

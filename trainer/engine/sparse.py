@@ -329,6 +329,7 @@ class Sparse:
             every=guard_every,
             expect_motion=not self._sparse_rule,
             adapters=self.substrate == "adapter",
+            rare=[name for part in structure_of.TOWER_PARTS for name in self.always_on.get(part, ())],
         )
         local = LocalGradients(self.update, registration, is_last=partial(_is_last_micro_batch, engine))
         switcher = Switcher(registration, self.bank, self._slots, self.blocks)

@@ -116,7 +116,7 @@ class TrainedRun:
         if self.identity is not None and self.own_loop:
             _take_token_ids(model, self.identity)
         unknown = self.identity is None and self.origin.trusted and not self.origin.model.trust_remote_code
-        if unknown and "AutoModelForCausalLM" in (getattr(model.config, "auto_map", None) or {}):
+        if unknown and models.auto_class(model.config).__name__ in (getattr(model.config, "auto_map", None) or {}):
             raise ExportError(
                 f"the base model in {self.base_name} has code of its own, with which this run may have trained: look "
                 "at that code, and allow it with --trust-remote-code"
@@ -345,7 +345,7 @@ def _as_recorded(run: TrainedRun, model: PreTrainedModel) -> bool:
 
 def _adapted(run: TrainedRun, substrate: AdapterSubstrate) -> Adapted:
     """Return the adapters on the meta device, or with weights if some never trained and are not in the checkpoint."""
-    adapted = adapt(run.model, substrate, empty=True)
+    adapted = adapt(run.model, substrate, vision=run.origin.model.vision, empty=True)
     if _whole(run, adapted):
         return adapted
     if run.origin.model.quantization is not None:
@@ -355,7 +355,7 @@ def _adapted(run: TrainedRun, substrate: AdapterSubstrate) -> Adapted:
         )
     base = _loaded(run)
     torch.manual_seed(run.origin.seed)
-    return adapt(base, substrate)
+    return adapt(base, substrate, vision=run.origin.model.vision)
 
 
 def _whole(run: TrainedRun, adapted: Adapted) -> bool:

@@ -30,6 +30,7 @@ from trainer.export.published import restore_published
 from trainer.export.unfinished import Unfinished
 from trainer.model.blocks import Piece, full_shape, pieces
 from trainer.model.new_rows import fold
+from trainer.model.towers import caching
 
 SHARD_SIZE = "5GB"
 _MOST_JSON_BYTES = 2**28
@@ -264,9 +265,12 @@ def _on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Te
 
 def _write_configuration(model: PreTrainedModel, folder: Path) -> None:
     """Write everything but the weights: configurations, and the code of a model that has its own."""
-    was_caching, model.config.use_cache = model.config.use_cache, True  # switched off for training
+    were_caching = [(part, part.use_cache) for part in caching(model)]
+    for part, _ in were_caching:
+        part.use_cache = True  # switched off for training
     model.save_pretrained(folder, state_dict={})
-    model.config.use_cache = was_caching
+    for part, was_caching in were_caching:
+        part.use_cache = was_caching
 
 
 def _own(tensor: Tensor) -> Tensor:

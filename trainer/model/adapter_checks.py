@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from trainer.config.errors import did_you_mean
 from trainer.errors import StrataError
 from trainer.model.blocks import full_shape
+from trainer.model.towers import modules_outside, towers_of
 
 # Why a method whose weights do sit inside blocks cannot be trained here.
 _REFUSED = {
@@ -226,6 +227,41 @@ def leave_out_routers(model: PreTrainedModel, config: PeftConfig, key: str) -> N
                 f"{key}.target_modules: {name} is a {kind}, which returns more than one tensor, and an adapter adds to "
                 f"a single one: leave it out, or exclude it by exclude_modules: [{name.rsplit('.', 1)[-1]}]"
             )
+
+
+def leave_out_towers(model: PreTrainedModel, config: PeftConfig, key: str) -> None:
+    """Exclude all of a multimodal model but its language model from what PEFT finds by the ends of names, which a
+    vision tower's layers share. Raises `AdapterError` for names that match nothing in the language model."""
+    paths = modules_outside(model)
+    if not paths or not hasattr(config, "exclude_modules"):
+        return
+    outside = re.compile(rf"(?:{'|'.join(map(re.escape, paths))})(?:\..*)?")
+    wanted = getattr(config, "target_modules", None)
+    names = [name for name, _ in model.named_modules()]
+    for want in [wanted] if isinstance(wanted, str) else sorted(wanted or ()):
+        regex = re.compile(want if isinstance(wanted, str) else rf"(?:.*\.)?{re.escape(want)}")
+        matched = [name for name in names if regex.fullmatch(name)]
+        if want != _ANYTHING and matched and all(outside.fullmatch(name) for name in matched):
+            raise AdapterError(
+                f"{key}.target_modules: {want} is not in the language model, only in {matched[0]}, which is frozen; "
+                "set model.vision=train to train adapters there"
+            )
+    own = config.exclude_modules or ()
+    if not isinstance(own, str):
+        own = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in sorted(own))
+    config.exclude_modules = outside.pattern if not own else f"{outside.pattern}|{own}"
+
+
+def check_frozen_towers(adapted: PeftModel, key: str) -> None:
+    """Raise `AdapterError` if something in a tower trains although `model.vision` is frozen; a projector may be in
+    PEFT's `modules_to_save`."""
+    towers = towers_of(adapted)
+    trained = [name for name, p in (towers.vision if towers else {}).items() if p.requires_grad]
+    if trained:
+        raise AdapterError(
+            f"{key}: {len(trained)} weights of the model's towers would train, for instance {trained[0]}, but "
+            "model.vision is frozen; set model.vision=train, or name modules of the language model by their whole paths"
+        )
 
 
 def _returns_more(module: nn.Module) -> bool:

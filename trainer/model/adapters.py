@@ -28,11 +28,13 @@ from trainer.model.adapter_checks import (
     OF_WHOLE_WEIGHTS,
     AdapterError,
     adapter_tensors,
+    check_frozen_towers,
     check_names,
     check_patterns,
     check_readable,
     check_saved,
     leave_out_routers,
+    leave_out_towers,
     read_configuration,
     refuse_method,
 )
@@ -64,12 +66,14 @@ def adapt(
     *,
     stage: int = 0,
     quantization: str | None = None,
+    vision: str = "frozen",
     empty: bool = False,
 ) -> Adapted:
     """Put the adapters of `config` on `model`, in the base's dtype; what they train requires gradients.
 
-    `stage` is ZeRO's, `quantization` that of the base; `empty` leaves the adapters on the meta device, for the dry
-    run. Raises `AdapterError`.
+    `stage` is ZeRO's, `quantization` that of the base, `vision` whether adapters may sit on a multimodal model's
+    towers ("train" or "frozen"); `empty` leaves the adapters on the meta device, for the dry run. Raises
+    `AdapterError`.
     """
     if has_adapters(model):
         raise AdapterError(
@@ -95,9 +99,13 @@ def adapt(
     if config.adapter is None:
         check_names(model, made, key)
     leave_out_routers(model, made, key)
+    if vision == "frozen":
+        leave_out_towers(model, made, key)
     asked = copy.deepcopy(made)  # PEFT adds targets and patterns of its own for stacked experts
     adapted = _put_on(model, made, key, stage=stage, empty=empty)
     check_patterns(adapted, asked, key)
+    if vision == "frozen":
+        check_frozen_towers(adapted, key)
     if config.adapter is not None:
         written = _check_weights(adapted, config.adapter, empty=empty)
         if not empty:

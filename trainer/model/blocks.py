@@ -2,7 +2,8 @@
 
 A *block* is one transformer layer. Blocks are found by structure, never by a table of class names: the outermost
 `torch.nn.ModuleList` that contains most of the model's parameters. Everything outside the blocks is in one of three
-*parts*: embeddings, head and norm.
+*parts*: embeddings, head and norm. The blocks of a multimodal model are those of its language model; what prepares
+images, video or sound for it is in two more parts: projector and vision.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 
 from trainer.config.errors import did_you_mean
 from trainer.errors import StrataError
+from trainer.model.towers import Towers, towers_of
 
 PARTS = ("embeddings", "head", "norm")
+# Of multimodal models only, each with the setting that trains it.
+TOWER_PARTS = {"projector": "always_on.projector: true", "vision": "model.vision: train"}
 # The attribute under which a module has the rows of new tokens (`new_rows.py`). The rest of such a module stays frozen.
 NEW_ROWS = "new_rows"
 # A second module list of at least this share of the largest one's parameters makes the choice ambiguous
@@ -79,7 +83,7 @@ class Piece:
 class Structure:
     """The blocks of a model and the parameters outside them (`outside`, by part and stable name).
 
-    A tied head is counted once, under embeddings; `tied` says so.
+    A tied head is counted once, under embeddings; `tied` says so. Only a multimodal model has `TOWER_PARTS`.
     """
 
     path: str
@@ -89,7 +93,8 @@ class Structure:
 
 
 def find(model: nn.Module, *, path: str | None = None, substrate: Literal["full", "adapter"] = "full") -> Structure:
-    """Find the blocks of `model` and sort every other parameter into embeddings, head and norm.
+    """Find the blocks of `model` and sort every other parameter into embeddings, head and norm, and those of a
+    multimodal model that are not its language model's into projector and vision.
 
     `path` names the block list (for instance `model.layers`) if the structure is ambiguous. With substrate
     `full` all weights may train; with `adapter` those that require gradients now, which is what PEFT leaves
@@ -97,7 +102,8 @@ def find(model: nn.Module, *, path: str | None = None, substrate: Literal["full"
 
     Raises `BlockError` if no list of blocks, or more than one, is found, or if a block has nothing to train.
     """
-    path = _resolve_path(model, path)
+    towers = towers_of(model)
+    path = _resolve_path(model, path, towers)
     names = {id(p): name for name, p in model.named_parameters()}
 
     def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -117,7 +123,9 @@ def find(model: nn.Module, *, path: str | None = None, substrate: Literal["full"
 
     input_embeddings, head = _call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")
     inside = {id(p) for child in children.children() for p in child.parameters()}
-    outside = _sort_outside(model, path, inside, input_embeddings, head)
+    beside = {} if towers is None else towers.outside
+    apart = {id(p) for part in beside.values() for p in part.values()}
+    outside = _sort_outside(model, inside, apart, input_embeddings, head) | beside
     if substrate == "adapter":  # PEFT's modules_to_save train, the originals do not
         outside = {part: {n: p for n, p in found.items() if p.requires_grad} for part, found in outside.items()}
     shared: set[int] = set()
@@ -134,23 +142,34 @@ def always_on(structure: Structure, parts: Iterable[str]) -> dict[str, dict[str,
     Raises `BlockError` for an unknown part, a part without parameters, or one half of a tie.
     """
     chosen = tuple(dict.fromkeys(parts))
+    known = (*PARTS, *TOWER_PARTS)
     for part in chosen:
-        if part not in PARTS:
-            near = did_you_mean(part, PARTS)
-            raise BlockError(f"always_on: unknown part '{part}'{near}; allowed: {', '.join(PARTS)}")
+        if part not in known:
+            near = did_you_mean(part, known)
+            raise BlockError(f"always_on: unknown part '{part}'{near}; allowed: {', '.join(known)}")
     if structure.tied and ("embeddings" in chosen) != ("head" in chosen):
         raise BlockError(
             f"always_on: embeddings={'embeddings' in chosen} and head={'head' in chosen}, but this model ties them "
             "to one weight: set always_on.embeddings and always_on.head to the same value"
         )
-    selected = {part: structure.outside[part] for part in PARTS if part in chosen and structure.outside[part]}
+    selected = {part: structure.outside[part] for part in known if part in chosen and structure.outside.get(part)}
     for part in chosen:
+        if part in TOWER_PARTS and part not in selected:
+            raise BlockError(refused_tower(part, structure))
         if part not in selected and not (part == "head" and structure.tied):
             raise BlockError(
                 f"always_on.{part}: true selects nothing, this model has no {part} parameters outside its blocks: "
                 f"set always_on.{part} to false"
             )
     return selected
+
+
+def refused_tower(part: str, structure: Structure) -> str:
+    """Return why the setting that trains `part`, one of `TOWER_PARTS`, selects nothing."""
+    key, value = TOWER_PARTS[part].split(": ")
+    other = "false" if value == "true" else "frozen"
+    kind = f"nothing trains in this model's {part}" if part in structure.outside else "this model reads text only"
+    return f"{key}: {value}, but {kind}; set {key} to {other}"
 
 
 def pieces(model: nn.Module) -> list[Piece]:
@@ -178,8 +197,12 @@ def _call(model: nn.Module, method: str) -> nn.Module | None:
     return getattr(model, method)() if hasattr(model, method) else None
 
 
-def _resolve_path(model: nn.Module, path: str | None) -> str:
-    lists = dict(_outermost_lists(model))
+def _resolve_path(model: nn.Module, path: str | None, towers: Towers | None) -> str:
+    lists = {
+        name: modules
+        for name, modules in _outermost_lists(model)
+        if towers is None or name.startswith(f"{towers.language}.")
+    }
     candidates = {name: _numel(modules) for name, modules in lists.items()}
     listing = ", ".join(f"{name} ({len(modules)} children)" for name, modules in lists.items()) or "none"
     if path is not None:
@@ -194,6 +217,11 @@ def _resolve_path(model: nn.Module, path: str | None) -> str:
         if not list(module.children()):
             raise BlockError(
                 f"model.blocks: '{path}' ({type(module).__name__}) has no children; lists in this model: {listing}"
+            )
+        if towers is not None and not path.startswith(f"{towers.language}."):
+            raise BlockError(
+                f"model.blocks: '{path}' is not in the language model ({towers.language}), whose blocks train; lists "
+                f"there: {listing}"
             )
         return path
     if not candidates:
@@ -232,10 +260,15 @@ def _refuse_shared_parameters(blocks: tuple[Block, ...]) -> None:
 
 
 def _sort_outside(
-    model: nn.Module, path: str, inside: set[int], input_embeddings: nn.Module | None, head: nn.Module | None
+    model: nn.Module,
+    inside: set[int],
+    apart: set[int],
+    input_embeddings: nn.Module | None,
+    head: nn.Module | None,
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """Sort the parameters outside the blocks into parts. Norm: vectors. Embeddings: lookup tables, and matrices
-    registered before the blocks. Head: the other matrices. Of a module with rows of new tokens, these alone."""
+    """Sort the parameters outside the blocks into parts, without those `apart`. Norm: vectors. Embeddings: lookup
+    tables, and matrices registered before the blocks. Head: the other matrices. Of a module with rows of new tokens,
+    these alone."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     if input_embeddings is not None:
         tables |= {id(p) for p in input_embeddings.parameters()}
@@ -247,7 +280,7 @@ def _sort_outside(
     for name, parameter in model.named_parameters():
         if id(parameter) in inside:
             before_blocks = False
-        elif id(parameter) in frozen:
+        elif id(parameter) in apart | frozen:
             continue
         elif id(parameter) in tables:
             parts["embeddings"][name] = parameter

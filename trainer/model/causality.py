@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.model.loss import LossError
+from trainer.model.towers import replace_special
 
 _SEED = 7919
 _LENGTH = 32
@@ -97,6 +98,7 @@ def _tokens(module: PreTrainedModel, *, packed: bool) -> tuple[dict[str, Tensor]
     shape = (1 if packed else _ROWS, length)
     generator = torch.Generator().manual_seed(_SEED)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
+    ids = replace_special(ids, module.config, config.vocab_size)
     last = torch.zeros(shape, dtype=torch.bool)
     inside = torch.ones(shape, dtype=torch.bool)
     if packed:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -14,6 +18,7 @@ from transformers import (
 from trainer.config.schema import ModelConfig
 from trainer.errors import StrataError
 from trainer.model.partitions import stored_tensors
+from trainer.model.towers import has_language_inside, towers_of
 from trainer.model.weights import ModelFolder
 
 # What a configuration calls the parts of a model that take something other than text.
@@ -28,25 +33,37 @@ class ModelError(StrataError, ValueError):
     """The model cannot be loaded or built as asked; the message names the key to change."""
 
 
-def refuse_other_kinds(config: ModelConfig, architecture: PretrainedConfig) -> None:
-    """Raise `ModelError` for models of which a causal language model is only a part: the rest would be lost."""
+def auto_class(architecture: PretrainedConfig) -> Any:
+    """Return transformers' auto class that builds the whole model of a configuration: of a multimodal one, too."""
+    own = getattr(architecture, "auto_map", None) or {}
+    whole = has_language_inside(architecture) and (
+        type(architecture) in MODEL_FOR_MULTIMODAL_LM_MAPPING or AutoModelForMultimodalLM.__name__ in own
+    )
+    return AutoModelForMultimodalLM if whole and AutoModelForCausalLM.__name__ not in own else AutoModelForCausalLM
+
+
+def refuse_other_kinds(config: ModelConfig, architecture: PretrainedConfig, model: PreTrainedModel) -> None:
+    """Raise `ModelError` for a model that does not say where in it the language model is, or that was built as one
+    alone although its configuration has more: the rest would be lost."""
     if architecture.is_encoder_decoder:
         raise ModelError(
             f"{key_of(config)}: a model of type '{architecture.model_type}' has an encoder and a decoder, and its "
             "decoder does not work alone: choose a decoder-only model"
         )
+    whole = has_language_inside(architecture) and type(model.config) is type(architecture)
+    if whole and towers_of(model) is not None and model.get_output_embeddings() is not None:
+        return
     parts = [
         name
         for name, value in vars(architecture).items()
         if isinstance(value, dict | PretrainedConfig) and value and _OTHER_MODALITY.search(name)
     ]
-    text = architecture.get_text_config()
-    if parts or text is not architecture:
-        kind = f" ('{text.model_type}', for instance)" if text is not architecture else ""
+    if parts or has_language_inside(architecture):
         raise ModelError(
             f"{key_of(config)}: a model of type '{architecture.model_type}' is more than a language model: its "
-            f"configuration also has {', '.join(parts) or 'a text_config inside'}. Multimodal models are not supported "
-            f"yet, since what is not text would not be saved: choose a text-only model{kind}"
+            f"configuration also has {', '.join(parts) or 'a text_config inside'}. transformers does not say which "
+            f"part of {type(model).__name__} is the language model, and that part alone is not the whole: choose "
+            "another model"
         )
 
 
@@ -75,7 +92,7 @@ def check_left_out(
         raise ModelError(
             f"model.path: '{config.path}' has {len(unknown)} weights that {kind} has no place for, for instance "
             f"{', '.join(unknown[:3])}: they would not be trained, nor be in what the run saves.{of_another} Choose "
-            "the folder of a causal language model without them"
+            "the folder of a model without them"
         )
     if not dropped:
         return []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.model.loss import AGREEMENT, add_fused_head, summed_loss
+from trainer.model.towers import towers_of
 
 _VOCABULARY = 256
 
@@ -57,9 +58,11 @@ def _without_blocks(model: PreTrainedModel, blocks: str) -> PreTrainedModel:
     if getattr(config, "output_router_logits", False):  # of experts, which are in the blocks
         config.output_router_logits = False
     head = small.get_output_embeddings()
+    towers = towers_of(small)  # of no use to text, and large
+    unused = {id(p) for part in (towers.outside.values() if towers else ()) for p in part.values()}
     for module in small.modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) not in unused:
                 rows = _VOCABULARY if module is head else parameter.shape[0] if parameter.dim() else 0
                 shape = (rows, *parameter.shape[1:]) if parameter.dim() else ()
                 module._parameters[key] = nn.Parameter(_random(shape, table=isinstance(module, nn.Embedding)))

@@ -1,4 +1,4 @@
-"""Load a causal language model, or build one from a configuration, so that a switch can work on it."""
+"""Load a language model, alone or inside a multimodal one, or build one, so that a switch can work on it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from deepspeed import comm as dist
 from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
@@ -34,6 +34,7 @@ from trainer.data.tokenizer import new_ids, vocabulary_size
 from trainer.model.blocks import full_shape
 from trainer.model.folder_checks import (
     ModelError,
+    auto_class,
     check_left_out,
     key_of,
     refuse_misfits,
@@ -42,6 +43,7 @@ from trainer.model.folder_checks import (
 )
 from trainer.model.growth import GrownFolder, grow, grown
 from trainer.model.partitions import fill, freed_at_once, stored_tensors
+from trainer.model.towers import caching
 from trainer.model.weights import ModelFolder, WeightsError
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,8 @@ def load(
                         _say(line)
             grow(model, ids)
     _check_vocabulary(_embedded(model), tokenizer)
-    model.config.use_cache = False
+    for part in caching(model):
+        part.use_cache = False
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack four-bit weights for inference in the first evaluation, and after that let no
@@ -192,11 +195,14 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
     if config.path is None:
         assert config.random is not None and tokenizer is not None  # one of path and random, by validation
         fields = dict(config.random)
-        fields.setdefault("vocab_size", vocabulary_size(tokenizer))
+        kind, text = str(fields["model_type"]), fields
+        if kind in CONFIG_MAPPING and "text_config" in CONFIG_MAPPING[kind].sub_configs:  # a multimodal one
+            text = fields["text_config"] = dict(fields.get("text_config") or {})
+        text.setdefault("vocab_size", vocabulary_size(tokenizer))
         for name in ("pad", "bos", "eos"):
-            fields.setdefault(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-        if isinstance(fields["vocab_size"], int):  # before a model fails over token ids that it does not embed
-            _check_vocabulary(fields["vocab_size"], tokenizer, random=True)
+            text.setdefault(f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+        if isinstance(text["vocab_size"], int):  # before a model fails over token ids that it does not embed
+            _check_vocabulary(text["vocab_size"], tokenizer, random=True)
         try:
             return AutoConfig.for_model(**fields)
         except Exception as error:  # transformers validates with several exception types
@@ -225,7 +231,7 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
 
 def _from_config(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(architecture).from_config(
             copy.deepcopy(architecture),  # decoders without their encoder write into it
             trust_remote_code=config.trust_remote_code,
             **options,
@@ -235,7 +241,7 @@ def _from_config(config: ModelConfig, architecture: PretrainedConfig, options: d
             f"{key_of(config)}: transformers cannot build a causal language model of type '{architecture.model_type}': "
             f"{_in_short(error)}"
         ) from error
-    refuse_other_kinds(config, architecture)
+    refuse_other_kinds(config, architecture, model)
     return model
 
 
@@ -243,9 +249,8 @@ def _from_pretrained(
     config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any], *, onto_device: bool
 ) -> tuple[PreTrainedModel, dict[str, None]]:
     """Load the model as transformers does; also return the names in the files that it has no place for."""
-    refuse_other_kinds(config, architecture)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(architecture).from_pretrained(
             config.path,
             config=architecture,
             trust_remote_code=config.trust_remote_code,
@@ -258,6 +263,7 @@ def _from_pretrained(
         )
     except Exception as error:
         raise ModelError(f"model.path: cannot load '{config.path}': {error}") from error
+    refuse_other_kinds(config, architecture, model)
     refuse_misfits(config, info["missing_keys"], info["mismatched_keys"])
     return model, dict.fromkeys(sorted(info["unexpected_keys"]))
 

@@ -19,6 +19,7 @@ from trainer.errors import StrataError
 from trainer.model.blocks import full_shape
 from trainer.model.fused_rows import fuse_new_rows
 from trainer.model.new_rows import WithNewRows
+from trainer.model.towers import replace_special
 
 # The widest tile of logits of TRL's fused head is [4096 tokens, 32768 entries]: narrower vocabularies gain nothing.
 FUSED_FROM_VOCABULARY = 32768
@@ -204,7 +205,9 @@ def check_fused(engine: Any, objective: Objective) -> None:
 
 def _some_tokens(engine: Any) -> Tensor:
     """Return 32 token ids, all different in vocabularies that have as many."""
-    return torch.arange(32, device=engine.device) * 7919 % engine.module.config.get_text_config().vocab_size
+    config = engine.module.config
+    size = config.get_text_config().vocab_size
+    return replace_special(torch.arange(32, device=engine.device) * 7919 % size, config, size)
 
 
 @contextmanager

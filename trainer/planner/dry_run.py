@@ -16,12 +16,14 @@ from trainer.model.quiet import quiet_libraries
 from trainer.planner import Planner
 from trainer.planner.report import one_line as planned
 from trainer.run.folder import would_resume
-from trainer.run.remarks import new_token_lines, one_line, warnings
+from trainer.run.remarks import image_remarks, new_token_lines, one_line, warnings
 from trainer.run.resuming import FinishedError
-from trainer.run.setup import build_batches, build_model, check_hardware, offload_device
+from trainer.run.setup import build_batches, build_model, check_hardware, check_images, offload_device
 
 # The column of names.
 _WIDTH = 15
+# The most names of parameters in a line: towers have hundreds.
+_NAMES = 5
 
 
 def describe(config: RunConfig, ranks: int) -> str:
@@ -40,6 +42,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     ds = resolve(config, ranks)
     check_hardware(config)
     base = models.on_meta(config.model, tokenizer)
+    check_images(data, base)
     remarks = [*finished, *models.check_files(config.model, base)]
     num_steps = total_steps(config, len(data.train))
     warmup_steps(config, num_steps)  # raises if there are more than that
@@ -49,7 +52,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     plan = Planner(on_cpu=get_accelerator().device_name() == "cpu").plan_built(config, ranks, built)
     state = plan.state
     lines = [dump(config).rstrip(), ""]
-    lines += [*remarks, *warnings(config, sparse, num_steps)]
+    lines += [*remarks, *warnings(config, sparse, num_steps), *image_remarks(data, sparse)]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
     lines += new_token_lines(config, tokenizer, sparse)
     lines.append(f"steps: {num_steps} of {config.train.global_batch_size} sequences")
@@ -59,7 +62,9 @@ def describe(config: RunConfig, ranks: int) -> str:
     )
     for part, parameters in sparse.always_on.items():
         count = sum(p.numel() for p in parameters.values())
-        lines.append(f"always on: {part}, {count:,} parameters ({', '.join(parameters)})")
+        names = ", ".join(list(parameters)[:_NAMES])
+        more = f" and {len(parameters) - _NAMES} more" if len(parameters) > _NAMES else ""
+        lines.append(f"always on: {part}, {count:,} parameters ({names}{more})")
     trained = sum(p.numel() for p in sparse.trainable_parameters())
     what = f"{trained:,}" if plan.trained == trained else f"{plan.trained:,} of {trained:,}"
     lines.append(f"trained at a time: {what} parameters; {one_line(sparse, config, num_steps)}")

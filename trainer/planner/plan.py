@@ -37,6 +37,7 @@ from trainer.model import load as models
 from trainer.model.blocks import Block, find, full_numel
 from trainer.model.fused_head import obstacle
 from trainer.model.loss import LossChoice
+from trainer.model.towers import towers_of
 from trainer.planner.passes import BlockPasses, PassError, Passes, forward_bytes
 from trainer.planner.tracing import Pass
 from trainer.run.setup import Built, build_model, offload_device
@@ -270,6 +271,8 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
     below = sum(sum(full_numel(p) for p in b.module.parameters()) for b in sparse.blocks[:lowest])
     in_blocks = sum(sum(full_numel(p) for p in b.module.parameters()) for b in sparse.blocks)
     head = base.get_output_embeddings().weight.numel()
+    towers = towers_of(sparse.model)  # which text does not pass
+    idle = sum(p.numel() for part in (towers.outside.values() if towers else ()) for p in part.values())
     return Plan(
         config=config,
         ranks=ranks,
@@ -304,7 +307,7 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
             # An update rule with state of its own receives gradients in fp32.
             gradient_bytes=4 if rule.trained else gradient_bytes,
             trained=sum(dense),
-            forward=shape.total,
+            forward=shape.total - idle,
             backward=in_blocks - below + head,
             micro_batches=accumulation,
             machine_copies=zero.machine_ranks > 1,

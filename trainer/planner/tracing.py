@@ -246,8 +246,9 @@ class Tracer:
             model = copy.deepcopy(self._model, {id(tensor): self._stand_in(tensor) for tensor in tensors})
         finally:
             setattr(owner, name, kept)
-        if getattr(model.config, "output_router_logits", False):  # of no blocks there are none to make a loss of
-            model.config.output_router_logits = bool(blocks)
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "output_router_logits", False):  # of no blocks there are none to make a loss of
+                config.output_router_logits = bool(blocks)
         if model.config._attn_implementation not in ("eager", "sdpa"):  # kernels of GPUs, which cannot be traced
             model.set_attn_implementation("sdpa")
         for module in model.modules():

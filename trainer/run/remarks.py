@@ -14,7 +14,7 @@ from trainer.data.tokenizer import describe_new_tokens, new_ids
 from trainer.engine.rounding import half_unit
 from trainer.engine.sparse import Sparse
 from trainer.engine.zero.slices import stored
-from trainer.model.blocks import NEW_ROWS, full_numel
+from trainer.model.blocks import NEW_ROWS, TOWER_PARTS, full_numel
 from trainer.run.setup import Built, emulates
 
 # The parts of a method that have names.
@@ -30,6 +30,18 @@ def warnings(config: RunConfig, sparse: Sparse, num_steps: int) -> list[str]:
         *_saving_warning(config),
         *sparse.selector.warnings(num_steps),
         *sparse.update.warnings(steps_for_all_blocks=draws * config.selector.interval),
+    ]
+
+
+def image_remarks(data: TokenisedData, sparse: Sparse) -> list[str]:
+    """Say what the plan leaves out if there are images, or warn if none reaches what is to train on them."""
+    if data.has_images:
+        return ["images: the plan is that of text; what the towers compute comes on top"]
+    return [
+        f"WARNING: {setting}, but no row of the data has an image (or video, or sound): no gradient will reach its "
+        "weights, and at most weight decay changes them"
+        for part, setting in TOWER_PARTS.items()
+        if sparse.always_on.get(part)
     ]
 
 

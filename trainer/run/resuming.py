@@ -24,6 +24,7 @@ _FIXED = (
     "model.add_tokens",
     "model.dtype",
     "model.quantization",
+    "model.vision",
     "substrate",
     "selector",
     "update",

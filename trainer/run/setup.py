@@ -39,10 +39,11 @@ from trainer.engine.sparse import Sparse
 from trainer.engine.zero.private_names import SHARED_MEMORY
 from trainer.model import load as models
 from trainer.model.adapters import Adapted, adapt, reads_base
-from trainer.model.blocks import PARTS, find, full_numel, full_shape
+from trainer.model.blocks import PARTS, find, full_numel, full_shape, refused_tower
 from trainer.model.fused_head import obstacle
 from trainer.model.loss import LossChoice, choose_fused
 from trainer.model.new_rows import split
+from trainer.model.towers import towers_of
 
 # Flags in Linux's /proc/cpuinfo of CPUs that compute in a dtype.
 _HALF_PRECISION_OF_CPUS = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
@@ -84,6 +85,15 @@ def check_length(config: RunConfig, model: PreTrainedModel) -> None:
                 f"data.max_length: {config.data.max_length} tokens, but the model has {positions} positions "
                 f"(max_position_embeddings); allowed: 1 to {positions}"
             ]
+        )
+
+
+def check_images(data: TokenisedData, model: nn.Module) -> None:
+    """Raise `ConfigError` if the data has images and `model` does not read any."""
+    towers = towers_of(model)
+    if data.has_images and (towers is None or not any(towers.outside.values())):
+        raise ConfigError(
+            ["data.train: has rows with images, but the model reads text only; give rows of text, or another model"]
         )
 
 
@@ -172,7 +182,14 @@ def build_model(
         if not empty:
             torch.manual_seed(config.seed)
         with nullcontext() if empty else models.partitioned_creation(dict(ds)):
-            adapters = adapt(base, config.substrate, stage=stage, quantization=config.model.quantization, empty=empty)
+            adapters = adapt(
+                base,
+                config.substrate,
+                stage=stage,
+                quantization=config.model.quantization,
+                vision=config.model.vision,
+                empty=empty,
+            )
         model = adapters.model
     find_obstacle = find_obstacle or partial(_obstacle, config, tokenizer)
     loss = choose_fused(config.train.fused_loss, base, find_obstacle)
@@ -189,7 +206,9 @@ def make_sparse(config: RunConfig, model: nn.Module, num_steps: int | None) -> S
     """Freeze all of `model` but the blocks and parts that `config` trains first, in a run of `num_steps` steps."""
     adapters = config.substrate.name == "adapter"
     # With adapters, PEFT's `modules_to_save` decides what trains outside the blocks.
-    parts = None if adapters else [part for part in PARTS if getattr(config.always_on, part)]
+    parts = None if adapters else [part for part in (*PARTS, "projector") if getattr(config.always_on, part)]
+    if parts is not None and config.model.vision == "train":
+        parts.append("vision")
     try:
         sparse = prepare_sparse(
             model,
@@ -204,6 +223,8 @@ def make_sparse(config: RunConfig, model: nn.Module, num_steps: int | None) -> S
         raise
     except ValueError as error:  # such as more blocks, or a larger budget, than the model has
         raise ConfigError([str(error)]) from error
+    if config.model.vision == "train" and not sparse.always_on.get("vision"):  # with adapters; others are refused above
+        raise ConfigError([refused_tower("vision", sparse.structure)])
     _check_rule(config, sparse)
     return sparse
 

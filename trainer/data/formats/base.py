@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.formats.fields import braces, text
+from trainer.data.formats.images import Image
 
 # Columns with the system prompt.
 SYSTEM = ("system", "system_prompt")
@@ -17,7 +18,8 @@ class Row:
     """One row: `messages`, or else a `prompt` (empty for plain text) and its `answer`.
 
     `where` is how error messages name the row. `trains` says for each assistant message whether its tokens are targets.
-    `verbatim` texts may contain control tokens, which others keep as text.
+    `verbatim` texts may contain control tokens, which others keep as text. `images` are those of all messages, in
+    order; the contents have `images.MARK` in their places.
     """
 
     where: str
@@ -27,6 +29,7 @@ class Row:
     trains: tuple[bool, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     verbatim: bool = False
+    images: tuple[Image, ...] = ()
 
 
 # Returns a mapping without the keys that the user ignores, except for the named ones.

@@ -8,6 +8,8 @@ from typing import Any
 
 from trainer.data.formats.base import SYSTEM, Format, Ignore, Row, system_prompt
 from trainer.data.formats.fields import braces, is_empty, kind, parsed, plain, text
+from trainer.data.formats.images import KEYS as IMAGE_KEYS
+from trainer.data.formats.images import MARK, Image, is_image, read_image
 
 # The keys for the role and the content of a message, in each spelling, and the keys that both spellings have.
 _SPELLINGS = {"messages": ("role", "content"), "conversations": ("from", "value")}
@@ -27,19 +29,23 @@ SHAREGPT_ROLES = {
 
 
 def read(where: str, row: Mapping[str, Any], column: str) -> Row:
-    messages, trains = _read_messages(row[column], column, _SPELLINGS[column])
-    return _row(where, row, column, messages, trains)
+    images: list[Image] = []
+    messages, trains = _read_messages(row[column], column, _SPELLINGS[column], images)
+    return _row(where, row, column, messages, trains, images)
 
 
 def read_answer_to(where: str, row: Mapping[str, Any], prompt: str, answer: str) -> Row:
     """Read the messages in the columns `prompt` and `answer`; only those of the second are trained on."""
-    given, not_trained = _read_messages(row[prompt], prompt, _SPELLINGS["messages"])
-    messages, trains = _read_messages(row[answer], answer, _SPELLINGS["messages"])
-    return _row(where, row, answer, [*given, *messages], [*(False for _ in not_trained), *trains], first=prompt)
+    images: list[Image] = []
+    given, not_trained = _read_messages(row[prompt], prompt, _SPELLINGS["messages"], images)
+    messages, trains = _read_messages(row[answer], answer, _SPELLINGS["messages"], images)
+    return _row(where, row, answer, [*given, *messages], [*(False for _ in not_trained), *trains], images, first=prompt)
 
 
-def _read_messages(values: Any, column: str, spelling: tuple[str, str]) -> tuple[list[Mapping[str, Any]], list[bool]]:
-    """Return the messages, and for each of the assistant whether it is a target."""
+def _read_messages(
+    values: Any, column: str, spelling: tuple[str, str], images: list[Image]
+) -> tuple[list[Mapping[str, Any]], list[bool]]:
+    """Return the messages, and for each of the assistant whether it is a target. Adds their images to `images`."""
     role_key, content_key = spelling
     if not isinstance(values, list) or not values:
         raise ValueError(f"{column}: {kind(values)}, but a non-empty list of {{{role_key}, {content_key}}} is needed")
@@ -61,7 +67,7 @@ def _read_messages(values: Any, column: str, spelling: tuple[str, str]) -> tuple
         target = _is_target(value, role, key)
         if role == "assistant":
             trains.append(target)
-        messages.append(_message(value, role, key, content_key))
+        messages.append(_message(value, role, key, content_key, images))
     return messages, trains
 
 
@@ -80,6 +86,7 @@ def _row(
     column: str,
     messages: list[Mapping[str, Any]],
     trains: list[bool],
+    images: list[Image],
     *,
     first: str | None = None,
 ) -> Row:
@@ -96,7 +103,8 @@ def _row(
             raise ValueError(
                 f"{first or column}[0]: a system message, and another one in the column system; keep one of them"
             )
-    return Row(where, messages=tuple(messages), trains=tuple(trains), tools=_tools(row.get("tools")))
+    tools = _tools(row.get("tools"))
+    return Row(where, messages=tuple(messages), trains=tuple(trains), tools=tools, images=tuple(images))
 
 
 def _is_target(value: Mapping[str, Any], role: str, key: str) -> bool:
@@ -114,7 +122,7 @@ def _is_target(value: Mapping[str, Any], role: str, key: str) -> bool:
     return target
 
 
-def _message(value: Mapping[str, Any], role: str, key: str, content_key: str) -> Mapping[str, Any]:
+def _message(value: Mapping[str, Any], role: str, key: str, content_key: str, images: list[Image]) -> Mapping[str, Any]:
     """Return the message as chat templates expect it; keys that only a template can know (`name`, ...) are kept."""
     calls = value.get("tool_calls") or []
     read = (*itertools.chain.from_iterable(_SPELLINGS.values()), *_MESSAGE_KEYS)
@@ -123,7 +131,7 @@ def _message(value: Mapping[str, Any], role: str, key: str, content_key: str) ->
     }
     # Templates expect an empty text instead of OpenAI's null, and the answer of a tool may be empty.
     empty_allowed = bool(calls) or role == "tool"
-    content = _content(value.get(content_key), f"{key}.{content_key}", empty_allowed=empty_allowed)
+    content = _content(value.get(content_key), f"{key}.{content_key}", images, empty_allowed=empty_allowed)
     message |= {"role": role, "content": content}
     if calls:
         if role != "assistant":
@@ -132,14 +140,32 @@ def _message(value: Mapping[str, Any], role: str, key: str, content_key: str) ->
     return message
 
 
-def _content(content: Any, key: str, *, empty_allowed: bool) -> str:
-    if isinstance(content, list) and content:  # OpenAI's parts
-        for index, part in enumerate(content):
-            if not isinstance(part, Mapping) or part.get("type") != "text":
-                what = braces(part) if isinstance(part, Mapping) else kind(part)
-                raise ValueError(f"{key}[{index}]: {what}, but {{type: text, text}} is needed; only text is trained on")
-        content = "".join(text(part.get("text"), f"{key}[{index}].text") for index, part in enumerate(content))
-    return "" if empty_allowed and content in (None, "") else text(content, key)
+def _content(content: Any, key: str, images: list[Image], *, empty_allowed: bool) -> str:
+    """Return a content as one text, with `MARK` in the place of each image, which is added to `images`."""
+    if not isinstance(content, list) or not content:
+        return "" if empty_allowed and content in (None, "") else _unmarked(content, key)
+    parts = []  # OpenAI's, and transformers'
+    for index, part in enumerate(content):
+        where = f"{key}[{index}]"
+        if is_image(part):
+            images.append(read_image(part, where))
+            parts.append(MARK)
+            continue
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            what = kind(part)
+            if isinstance(part, Mapping):
+                what = f"{braces(part)} of type {part.get('type')!r}" if "type" in part else braces(part)
+            raise ValueError(f"{where}: {what}, but {{type: text, text}} or {{type: image, path}} is needed")
+        parts.append(_unmarked(part.get("text"), f"{where}.text"))
+    whole = "".join(parts)
+    return "" if empty_allowed and not whole else text(whole, key)
+
+
+def _unmarked(content: Any, key: str) -> str:
+    checked = text(content, key)
+    if MARK in checked:
+        raise ValueError(f"{key}: contains the character U+{ord(MARK):04X}, which is none of Unicode's; remove it")
+    return checked
 
 
 def _tool_calls(calls: Any, key: str) -> list[dict[str, Any]]:
@@ -181,7 +207,7 @@ def _without_ignored(message: Any, spelling: tuple[str, str], ignore: Ignore) ->
         return kept
     parts, calls = kept.get(spelling[1]), kept.get("tool_calls")
     if isinstance(parts, list):
-        kept = {**kept, spelling[1]: [ignore(part, _PART_KEYS) for part in parts]}
+        kept = {**kept, spelling[1]: [ignore(part, _keys_of(part)) for part in parts]}
     if isinstance(calls, list):
         kept = {**kept, "tool_calls": [_call_without_ignored(call, ignore) for call in calls]}
     return kept
@@ -204,8 +230,12 @@ def _unread(messages: Sequence[Mapping[str, Any]], spelling: tuple[str, str]) ->
             yield name, normalized(message[name]) == normalized(message.get(spelling[others[name]]))
         content = message.get(spelling[1])
         for part in content if isinstance(content, list) else ():
-            for name in (name for name, value in part.items() if name not in _PART_KEYS and not is_empty(value)):
+            for name in (name for name, value in part.items() if name not in _keys_of(part) and not is_empty(value)):
                 yield name, name in _PART_SETTINGS
+
+
+def _keys_of(part: Any) -> Sequence[str]:
+    return (*_PART_KEYS, *IMAGE_KEYS) if is_image(part) else _PART_KEYS
 
 
 def _as_role(value: Any) -> Any:
@@ -214,7 +244,7 @@ def _as_role(value: Any) -> Any:
 
 def _as_text(value: Any) -> Any:
     try:
-        return _content(value, "", empty_allowed=True)
+        return _content(value, "", [], empty_allowed=True)
     except ValueError:
         return value
 
