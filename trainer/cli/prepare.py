@@ -11,6 +11,8 @@ from trainer.config import load, parse_command_line
 from trainer.config.text import printable
 from trainer.errors import refusals
 
+EXIT_INTERRUPTED = 130  # as of a process that SIGINT has ended
+
 USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N]
 
 Tokenises the data of a recipe into its cache (data.cache), where training with the same data, tokenizer and settings
@@ -21,7 +23,8 @@ in green, or in ⟦brackets⟧ if the output is no terminal (FORCE_COLOR=1 force
 
 
 def main(argv: Sequence[str]) -> int:
-    """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, or 2 after a message."""
+    """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, 2 after a message, or 130
+    after control-C."""
     with refusals() as refused:
         command = parse_command_line(argv, options=("--show", "--help"))
         if command.show_help:
@@ -36,9 +39,13 @@ def main(argv: Sequence[str]) -> int:
     from trainer.data.show import describe, shown
     from trainer.data.tokenizer import load_run_tokenizer
 
-    with refusals() as refused:
-        tokenizer = load_run_tokenizer(config.model)
-        data = tokenise_run(config, tokenizer)
+    try:
+        with refusals() as refused:
+            tokenizer = load_run_tokenizer(config.model)
+            data = tokenise_run(config, tokenizer)
+    except KeyboardInterrupt:
+        print("\nStopped; the source that was being tokenised is not stored.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if refused:
         return refuse(refused[0], rank=0)
     colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ

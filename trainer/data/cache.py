@@ -11,22 +11,19 @@ import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from trainer.config.schema import DataSource, RunConfig, TrainSource
-from trainer.data.cached import check_samples, read_cached, seal
-from trainer.data.control_tokens import ControlTokens, TokensInText
-from trainer.data.encode import ROWS_PER_CHUNK, Overflow, Report, Sample, encode, find_unused_keys
-from trainer.data.errors import BadRows, DataError, in_short
-from trainer.data.formats.base import Row
-from trainer.data.rows import Unused, read_rows
+from trainer.data.build import HELD_OUT, TRAIN, Builder
+from trainer.data.cached import read_cached, seal
+from trainer.data.control_tokens import TokensInText
+from trainer.data.encode import Encoder, Overflow, Report
+from trainer.data.errors import DataError, in_short
 from trainer.data.sources import Opened, open_source
-from trainer.data.tokenizer import tokenizer_identity, vocabulary_size
+from trainer.data.tokenizer import tokenizer_identity
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +35,6 @@ FORMAT_VERSION = 4  # raise it whenever the same file and settings give other sa
 EARLIER_VERSION = 2  # of caches, and so of fingerprints, before there was `made_of`
 LOCK_NOTICE_SECONDS = 30
 OnBadRow = Literal["error", "drop"]
-TRAIN, HELD_OUT = "train", "held_out"  # the splits of a source in its folder of the cache
 
 
 @dataclass(frozen=True)
@@ -276,14 +272,7 @@ class _Maker:
                 except ValueError as damage:
                     logger.warning("%s is damaged (%s): it is built anew", folder, damage)
                     _remove(folder, damage)
-            unused = Unused(source.path, source.ignore)
-            bad = BadRows(source.path, drop=self.on_bad_row == "drop")
-            rows = read_rows(source.path, opened.records(), source.format, unused, bad)
-            find_unused_keys(rows, self.tokenizer, unused)
-            if unused.problems():
-                raise DataError(unused.problems())
-            splits = _split(source.path, rows, eval_fraction, self.seed)
-            self._build(folder, source.path, splits, unused.ignored, bad)
+            self._build(folder, source, opened, eval_fraction)
         try:
             return _parts(source.path, folder)
         except ValueError as damage:
@@ -294,9 +283,7 @@ class _Maker:
                 ]
             ) from damage
 
-    def _build(
-        self, folder: Path, path: str, splits: dict[str, list[Row]], ignored: tuple[str, ...], bad: BadRows
-    ) -> None:
+    def _build(self, folder: Path, source: DataSource, opened: Opened, eval_fraction: float) -> None:
         """Write every split to a temporary folder and rename it, so that a folder with the final name is complete."""
         unfinished = f"{folder.name}.{socket.gethostname()}."
         # Remove leftovers of a killed process; the lock allows it. Only those of this host, because some network file
@@ -305,18 +292,9 @@ class _Maker:
             shutil.rmtree(leftover, ignore_errors=True)
         temporary = folder.with_name(f"{unfinished}{uuid.uuid4().hex}")
         temporary.mkdir()
-        control = ControlTokens(self.tokenizer, self.special_tokens_in_text)
         try:
-            reports = {}
-            for name, rows in splits.items():
-                file = temporary / f"{name}.arrow"
-                reports[name] = asdict(self._write(file, path, rows, bad, control))
-                if self.packing:
-                    _pack(file, self.max_length)
-                check_samples(file, vocabulary=vocabulary_size(self.tokenizer), max_length=self.max_length)
-            found: dict[str, Any] = {"num_bad": bad.count, "first_bad": bad.first}
-            found |= {"num_spelling": control.rows, "control_tokens": list(control.seen)}
-            seal(temporary, {"key": folder.name, "reports": reports, "ignored": list(ignored), **found})
+            info = self.builder.build(temporary, source, opened, eval_fraction)
+            seal(temporary, {"key": folder.name, **info})
             os.rename(temporary, folder)
         except OSError:
             if not folder.is_dir():  # else a host on which the lock has no effect was faster, with the same content
@@ -324,64 +302,17 @@ class _Maker:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write(self, file: Path, path: str, rows: Sequence[Row], bad: BadRows, control: ControlTokens) -> Report:
-        """Write rows as one Arrow stream, the format that `datasets` maps into memory, chunk by chunk."""
-        import pyarrow as pa
-
-        schema = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "labels")})
-        waiting: list[Sample] = []
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-
-            def keep(sample: Sample) -> None:
-                waiting.append(sample)
-                if len(waiting) == ROWS_PER_CHUNK:
-                    flush()
-
-            def flush() -> None:
-                writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema=schema))
-                waiting.clear()
-
-            report = encode(
-                path,
-                rows,
-                self.tokenizer,
-                max_length=self.max_length,
-                overflow=self.overflow,
-                keep=keep,
-                bad=bad,
-                control=control,
-            )
-            flush()
-        return report
-
-
-def _pack(file: Path, max_length: int) -> None:
-    """Replace the samples of a file by rows of samples, best fit first. None is cut: none is longer than a row."""
-    from datasets import Dataset
-    from trl import pack_dataset
-
-    packed = file.with_name("packed.arrow")
-    # Without this name, `datasets` would store a file beside the samples under a name that differs from run to run.
-    pack_dataset(Dataset.from_file(str(file)), max_length, "bfd", map_kwargs={"cache_file_name": str(packed)})
-    os.replace(packed, file)
-
-
-def _split(path: str, rows: list[Row], eval_fraction: float, seed: int) -> dict[str, list[Row]]:
-    """Split rows into TRAIN and HELD_OUT. Without HELD_OUT if its share is 0 rows, as for a small source of a mix."""
-    num_eval = round(len(rows) * eval_fraction)
-    if num_eval == len(rows):
-        raise DataError(
-            [f"data.eval_fraction: {eval_fraction} of the {len(rows)} rows of {path} leaves none to train on"]
+    @property
+    def builder(self) -> Builder:
+        encoder = Encoder(
+            self.tokenizer,
+            max_length=self.max_length,
+            overflow=self.overflow,
+            special_tokens_in_text=self.special_tokens_in_text,
         )
-    if not num_eval:
-        return {TRAIN: rows}
-    # The third word separates this draw from those of epochs, which have no third word, or one >= 2 (see SampleOrder).
-    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0, 1]))).permutation(len(rows))
-    chosen = set(order[:num_eval].tolist())
-    return {
-        TRAIN: [row for index, row in enumerate(rows) if index not in chosen],
-        HELD_OUT: [row for index, row in enumerate(rows) if index in chosen],
-    }
+        return Builder(
+            encoder, self.max_length, self.overflow, self.packing, drop_bad=self.on_bad_row == "drop", seed=self.seed
+        )
 
 
 def _parts(path: str, folder: Path) -> dict[str, Part]:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import DataSource
 from trainer.config.sources import DATA_SUFFIXES, hub_name
 from trainer.data.errors import DataError, in_short
-from trainer.data.plain_files import READERS, ROWS_PER_READ, Records, read_csv, read_json, table_rows
+from trainer.data.plain_files import READERS, ROWS_PER_READ, Position, Records, read_csv, read_json, table_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,10 +29,11 @@ _ABOUT_THE_FOLDER = ("dataset_infos.json", "dataset_info.json", "dataset_dict.js
 
 @dataclass(frozen=True)
 class Opened:
-    """A source that exists. `records()` yields pairs (where, value), and `content()` identifies these records.
+    """A source that exists. `records(position)` yields pairs (where, value), and `content()` identifies these records.
 
     `where` is how messages name the record, `train.jsonl:12` or `train.parquet, row 12`. The value is a mapping if the
-    file contains one, or a `ValueError` that says why this record cannot be read. A null in a table is None.
+    file contains one, bytes if it is a line of JSON, or a `ValueError` that says why this record cannot be read. A null
+    in a table is None. `position` is moved from 0 to `size` while records are read.
 
     `content()` is a list of plain JSON. `as_before` says whether it is still the one in fingerprints of the time before
     folders of JSON and CSV files were read file by file.
@@ -39,7 +41,8 @@ class Opened:
 
     path: str
     content: Callable[[], list[Any]]
-    records: Callable[[], Records]
+    records: Callable[[Position], Records]
+    size: float
     as_before: bool = True
 
 
@@ -53,7 +56,9 @@ def open_source(source: DataSource) -> Opened:
         raise DataError([f"{source.path}: not the name of a data file; allowed: {' | '.join(DATA_SUFFIXES)}"])
     if not file.is_file():
         raise DataError([f"{source.path}: cannot be read: No such file"])
-    return Opened(source.path, lambda: _hashes(source.path, [file]), lambda: reader(source.path, file))
+    return Opened(
+        source.path, lambda: _hashes(source.path, [file]), partial(reader, source.path, file), file.stat().st_size
+    )
 
 
 def _hashes(path: str, files: Iterable[Path]) -> list[Any]:
@@ -100,7 +105,8 @@ def _open_data_set(source: DataSource) -> Opened:
     return Opened(
         source.path,
         lambda: _hashes(source.path, files) if files else [["memory", _table_hash(batches())]],
-        lambda: table_rows(source.path, batches()),
+        lambda position: table_rows(source.path, batches(), position),
+        len(data_set),
     )
 
 
@@ -173,30 +179,31 @@ def _open_plain_files(source: DataSource, split: str) -> Opened | None:
     if not all(files.values()) or not suffixes <= allowed or not standard or builder.info.features is not None:
         return None
 
-    def split_records(name: str) -> Records:
+    def split_records(name: str, position: Position) -> Records:
         for file in files[name]:
             if builder.name == "csv":
-                yield from read_csv(str(file), file, delimiter=config.sep)
+                yield from read_csv(str(file), file, position, delimiter=config.sep)
             else:
-                yield from read_json(str(file), file)
+                yield from read_json(str(file), file, position)
 
-    def records() -> Records:
+    def records(position: Position) -> Records:
         if split in files:
-            yield from split_records(split)
+            yield from split_records(split, position)
             return
-        counts = {name: sum(1 for _ in split_records(name)) for name in names}
+        counts = {name: sum(1 for _ in split_records(name, Position())) for name in names}
         try:
             chosen = ReadInstruction.from_spec(split).to_absolute(counts)
         except (ValueError, AssertionError) as error:
             raise DataError([f"{source.path}: split={split!r}: {in_short(error)}"]) from error
         for part in chosen:
-            yield from islice(split_records(part.splitname), part.from_, part.to)
+            yield from islice(split_records(part.splitname, position), part.from_, part.to)
 
     def content() -> list[Any]:
         syntax = config.sep if builder.name == "csv" else "json"
         return [["folder", syntax], *([name, *_hashes(source.path, files[name])] for name in names)]
 
-    return Opened(source.path, content, records, as_before=False)
+    size = sum(file.stat().st_size for part in files.values() for file in part)
+    return Opened(source.path, content, records, size, as_before=False)
 
 
 assert tuple(READERS) == DATA_SUFFIXES

@@ -1,0 +1,153 @@
+"""Write files of samples, split and pack them: Arrow streams, the format that `datasets` maps into memory.
+
+Files are written and read batch by batch and never mapped, so that memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.data.encode import Encoded
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# A process that maps a file reads the head of every batch, a page or more: batches must be few.
+_TOKENS_PER_BATCH = 2**22
+# TRL packs the samples of every 1000 rows.
+_ROWS_PER_PACKING = 1000
+
+
+class SampleFile:
+    """Write samples {input_ids, labels}, as context manager."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow as pa
+
+        self._schema = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "labels")})
+        self._sink = pa.OSFile(str(file), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, self._schema)
+        self._waiting: list[Encoded] = []
+        self._tokens = 0
+
+    def __enter__(self) -> SampleFile:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        with self._sink, self._writer:
+            if failure[0] is None:
+                self._flush()
+
+    def write(self, encoded: Encoded) -> None:
+        self._waiting.append(encoded)
+        self._tokens += len(encoded.ids)
+        if self._tokens >= _TOKENS_PER_BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if not self._tokens:
+            return
+        lengths = np.concatenate([encoded.lengths for encoded in self._waiting])
+        borders = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        columns = [
+            pa.ListArray.from_arrays(borders, pa.array(np.concatenate(values)))
+            for values in ([one.ids for one in self._waiting], [one.labels for one in self._waiting])
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        self._waiting.clear()
+        self._tokens = 0
+
+
+def split_file(file: Path, other: Path, moved: np.ndarray) -> None:
+    """Move the samples `moved` (bool, [samples]) of a file to a new file `other`; both keep their order."""
+    import pyarrow as pa
+
+    kept = file.with_name("kept.arrow")
+    start = 0
+    with (
+        read_batches(file) as batches,
+        _stream(kept, batches.schema) as first,
+        _stream(other, batches.schema) as second,
+    ):
+        for batch in batches:
+            chosen = moved[start : start + batch.num_rows]
+            start += batch.num_rows
+            first.write_batch(batch.filter(pa.array(~chosen)))
+            second.write_batch(batch.filter(pa.array(chosen)))
+    os.replace(kept, file)
+
+
+def pack(file: Path, max_length: int) -> None:
+    """Replace the samples of a file by rows of samples, best fit first. None is cut: none is longer than a row."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    packed = file.with_name("packed.arrow")
+    with ExitStack() as opened:
+        opened.enter_context(_no_bars())
+        batches = opened.enter_context(read_batches(file))
+        writer = None
+        for table in _tables(batches):
+            # A table in memory that has a name: else `datasets` would hash it, or store files beside the samples.
+            samples = Dataset(table, fingerprint="samples")
+            rows = pack_dataset(samples, max_length, "bfd", map_kwargs={"new_fingerprint": "rows"})
+            found = rows.with_format("arrow")[:]
+            writer = writer or opened.enter_context(_stream(packed, found.schema))
+            writer.write_table(found)
+    os.replace(packed, file)
+
+
+def _tables(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Yield tables of as many rows as TRL packs together, or several times as many; fewer at the end."""
+    import pyarrow as pa
+
+    waiting: pa.Table | None = None
+    for batch in batches:
+        table = pa.Table.from_batches([batch])
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        ready = len(waiting) // _ROWS_PER_PACKING * _ROWS_PER_PACKING
+        if ready:
+            yield waiting.slice(0, ready)
+            waiting = waiting.slice(ready)
+    if waiting is not None and len(waiting):
+        yield waiting
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep `datasets` from showing a bar for each table."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def read_batches(file: Path) -> Iterator[Any]:
+    """Open a file for a `with` block; the batches are to be iterated over, and have a `schema`."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as batches:
+        yield batches
+
+
+@contextmanager
+def _stream(file: Path, schema: pa.Schema) -> Iterator[pa.RecordBatchStreamWriter]:
+    import pyarrow as pa
+
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        yield writer
