@@ -9,9 +9,10 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,8 @@ from trainer.data.control_tokens import TokensInText
 from trainer.data.encode import Encoder, Overflow, Report
 from trainer.data.errors import DataError, in_short
 from trainer.data.sources import Opened, open_source
+from trainer.data.stream import SHUFFLE_ROWS, Making, OpenSource, Streams, preview
+from trainer.data.tokenised import Part, TokenisedData
 from trainer.data.tokenizer import tokenizer_identity
 
 if TYPE_CHECKING:
@@ -35,56 +38,6 @@ FORMAT_VERSION = 4  # raise it whenever the same file and settings give other sa
 EARLIER_VERSION = 2  # of caches, and so of fingerprints, before there was `made_of`
 LOCK_NOTICE_SECONDS = 30
 OnBadRow = Literal["error", "drop"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The samples of one source: memory-mapped {input_ids, labels}, numpy arrays. If they are packed, each is a row of
-    samples and also has `seq_lengths`. `ignored` names the columns, and keys of messages, that no sample contains.
-    `num_bad` rows of the source, part held out or not, could not be used; `first_bad` says what is wrong with ten.
-    `num_spelling` rows spell `control_tokens`, which are kept as text."""
-
-    path: str
-    samples: Dataset
-    report: Report
-    ignored: tuple[str, ...] = ()
-    num_bad: int = 0
-    first_bad: tuple[str, ...] = ()
-    num_spelling: int = 0
-    control_tokens: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TokenisedData:
-    """The samples of all sources, concatenated, and the part of each source.
-
-    `weights` has one number for each part of `train`, or is None. `made_of` maps keys to what decides the training
-    samples, and `fingerprint` is its hash. `earlier_fingerprint` is what checkpoints recorded before they recorded
-    `made_of`; None if a source was read in another way then.
-    """
-
-    train: Dataset
-    train_parts: tuple[Part, ...]
-    eval: Dataset | None
-    eval_parts: tuple[Part, ...]
-    weights: tuple[float, ...] | None
-    fingerprint: str
-    made_of: Mapping[str, Any]
-    earlier_fingerprint: str | None
-
-    @property
-    def fingerprints(self) -> tuple[str, ...]:
-        """Return `fingerprint`, and what a checkpoint of an earlier version may have recorded instead."""
-        return tuple(filter(None, (self.fingerprint, self.earlier_fingerprint)))
-
-    @property
-    def sizes(self) -> list[int]:
-        """Count the samples (or packed rows) of each source of `train`."""
-        return [len(part.samples) for part in self.train_parts]
-
-    @property
-    def train_report(self) -> Report:
-        return sum((part.report for part in self.train_parts), start=Report(0, 0, 0, 0, 0))
 
 
 def tokenise_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenisedData:
@@ -103,6 +56,8 @@ def tokenise_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Token
         special_tokens_in_text=data.special_tokens_in_text,
         cache=Path(data.cache).expanduser() if data.cache else beside,
         seed=config.seed,
+        streaming=data.streaming,
+        shuffle_rows=data.shuffle_rows or SHUFFLE_ROWS,
     )
 
 
@@ -119,6 +74,8 @@ def tokenise(
     seed: int,
     on_bad_row: OnBadRow = "error",
     special_tokens_in_text: TokensInText = "text",
+    streaming: bool = False,
+    shuffle_rows: int = SHUFFLE_ROWS,
 ) -> TokenisedData:
     """Tokenise the training and evaluation sources once for all processes, and open the result.
 
@@ -131,39 +88,57 @@ def tokenise(
     If `eval_fraction` is above 0 (which requires an empty `eval`), rows of each training source are set aside for
     evaluation. They are drawn by `seed` alone, so that neither max_length nor the tokenizer changes which ones.
     `on_bad_row="drop"` leaves out rows that cannot be read or rendered instead of raising.
-    `special_tokens_in_text="allow"` makes tokens of control tokens that rows spell, instead of text.
+    `special_tokens_in_text="allow"` makes tokens of control tokens that rows spell, instead of text. With `streaming`
+    the training sources are only opened, and their first `shuffle_rows` rows are tokenised.
     """
     if eval and eval_fraction:
         raise DataError([f"data.eval_fraction: {eval_fraction}, but data.eval is given, too; give one of them"])
     maker = _Maker(tokenizer, max_length, overflow, packing, Path(cache), seed, on_bad_row, special_tokens_in_text)
-    made: list[_Made] = []
-    problems: list[str] = []
-    for source in [*train, *eval]:
-        try:
-            made.append(maker.make(source, eval_fraction))
-        except DataError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise DataError(problems)
-    train_parts = [one.parts[TRAIN] for one in made[: len(train)]]
-    eval_parts = [one.parts[TRAIN] for one in made[len(train) :]]
-    eval_parts += [one.parts[HELD_OUT] for one in made if HELD_OUT in one.parts]
+    making = partial(maker.make, eval_fraction=eval_fraction)
+    opened, made, apart = _all_of(
+        (OpenSource, train if streaming else ()), (making, () if streaming else train), (making, eval)
+    )
+    train_parts = [one.parts[TRAIN] for one in made]
+    eval_parts = [one.parts[TRAIN] for one in apart] + [one.parts[HELD_OUT] for one in made if HELD_OUT in one.parts]
     if eval_fraction and not eval_parts:
         num_rows = sum(part.report.samples + part.report.dropped for part in train_parts)
         raise DataError([f"data.eval_fraction: {eval_fraction} of {num_rows} rows leaves none to evaluate on"])
-    weights = tuple(source.weight for source in train if source.weight is not None)
-    made_of = {key: value for i, one in enumerate(made[: len(train)]) for key, value in one.made_of(i).items()}
-    earlier = [one.earlier_key for one in made[: len(train)]]
+    weights = tuple(source.weight for source in train if source.weight is not None) or None
+    made_of = {key: value for i, one in enumerate(made) for key, value in one.made_of(i).items()}
+    earlier = [one.earlier_key for one in made]
+    streams = None
+    if streaming:
+        rows = maker.making(shuffle_rows)
+        train_parts = _all_of((lambda source: preview(source, rows, seed), opened))[0]
+        streams = Streams(opened, rows, weights=weights, seed=seed)
+        made_of, earlier = maker.streamed_from(train, opened, shuffle_rows), [None]
     return TokenisedData(
         _joined(train_parts),
         tuple(train_parts),
         _joined(eval_parts) if eval_parts else None,
         tuple(eval_parts),
-        weights or None,
+        weights,
         _digest(made_of),
         made_of,
         None if None in earlier else _digest(earlier),
+        streams,
     )
+
+
+def _all_of(*calls: tuple[Callable[[Any], Any], Sequence[Any]]) -> list[list[Any]]:
+    """Return what each function makes of its sources. Raises `DataError` with the problems of all."""
+    made: list[list[Any]] = []
+    problems: list[str] = []
+    for make, sources in calls:
+        made.append([])
+        for source in sources:
+            try:
+                made[-1].append(make(source))
+            except DataError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise DataError(problems)
+    return made
 
 
 def _joined(parts: Sequence[Part]) -> Dataset:
@@ -183,7 +158,22 @@ class _Made:
 
     def made_of(self, index: int) -> dict[str, Any]:
         """Return what the samples were made of, by the configuration key that decides it."""
-        return {f"data.train[{index}].{name}": value for name, value in self.of_source.items()} | dict(self.settings)
+        return _by_key(index, self.of_source) | dict(self.settings)
+
+
+def _values(source: DataSource, content: list[Any]) -> dict[str, Any]:
+    """Return what of a source decides its samples."""
+    return {
+        "path": {"sha256": _digest(content)},
+        "format": source.format,
+        "subset": source.subset,
+        "split": source.split,
+        "ignore": sorted(source.ignore),
+    }
+
+
+def _by_key(index: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"data.train[{index}].{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -203,13 +193,7 @@ class _Maker:
         """Return the samples of a source from its folder. The folder is built if it is missing or damaged."""
         opened = open_source(source)
         content = opened.content()
-        of_source = {
-            "path": {"sha256": _digest(content)},
-            "format": source.format,
-            "subset": source.subset,
-            "split": source.split,
-            "ignore": sorted(source.ignore),
-        }
+        of_source = _values(source, content)
         settings = self._settings(eval_fraction)
         folder = self.cache / _digest([of_source, settings])
         try:
@@ -223,6 +207,20 @@ class _Maker:
         if as_before and not any(part.num_spelling for part in parts.values()):
             earlier = self._earlier_key(source, content, eval_fraction)
         return _Made(parts, of_source, settings, earlier)
+
+    def making(self, shuffle_rows: int) -> Making:
+        """Return how samples of streams are made."""
+        builder = self.builder
+        return Making(builder.encoder, self.max_length, self.overflow, shuffle_rows, self.packing, builder.drop_bad)
+
+    def streamed_from(
+        self, sources: Sequence[DataSource], opened: Sequence[OpenSource], shuffle_rows: int
+    ) -> dict[str, Any]:
+        """Return what decides the samples of streams and their order, by the configuration key."""
+        made_of: dict[str, Any] = {}
+        for index, (source, one) in enumerate(zip(sources, opened, strict=True)):
+            made_of |= _by_key(index, _values(source, one.content))
+        return made_of | self._settings(0.0) | {"data.streaming": True, "data.shuffle_rows": shuffle_rows}
 
     def _settings(self, eval_fraction: float) -> dict[str, Any]:
         """Return what else decides samples, by key. Values too long to be shown are digests."""

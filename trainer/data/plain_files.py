@@ -67,11 +67,16 @@ def _read_jsonl(path: str, file: Path, position: Position) -> Records:
                 yield f"{path}:{number}", content
 
 
-def read_json(path: str, file: Path, position: Position) -> Records:
-    """Yield the records of a list of objects or, as many files with this suffix contain, of one object per line."""
+def has_json_lines(file: Path) -> bool:
+    """Return whether a file has one object of JSON per line, and not a list of objects, by its beginning."""
     with file.open("rb") as stream:
         start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
+    return not start.startswith(b"[")
+
+
+def read_json(path: str, file: Path, position: Position) -> Records:
+    """Yield the records of a list of objects or, as many files with this suffix contain, of one object per line."""
+    if has_json_lines(file):
         yield from _read_jsonl(path, file, position)
         return
     _check_text(path, file)
@@ -170,9 +175,11 @@ def _check_names(path: str, names: Sequence[str]) -> None:
         raise DataError([f"{path}: several columns are called {', '.join(twice)}; give each a name of its own"])
 
 
-def table_rows(path: str, batches: Iterable[pa.RecordBatch], position: Position, row_size: float = 1.0) -> Records:
-    """Yield the records of tables, of which each counts `row_size` in `position`."""
-    number = 0
+def table_rows(
+    path: str, batches: Iterable[pa.RecordBatch], position: Position, row_size: float = 1.0, *, first: int = 0
+) -> Records:
+    """Yield the records of tables, the rows after `first` others. Each counts `row_size` in `position`."""
+    number = first
     decoders = None
     for batch in _small(batches):
         if decoders is None:

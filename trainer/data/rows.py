@@ -63,16 +63,21 @@ class Unused:
         else:
             self._lost.setdefault(name, where)
 
+    def lost(self) -> list[str]:
+        """Return what is wrong with columns and keys that are in no sample; nothing if there are none."""
+        if not self._lost:
+            return []
+        names = ", ".join(self._lost)
+        first = next(iter(self._lost.values()))
+        return [
+            f"{first}: has {{{names}}}, which would not be in the sample, although the answer may depend on it; "
+            f"put it into a column that the format uses ({_known_with_optional()}), or leave it out by "
+            f"naming the source as {{path: {self._path}, ignore: [{names}]}}"
+        ]
+
     def problems(self) -> list[str]:
-        problems = []
-        if self._lost:
-            names = ", ".join(self._lost)
-            first = next(iter(self._lost.values()))
-            problems.append(
-                f"{first}: has {{{names}}}, which would not be in the sample, although the answer may depend on it; "
-                f"put it into a column that the format uses ({_known_with_optional()}), or leave it out by "
-                f"naming the source as {{path: {self._path}, ignore: [{names}]}}"
-            )
+        """Return what is wrong once all rows were read: `lost`, and names in `ignore` that no row has."""
+        problems = self.lost()
         unknown = sorted(self._ignore - set(self._ignored))
         if unknown:
             problems.append(

@@ -6,7 +6,7 @@ Files are written and read batch by batch and never mapped, so that memory does 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,8 @@ class SampleFile:
     def __init__(self, file: Path) -> None:
         import pyarrow as pa
 
-        self._schema = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "labels")})
         self._sink = pa.OSFile(str(file), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, self._schema)
+        self._writer = pa.ipc.new_stream(self._sink, batch_of([]).schema)
         self._waiting: list[Encoded] = []
         self._tokens = 0
 
@@ -51,19 +50,26 @@ class SampleFile:
             self._flush()
 
     def _flush(self) -> None:
-        import pyarrow as pa
-
         if not self._tokens:
             return
-        lengths = np.concatenate([encoded.lengths for encoded in self._waiting])
-        borders = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        columns = [
-            pa.ListArray.from_arrays(borders, pa.array(np.concatenate(values)))
-            for values in ([one.ids for one in self._waiting], [one.labels for one in self._waiting])
-        ]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        self._writer.write_batch(batch_of(self._waiting))
         self._waiting.clear()
         self._tokens = 0
+
+
+def batch_of(parts: Sequence[Encoded]) -> pa.RecordBatch:
+    """Return the samples of `parts` as lists of int32 in the columns input_ids and labels."""
+    import pyarrow as pa
+
+    none = [np.zeros(0, dtype=np.int32)]
+    lengths = np.concatenate([*none, *(one.lengths for one in parts)])
+    borders = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    columns = {"input_ids": [one.ids for one in parts], "labels": [one.labels for one in parts]}
+    lists = {
+        name: pa.ListArray.from_arrays(borders, pa.array(np.concatenate([*none, *arrays])))
+        for name, arrays in columns.items()
+    }
+    return pa.RecordBatch.from_arrays(list(lists.values()), names=list(lists))
 
 
 def split_file(file: Path, other: Path, moved: np.ndarray) -> None:
@@ -87,22 +93,27 @@ def split_file(file: Path, other: Path, moved: np.ndarray) -> None:
 
 def pack(file: Path, max_length: int) -> None:
     """Replace the samples of a file by rows of samples, best fit first. None is cut: none is longer than a row."""
-    from datasets import Dataset
-    from trl import pack_dataset
-
     packed = file.with_name("packed.arrow")
     with ExitStack() as opened:
-        opened.enter_context(_no_bars())
         batches = opened.enter_context(read_batches(file))
         writer = None
         for table in _tables(batches):
-            # A table in memory that has a name: else `datasets` would hash it, or store files beside the samples.
-            samples = Dataset(table, fingerprint="samples")
-            rows = pack_dataset(samples, max_length, "bfd", map_kwargs={"new_fingerprint": "rows"})
-            found = rows.with_format("arrow")[:]
+            found = pack_table(table, max_length)
             writer = writer or opened.enter_context(_stream(packed, found.schema))
             writer.write_table(found)
     os.replace(packed, file)
+
+
+def pack_table(table: pa.Table, max_length: int) -> pa.Table:
+    """Return rows of the samples {input_ids, labels} of a table, best fit first, with their `seq_lengths`."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    # A table in memory that has a name: else `datasets` would hash it, or store files.
+    with _no_bars():
+        samples = Dataset(table, fingerprint="samples")
+        rows = pack_dataset(samples, max_length, "bfd", map_kwargs={"new_fingerprint": "rows"})
+    return rows.with_format("arrow")[:]
 
 
 def _tables(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from trainer.config import METHODS, RunConfig
-from trainer.data.cache import TokenisedData
+from trainer.data.tokenised import TokenisedData
 from trainer.engine.rounding import half_unit
 from trainer.engine.sparse import Sparse
 from trainer.engine.zero.slices import stored
@@ -105,7 +105,10 @@ def report(
     written: Sequence[tuple[str, object]],
 ) -> str:
     always_on = ", ".join(sparse.always_on) or "nothing"
-    lines = [f"\nTrained {num_steps} steps on {data.train_report.samples} samples; always on: {always_on}."]
+    samples = "streamed samples" if data.streams else f"{data.train_report.samples} samples"
+    lines = [f"\nTrained {num_steps} steps on {samples}; always on: {always_on}."]
+    if data.streams and data.streams.num_bad:
+        lines.append(f"{data.streams.num_bad:,} rows left out since this start (data.on_bad_row: drop).")
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[max(evaluations)]
         lines.append(
