@@ -2,11 +2,13 @@
 
     python benchmarks/prepare.py --rows 300000 --more 3000000
     python benchmarks/prepare.py --rows 30000 --kinds messages --tokenizer trained
+    python benchmarks/prepare.py --rows 300000 --streaming
 
 Both sides make the same samples of the same file, in the same Arrow columns, which is checked: `prepare` reads, checks,
 renders, tokenises and labels rows; `datasets.map` loads JSON, and maps a function of a few lines over batches. Each
 measurement is a process of its own, and imports are not counted. `--more` adds the resident memory of all processes
-together, for as many rows beside `--rows`.
+together, for as many rows beside `--rows`. `--streaming` measures instead how fast a stream (`data.streaming`) makes
+samples, and how long a resume takes near the end of an epoch, from lines and from one row group of Parquet.
 """
 
 from __future__ import annotations
@@ -147,6 +149,50 @@ def measure(subject: str, file: Path, tokenizer: str, cores: int) -> dict[str, A
         }
 
 
+def stream(file: Path, tokenizer: str) -> dict[str, float]:
+    """Samples per second of a stream on all cores, and seconds of a resume after 95 of 100 samples."""
+    from trainer.config.schema import TrainSource
+    from trainer.data.cache import tokenise
+
+    def streams() -> Any:
+        return tokenise(
+            train=[TrainSource(path=str(file))], eval=(), eval_fraction=0.0, overflow="truncate", packing=False, seed=0,
+            tokenizer=tokenizer_of(tokenizer), max_length=MAX_LENGTH, cache=file.parent, streaming=True,
+        ).streams  # fmt: skip
+
+    count = sum(1 for _ in file.open("rb")) if file.suffix == ".jsonl" else _num_rows(file)
+    late = count * 95 // 100
+    (one,) = streams().streams
+    started = time.perf_counter()
+    for _ in range(late):
+        one.take()
+    seconds, state = time.perf_counter() - started, one.state
+    expected = one.take()["input_ids"].tolist()
+    (other,) = streams().streams
+    started = time.perf_counter()
+    other.go_to(state)
+    resume = time.perf_counter() - started
+    assert other.take()["input_ids"].tolist() == expected
+    return {"samples per second": late / seconds, "seconds of a resume": resume}
+
+
+def _num_rows(file: Path) -> int:
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(file).num_rows)
+
+
+def both_streams(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = folder / f"{kind}.jsonl"
+    _write(file, kind, arguments.rows)
+    table = folder / f"{kind}.parquet"
+    parquet.write_table(pa.Table.from_pylist(list(rows(kind, arguments.rows))), table, row_group_size=arguments.rows)
+    return {"lines": stream(file, arguments.tokenizer), "one row group": stream(table, arguments.tokenizer)}
+
+
 def _cpu_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
@@ -240,13 +286,15 @@ def main() -> None:
     parser.add_argument("--more", type=int, help="so many rows, for the growth of memory")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--tokenizer", choices=("bytes", "trained"), default="bytes")
+    parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--cores", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for rows and samples")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        figures: dict[str, Any] = {kind: compare(kind, arguments, folder) for kind in arguments.kinds}
+        measured = both_streams if arguments.streaming else compare
+        figures: dict[str, Any] = {kind: measured(kind, arguments, folder) for kind in arguments.kinds}
     finally:
         shutil.rmtree(folder)
     figures["environment"] = {"command": command("python"), "date": date.today().isoformat(), "cores": arguments.cores}

@@ -13,6 +13,7 @@ from tests.checkpoint.supervisor import supervise
 from tests.checkpoint.test_launch_resume import assert_same
 from tests.comparing import largest_difference
 from tests.launching import metrics, write_inputs
+from trainer.cli.main import main
 
 # 40 rows in windows of 16, and four in a step: an epoch ends in the middle of an interval.
 VALUES = [
@@ -84,3 +85,19 @@ def test_one_rank_goes_on_where_two_were_and_a_bad_row_ends_both(tmp_path: Path)
     refused = forked.run([*values, "output=runs/bad", "data.shuffle_rows=40"], folder)
     assert refused.code == 2 and "Traceback" not in refused.everything
     assert "train.jsonl:41: not JSON" in refused.stderr
+
+
+def test_prepare_and_the_dry_run_report_on_the_first_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder := tmp_path / "here")
+    monkeypatch.chdir(folder)
+    assert main(["prepare", *VALUES, "--show", "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("train.jsonl, sample 1: 34 tokens") == 1
+    assert "train.jsonl: streamed (1 file, " in said and ", of the first rows 16 samples (0 truncated" in said
+    assert main(["train", *VALUES, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "train.jsonl: streamed (1 file, " in said and "steps: 16 of 4 sequences" in said
+    assert main(["prepare", *VALUES, "train.steps=null", "train.epochs=2"]) == 2
+    assert "train.epochs: 2.0, but with data.streaming no length is known" in capsys.readouterr().err

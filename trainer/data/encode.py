@@ -73,16 +73,21 @@ class Problem(NamedTuple):
 class Encoded:
     """The samples of some rows, end to end, and what became of the others.
 
-    `ids` and `labels` are int32, [tokens of all samples]; `lengths` has the tokens of each sample, and `outcomes` the
-    `Outcome` of each row, uint8. `spelling` has the indices of rows that spell control tokens, and these tokens.
+    `ids` are int32, [tokens of all samples], and `targets` says which of them are trained on, bool; `lengths` has the
+    tokens of each sample, and `outcomes` the `Outcome` of each row, uint8. `spelling` has the indices of rows that
+    spell control tokens, and these tokens.
     """
 
     ids: np.ndarray
-    labels: np.ndarray
+    targets: np.ndarray
     lengths: np.ndarray
     outcomes: np.ndarray
     problems: list[Problem]
     spelling: list[tuple[int, tuple[str, ...]]]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.where(self.targets, self.ids, np.int32(IGNORED))
 
     @property
     def samples(self) -> Iterator[Sample]:
@@ -137,7 +142,7 @@ class Encoder:
                 problems.append(Problem(index, Outcome.TOO_LONG, text))
         return Encoded(
             _joined([ids for ids, _ in samples]),
-            _joined([labels for _, labels in samples]),
+            _joined([labels for _, labels in samples]) != IGNORED,
             _int32([len(ids) for ids, _ in samples]),
             outcomes,
             sorted(problems, key=lambda problem: problem.row),
