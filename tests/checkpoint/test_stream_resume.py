@@ -100,4 +100,4 @@ def test_prepare_and_the_dry_run_report_on_the_first_rows(
     said = capsys.readouterr().out
     assert "train.jsonl: streamed (1 file, " in said and "steps: 16 of 4 sequences" in said
     assert main(["prepare", *VALUES, "train.steps=null", "train.epochs=2"]) == 2
-    assert "train.epochs: 2.0, but with data.streaming no length is known" in capsys.readouterr().err
+    assert "train.epochs: 2, but with data.streaming no length is known" in capsys.readouterr().err
