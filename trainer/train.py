@@ -37,7 +37,7 @@ from trainer.run.loop import Loop
 from trainer.run.model_checks import check_model
 from trainer.run.progress import Meter, Progress
 from trainer.run.rank_watch import RankWatch
-from trainer.run.remarks import one_line, report, rounding_warning, title, warnings
+from trainer.run.remarks import new_token_lines, one_line, report, rounding_warning, title, warnings
 from trainer.run.resuming import FinishedError
 from trainer.run.step import summed_over
 from trainer.run.swap_folder import own_swap_folder
@@ -62,7 +62,7 @@ def run(config: RunConfig, interruption: Interruption, watch: RankWatch) -> int:
         if dist.get_rank() == 0:
             print(printable(str(finished)), flush=True)
     dist.barrier()  # otherwise a rank that finishes first looks dead to the others
-    watch.rest()
+    watch.finish()
     # Only after success: after a failure this could wait for ranks that never arrive.
     torch.distributed.destroy_process_group()
     return code
@@ -129,6 +129,7 @@ def _train(
         f"run folder {folder.path}: {one_line(sparse, config, num_steps)}",
         *folder.remarks,
         *describe_data(data, config.data.max_length),
+        *new_token_lines(config, tokenizer, sparse),
         str(loss),
         *watch.start(fused=loss.fused),
         *remarks,

@@ -43,7 +43,7 @@ def test_tensors_are_copied_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -
 
 def test_neighbours_are_one_copy() -> None:
     parts = torch.randn(1000).split(100)
-    _, copies = Staging()._lay_out([*parts[::-1], torch.randn(3)])
+    _, copies = Staging()._targets([*parts[::-1], torch.randn(3)])
     assert sorted(copy.numel for copy in copies) == [3, 1000]
 
 

@@ -92,7 +92,7 @@ def test_every_source_of_a_mix_is_looked_for(folder: Path) -> None:
     ]
     assert load(write(folder / "saved.yaml", dump(loaded)), []) == loaded
     assert problems("data.train=[train.jsonl, notes.txt, data/gone.jsonl]") == [
-        f"data.train[1]: {str(folder / 'notes.txt')!r} is no data file by its name; allowed: "
+        f"data.train[1]: {str(folder / 'notes.txt')!r} does not have the name of a data file; allowed: "
         ".jsonl | .json | .csv | .parquet | .arrow",
         f"data.train[2]: no such file: 'data/gone.jsonl' (looked in {folder / 'data'})",
     ]

@@ -99,3 +99,34 @@ def test_settings_that_say_something_else_than_the_rule_does(
         return
     with pytest.raises(TypeError, match=words):
         _check_rule(config, sparse)
+
+
+TOKENS = {"path": "x", "add_tokens": ["<call>"]}
+
+
+def test_new_rows_need_new_tokens_and_a_rule_that_trains_them() -> None:
+    (problem,) = found(always_on={"embeddings": "new_rows"})
+    assert problem.startswith("always_on.embeddings: new_rows, but there are no new tokens; name them in model.add_tok")
+    assert found(always_on={"embeddings": "new_rows"}, model=TOKENS) == []
+    (problem,) = found(
+        method="id3", always_on={"head": "new_rows"}, model=TOKENS, train={**TRAIN, "gradient_clipping": 0}
+    )
+    assert problem.startswith("always_on: new_rows, but update.name=unmask itself chooses the weights")
+    adapter = {"name": "adapter", "peft": {"peft_type": "LORA", "target_modules": ["q_proj"]}}
+    assert found(substrate=adapter, always_on={"embeddings": "new_rows"}, model=TOKENS) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expanded"),
+    [
+        ({"embeddings": "new_rows"}, ("new_rows", "new_rows")),
+        ({"head": "new_rows"}, ("new_rows", "new_rows")),
+        ({"embeddings": "new_rows", "head": True}, ("new_rows", True)),
+        ({"embeddings": False, "head": "new_rows"}, (False, "new_rows")),
+        ({"embeddings": True}, (True, True)),
+        (None, (True, True)),
+    ],
+)
+def test_new_rows_of_one_end_are_those_of_the_other_unless_it_is_set(given: Any, expanded: tuple[Any, Any]) -> None:
+    always_on = expand_method(RUN | {"always_on": given})["always_on"]
+    assert (always_on["embeddings"], always_on["head"], always_on["norm"]) == (*expanded, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from html.parser import HTMLParser
 
 import pytest
 
@@ -49,6 +50,60 @@ def test_colours_where_they_are_wanted(here, write, capsys, monkeypatch):
     assert "<|user|>hi<|assistant|>\x1b[32mhé<|eos|>\x1b[0m" in capsys.readouterr().out
 
 
+def test_a_page_marks_what_is_trained_on_and_escapes_the_rest(here, write, capsys):
+    said = [{"role": "user", "content": "<b>&\n\x1b[31m"}, {"role": "assistant", "content": "</pre><script>"}]
+    write({"messages": said}, *[CHAT] * 25)
+    assert main(["prepare", *SETTINGS, "data.train=train.jsonl", "--html", "samples.html"]) == 0
+    source = f"train {here / 'train.jsonl'}"
+    summary = f"{source}: 26 samples (0 truncated, 0 dropped), 227 tokens, 115 trained on"
+    assert capsys.readouterr().out.splitlines() == ["Samples: samples.html", summary]
+    text = (here / "samples.html").read_text(encoding="utf-8")
+    tree = Page(text)
+    assert tree.marked[1:3] == ["</pre><script><|eos|>", "hé<|eos|>"], "the first mark is the legend's"
+    assert tree.pieces[0] == "<|user|><b>&\n\\x1b[31m<|assistant|></pre><script><|eos|>"
+    assert len(tree.pieces) == 20 and summary in tree.text
+    assert tree.tags.isdisjoint({"script", "link", "img", "b"})
+
+    assert main(["prepare", *SETTINGS, "data.train=train.jsonl", "--html=two.html", "--show", "2"]) == 0
+    assert len(Page((here / "two.html").read_text(encoding="utf-8")).pieces) == 2
+
+
+def test_a_page_that_cannot_be_written_is_refused(here, write, capsys):
+    write(CHAT)
+    for file in (".", "gone/page.html"):
+        assert main(["prepare", *SETTINGS, "data.train=train.jsonl", "--html", file]) == 2
+        said = capsys.readouterr().err
+        assert "--html: " in said and file in said and "Traceback" not in said
+
+
+class Page(HTMLParser):
+    """What a browser reads in a page: tags, all text, that of each <pre>, and that of each <mark>."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.text, self.pieces, self.marked = "", [], []
+        self._open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self._open.append(tag)
+        if tag in ("pre", "mark"):
+            (self.pieces if tag == "pre" else self.marked).append("")
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        self.text += data
+        if "pre" in self._open:
+            self.pieces[-1] = (self.pieces[-1] + data).removeprefix("\n")
+        if "mark" in self._open:
+            self.marked[-1] += data
+
+
 def test_packed_rows_are_taken_apart_and_shares_are_told(here, write, capsys):
     write(*[CHAT] * 4)
     write({"text": "abc"}, name="b.jsonl")
@@ -84,6 +139,7 @@ def test_what_cannot_be_prepared_is_refused(here, write, capsys):
         ("--show=0", "--show: got '0'; allowed: integer >= 1"),
         ("--show=x", "--show: got 'x'; allowed: integer >= 1"),
         ("--show", "--show: a value is missing, as in --show=3"),
+        ("--html", "--html: a value is missing, as in --html=samples.html"),
         ("--dry-run", "--dry-run: unknown option"),
     ],
 )
@@ -94,6 +150,6 @@ def test_options(argument, problem, capsys):
 
 def test_help(capsys):
     assert main(["prepare", "--help"]) == 0
-    assert "prepare RECIPE.yaml [key=value ...] [--show N]" in capsys.readouterr().out
+    assert "prepare RECIPE.yaml [key=value ...] [--show N] [--html FILE]" in capsys.readouterr().out
     assert main(["train", "--show", "3"]) == 2
     assert "--show: unknown option" in capsys.readouterr().err

@@ -6,9 +6,12 @@ from transformers import AutoTokenizer
 from trainer.config.schema import ModelConfig
 from trainer.data.errors import DataError
 from trainer.data.tokenizer import (
+    add_tokens,
     bytes_tokenizer,
+    describe_new_tokens,
     load_run_tokenizer,
     load_tokenizer,
+    new_ids,
     padding_id,
     tokenizer_identity,
 )
@@ -177,3 +180,54 @@ def test_the_key_that_the_user_set_is_named(monkeypatch, model, problem):
     monkeypatch.setattr(HfApi, "model_info", refuse)
     with pytest.raises(DataError, match=f"^{problem}"):
         load_run_tokenizer(ModelConfig(**model))
+
+
+def test_added_tokens_are_one_id_wherever_they_stand_and_part_of_the_identity(tmp_path):
+    tokenizer = bytes_tokenizer()
+    assert add_tokens(tokenizer, ["<call>", "a", "</call>"]) == new_ids(tokenizer) == range(261, 263)
+    assert tokenizer("a<call>b</call>")["input_ids"] == [97, 261, 98, 262]
+    assert tokenizer.decode([261, 97], skip_special_tokens=True) == "<call>a", "they are no control tokens"
+    assert describe_new_tokens(tokenizer, ["<call>", "a", "</call>"]) == [
+        "model.add_tokens: 2 new tokens, ids 261 to 262; the tokenizer has 'a' already"
+    ]
+    assert tokenizer_identity(tokenizer) != tokenizer_identity(bytes_tokenizer())
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert tokenizer_identity(again) == tokenizer_identity(tokenizer) and new_ids(again) == range(0)
+    assert add_tokens(again, ["<call>"]) == range(263, 263) and not new_ids(again)
+    loaded = load_run_tokenizer(ModelConfig(path=str(tmp_path), add_tokens=("<call>", "<end>")))
+    assert new_ids(loaded) == range(263, 264)
+
+
+def test_added_tokens_are_found_without_a_space_before_them():
+    """Tokenizers as Llama 2's put a space before a text, and would put one before the token."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={"\u2581": 0, "a": 1, "<unk>": 2}, merges=[], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    add_tokens(tokenizer, ["<call>"])
+    assert tokenizer("a<call>")["input_ids"][-1] == 3 and tokenizer("a <call>a")["input_ids"].count(3) == 1
+
+
+def test_tokens_are_added_to_tokenizers_in_python():
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    size = len(tokenizer)
+    assert add_tokens(tokenizer, ["<call>"]) == range(size, size + 1)
+    assert tokenizer("a<call>", add_special_tokens=False)["input_ids"][-1] == size
+
+
+@pytest.mark.parametrize(
+    ("tokens", "problem"),
+    [
+        (["<a>", "<a>"], "got '<a>' twice"),
+        (["a\n"], "got 'a\\\\n' with a character that cannot be printed"),
+        ([""], "at least 1"),
+    ],
+)
+def test_odd_tokens_are_refused(tokens, problem):
+    with pytest.raises(ValueError, match=problem):
+        ModelConfig(path="x", add_tokens=tokens)

@@ -11,6 +11,8 @@ from tests.docs.pages import ROOT
 from tests.launching import environment, free_port, launch
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# What the last lines of some say: that something was learned.
+SAID = {"trl_dpo": "'rewards/accuracies': '1'"}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -18,6 +20,7 @@ def test_an_example_is_short_and_runs(example: Path, tmp_path: Path) -> None:
     assert len(example.read_text().splitlines()) < 60
     finished = forked.script(example, tmp_path)
     assert finished.code == 0, finished.everything
+    assert SAID.get(example.stem, "") in finished.everything
 
 
 def test_the_loop_exports_as_its_first_lines_say(tmp_path: Path) -> None:

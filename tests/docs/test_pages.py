@@ -1,4 +1,4 @@
-"""What the README and docs/ say can be done: links, commands, recipes, code, messages."""
+"""What the README and docs/ say can be done: links, commands, recipes, code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import trainer
 from tests.docs.pages import PAGES, ROOT, Block, all_blocks, anchors, prose
 from tests.launching import RECIPES
 from trainer.cli.main import COMMANDS, main
@@ -159,29 +158,3 @@ def test_code_names_what_there_is(block: Block) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainer"):
             module = importlib.import_module(node.module or "")
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
-
-
-# --- messages --------------------------------------------------------------------------------------------------------
-
-
-def _spoken() -> str:
-    """All text in the sources of the package, with a gap where a message has a value."""
-    said = []
-    for path in Path(trainer.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                said.append("".join(p.value if isinstance(p, ast.Constant) else "\0" for p in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                said.append(node.value)
-    said.append((ROOT / "launch" / "slurm.sbatch").read_text())
-    return "\n\n".join(said)
-
-
-def test_troubleshooting_quotes_messages_that_exist() -> None:
-    spoken = _spoken()
-    text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    messages = re.findall(r"^> `(.+)`", text, re.MULTILINE)
-    assert len(messages) >= 30
-    # A value is `...`, in quotes or braces if the message has them; messages are put together at punctuation.
-    pieces = [(piece.strip(" ;:,.()"), m) for m in messages for piece in re.split(r"['{]?\.{3,}['}]?", m)]
-    assert [(piece, message) for piece, message in pieces if piece not in spoken] == []

@@ -79,6 +79,8 @@ def _own_loop(rank: int, folder: Path) -> None:
     checkpointed = having(defined, "prepare_with_checkpointing")(tiny_llama(layers=4))
     assert "embeddings" not in checkpointed.always_on
     assert having(defined, "prepare_adapters")(tiny_llama(layers=6)).trainable_parameters()
+    of_tokens = having(defined, "prepare_new_tokens")(tiny_llama(layers=4, vocab=261), bytes_tokenizer())
+    assert [p.shape for part in of_tokens.always_on.values() for p in part.values()] == [(2, 32), (2, 32)]
     ids = (batch(number)["input_ids"] for number in count())
     measuring = trainer.prepare(tiny_llama(layers=4).bfloat16(), selector=Importance(active_share=0.5))
     having(defined, "attach_measuring")(measuring, _engine(measuring), ids)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import trainer
 from tests import distributed
 from tests.comparing import largest
-from tests.engine.parity import Cell, deepspeed_config, make_engine, train_step
+from tests.engine import parity
+from tests.engine.parity import Cell, deepspeed_config, largest_difference, make_engine, strata, train_step
 from tests.models import tiny_model
 from trainer.config.schema import AdapterSubstrate
 from trainer.export.from_engine import export_adapter
@@ -131,6 +132,35 @@ def test_stacked_experts_and_all_linear_train_and_come_back(tmp_path: Path, cell
         tiny_model(family, num_hidden_layers=3, **EXPERTS[family]).save_pretrained(tmp_path / family)
     for found in distributed.run(_trained_experts, cells, tmp_path, ranks=2):
         assert not any(found.values()), found
+
+
+def _adapted_experts(cell: Cell) -> Any:
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    torch.manual_seed(3)
+    peft = {"peft_type": "LORA", "r": cell.lora, "target_modules": ["q_proj"], "target_parameters": targets}
+    return adapt(tiny_model("mixtral", **EXPERTS["mixtral"]), AdapterSubstrate(peft=peft)).model.train()
+
+
+def _ist_on_experts(rank: int) -> dict[int, dict[str, torch.Tensor]]:
+    parity.build_model = _adapted_experts
+    cells = [
+        Cell(selector="importance", lora=4, always_on=(), bank="device", steps=8, stage=stage) for stage in (0, 2, 3)
+    ]
+    return {
+        cell.stage: {n: w for n, w in strata(rank, cell)[0].items() if "lora_" in n or n == "importance"}
+        for cell in cells
+    }
+
+
+@pytest.mark.slow
+def test_ist_learns_the_importance_of_blocks_with_adapters_on_stacked_experts() -> None:
+    """The same weights and scores on every stage, and not those it began with."""
+    found = distributed.run(_ist_on_experts, ranks=2, deadline=200)[0]
+    assert any("experts" in name for name in found[0]) and bool(found[0]["importance"].abs().max() > 0)
+    moved = [name for name, weight in found[0].items() if "lora_B" in name and "experts" in name and bool(weight.any())]
+    assert moved, "experts' adapters train"
+    for stage in (2, 3):
+        assert largest_difference(found[stage], found[0]) <= 1e-6, stage
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from tests.models import tiny_llama
+from tests.models import tiny_llama, tiny_model
 from trainer.engine.suppression import suppressed_adapters, suppressed_residuals
 
 IDS = torch.arange(12)[None] * 5 % 64
@@ -65,6 +66,27 @@ def test_adapters_turned_off_on_and_half_way(method: str) -> None:
         one_off = logits(model)
     assert (one_off - bare).abs().max() > 1e-4 and (one_off - full).abs().max() > 1e-5
     assert torch.equal(logits(model), full), "undone"
+
+
+def test_adapters_of_stacked_experts_are_turned_down_too() -> None:
+    """LoRA of parameters: a quarter of its scaling adds a quarter of its product to them."""
+    torch.manual_seed(0)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    model = get_peft_model(tiny_model("mixtral"), config).eval()
+    full = logits(model)
+    with model.disable_adapter():
+        bare = logits(model)
+    with suppressed_adapters(blocks(model), 0.0):
+        assert torch.allclose(logits(model), bare, atol=1e-5)
+    with suppressed_adapters(blocks(model), 0.25):
+        found = logits(model)
+    assert torch.equal(logits(model), full), "undone"
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling = {name: value / 4 for name, value in module.scaling.items()}
+    assert torch.allclose(found, logits(model), atol=1e-6)
+    assert min(float((found - other).abs().max()) for other in (full, bare)) > 1e-4
 
 
 @pytest.mark.parametrize("method", ["LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA"])

@@ -14,7 +14,7 @@ from trainer.cli.plan import main
 from trainer.config import load
 from trainer.planner import Plan, Planner
 from trainer.planner.machine import Machine, needed, parse_bytes, shortage
-from trainer.planner.report import one_line
+from trainer.planner.report import one_line, table
 
 LLAMA_2_70B: dict[str, Any] = {
     "vocab_size": 32000,
@@ -293,3 +293,32 @@ def test_a_line_before_a_run() -> None:
         "planned peak 1.0 GiB on each rank (loss: weights 1.0 GiB, loss 1.0 MiB); in host memory 1.0 KiB"
     )
     assert needed(plan) > 2**30 + 2**20
+
+
+def test_of_new_tokens_only_the_state_of_their_rows_is_counted(tmp_path: Path) -> None:
+    fields = "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, vocab_size: 3000"
+    values = [
+        "method=badam",
+        "selector={name: fixed, blocks: [1]}",
+        f"model.random={fields}, num_attention_heads: 4}}",
+        "model.dtype=bf16",
+        "model.add_tokens=[<call>, </call>]",
+        "train.steps=1",
+        "train.global_batch_size=2",
+        "data.train=owner/name",
+    ]
+    planner = Planner()
+    frozen, rows, whole = (
+        planner.plan(load(None, [*values, f"always_on={{embeddings: {on}, head: {on}}}"]), 2)
+        for on in ("false", "new_rows", "true")
+    )
+    # Masters, moments and gradients of a half of two rows of 64, in embeddings and head, on each of two ranks.
+    assert rows.trained - frozen.trained == 2 * 2 * 64
+    assert rows.state.total - frozen.state.total == 16 * 2 * 64
+    assert whole.state.total - frozen.state.total == 14 * 3000 * 64
+    shallow, *deep = (
+        planner.plan(load(None, [*values, f"always_on={{embeddings: {on}, head: false}}"]), 2).flops
+        for on in ("false", "new_rows", "true")
+    )
+    assert shallow < deep[0] == deep[1], "backward reaches the embeddings"
+    assert "embeddings (new rows), head (new rows)" in table(rows, Machine(gpus=2))

@@ -32,7 +32,7 @@ NOT_RECORDED = (
 
 
 @contextmanager
-def fits(manifest: Manifest) -> Iterator[None]:
+def as_checkpoint_errors(manifest: Manifest) -> Iterator[None]:
     """Turn errors of loading a state into `CheckpointError`: the checksum matches, but another program may have written
     values that do not fit."""
     try:
@@ -107,7 +107,10 @@ def check_shapes(sparse: Sparse, manifest: Manifest, contents: Contents) -> None
     units = parameters_by_unit(sparse)
     unknown = manifest.units.keys() - units.keys() - {RANDOM}
     if unknown:
-        raise CheckpointError(f"the checkpoint contains {', '.join(sorted(unknown))}, which do not train here")
+        raise CheckpointError(
+            f"the checkpoint after step {manifest.step} contains {', '.join(sorted(unknown))}, not trained here: use "
+            "the same always_on and method"
+        )
     for unit in manifest.units.keys() & units.keys():
         for name, parameter in units[unit].items():
             if misfit := contents.misfit(name, full_numel(parameter)):
@@ -121,7 +124,10 @@ def check_shapes(sparse: Sparse, manifest: Manifest, contents: Contents) -> None
                 )
         foreign = contents.names_in(unit) - units[unit].keys()
         if foreign:
-            raise CheckpointError(f"the checkpoint has {min(foreign)} in {unit}, which this model does not have")
+            raise CheckpointError(
+                f"the checkpoint after step {manifest.step} contains {min(foreign)} in {unit}, which this model does "
+                "not have: use the same model and substrate"
+            )
 
 
 def compare_base(sparse: Sparse, base: Mapping[str, str], manifest: Manifest, contents: Contents) -> None:

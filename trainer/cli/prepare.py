@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.cli.process import refuse, set_up_process
 from trainer.config import load, parse_command_line
@@ -12,12 +13,13 @@ from trainer.config.text import printable
 from trainer.errors import refusals
 
 EXIT_INTERRUPTED = 130  # as of a process that SIGINT has ended
-
-USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N]
+ON_A_PAGE = 20  # samples of each source
+USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N] [--html FILE]
 
 Tokenises the data of a recipe into its cache (data.cache), where training with the same data, tokenizer and settings
 finds it, and reports on every source. --show N prints the first N samples of each, with the tokens that are trained on
-in green, or in ⟦brackets⟧ if the output is no terminal (FORCE_COLOR=1 forces colours).
+in green, or in ⟦brackets⟧ if the output is no terminal (FORCE_COLOR=1 forces colours). --html FILE writes them to a
+page for a browser instead; N is then 20 unless --show is given.
 `python -m trainer train --help` lists the settings.
 """
 
@@ -26,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, 2 after a message, or 130
     after control-C."""
     with refusals() as refused:
-        command = parse_command_line(argv, options=("--show", "--help"))
+        command = parse_command_line(argv, options=("--show", "--html", "--help"))
         if command.show_help:
             print(USAGE, end="")
             return 0
@@ -36,8 +38,9 @@ def main(argv: Sequence[str]) -> int:
 
     set_up_process()
     from trainer.data.cache import tokenise_run
-    from trainer.data.show import describe, shown
-    from trainer.data.tokenizer import load_run_tokenizer
+    from trainer.data.show import describe, samples, shown
+    from trainer.data.show_page import page
+    from trainer.data.tokenizer import describe_new_tokens, load_run_tokenizer
 
     try:
         with refusals() as refused:
@@ -48,7 +51,17 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     if refused:
         return refuse(refused[0], rank=0)
-    colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
-    print("\n".join(shown(data, tokenizer, command.show, colour=colour)), end="\n" if command.show else "")
-    print(printable("\n".join(describe(data, config.data.max_length))))
+    about = [*describe(data, config.data.max_length), *describe_new_tokens(tokenizer, config.model.add_tokens)]
+    summary = [printable(line) for line in about]
+    if command.html is None:
+        colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
+        print("\n".join(shown(data, tokenizer, command.show, colour=colour)), end="\n" if command.show else "")
+    else:
+        file = Path(command.html).expanduser()
+        with refusals() as refused:
+            file.write_text(page(samples(data, tokenizer, command.show or ON_A_PAGE), summary), encoding="utf-8")
+        if refused:
+            return refuse(f"--html: {refused[0]}", rank=0)
+        print(f"Samples: {printable(str(file))}")
+    print("\n".join(summary))
     return 0

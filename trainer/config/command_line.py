@@ -19,7 +19,14 @@ USAGE = "deepspeed launch/train.py [RECIPE.yaml] [key=value ...] [--dry-run] [--
 
 _SETTING = re.compile(r"^[A-Za-z_][\w.\-]*=")
 TRAIN_OPTIONS = ("--dry-run", "--help", "--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
-_VALUES = {"--local_rank": "0", "--local-rank": "0", "--deepspeed_config": "FILE", "--show": "3"}  # with an example
+# Options with a value, each with an example.
+_VALUES = {
+    "--local_rank": "0",
+    "--local-rank": "0",
+    "--deepspeed_config": "FILE",
+    "--show": "3",
+    "--html": "samples.html",
+}
 _WIDTH = 100
 
 
@@ -31,6 +38,7 @@ class Command:
     overrides: tuple[str, ...] = ()
     dry_run: bool = False
     show: int = 0
+    html: str | None = None
     show_help: bool = False
 
 
@@ -48,7 +56,7 @@ def parse_command_line(
     overrides: list[str] = []
     problems: list[str] = []
     flags: set[str] = set()
-    show = 0
+    show, html = 0, None
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -61,6 +69,8 @@ def parse_command_line(
             elif option == "--show":
                 show = whole_number(value) or 0
                 problems += [] if show else [f"--show: got {quoted(value)}; allowed: integer >= 1"]
+            elif option == "--html":
+                html = value
             elif option == "--deepspeed_config":
                 overrides.append(f"deepspeed={json.dumps(value)}")
         elif word in options:
@@ -81,6 +91,7 @@ def parse_command_line(
         overrides=tuple(overrides),
         dry_run="--dry-run" in flags,
         show=show,
+        html=html,
     )
 
 

@@ -103,7 +103,7 @@ def path_problems(values: Mapping[str, Any]) -> list[str]:
         expanded = os.path.expanduser(path)
         if expanded.startswith("~"):
             user = expanded.partition("/")[0]
-            problems.append(f"{key}: got {quoted(path)}, but there is no home folder {quoted(user)}; write the folder")
+            problems.append(f"{key}: got {quoted(path)}, but there is no home folder {quoted(user)}; write it in full")
         elif reason := obstacle(expanded) or (None if key in _WRITTEN else folder_obstacle(expanded)):
             problems.append(f"{key}: got {quoted(path)}: {reason}; name another")
     return problems
@@ -225,7 +225,7 @@ def _source_problems(key: str, source: Mapping[str, Any], bases: Sequence[Path])
         found = any(name.endswith(DATA_SUFFIXES) for _, _, names in os.walk(file) for name in names)
         return [] if found else [f"{key}: {path!r} is a folder without a data file; allowed: {suffixes}"]
     if file.suffix not in DATA_SUFFIXES or not file.is_file():
-        return [f"{key}: {path!r} is no data file by its name; allowed: {suffixes}"]
+        return [f"{key}: {path!r} does not have the name of a data file; allowed: {suffixes}"]
     problems = [
         f"{key}: {name} {source[name]!r} of the file {path!r}; only Hub names and folders have one, set null"
         for name in ("split", "subset")

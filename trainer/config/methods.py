@@ -13,6 +13,8 @@ from trainer.settings.updates.unmask import UnmaskSettings
 
 PARTS = ("substrate", "selector", "update", "bank", "always_on")
 
+# The value of always_on.embeddings and always_on.head that trains the rows of model.add_tokens alone.
+NEW_ROWS = "new_rows"
 ALL_ON = {"embeddings": True, "head": True, "norm": True}
 _ALL_OFF = dict.fromkeys(ALL_ON, False)
 _COMMON: dict[str, Any] = {"substrate": {"name": "full"}, "update": {"name": "dense"}, "bank": {"name": "discard"}}
@@ -90,7 +92,17 @@ def expand_method(values: Mapping[str, Any]) -> dict[str, Any]:
     if get(expanded, "substrate.name") == "adapter" and point["substrate"]["name"] != "adapter":
         expanded["always_on"] = _lay_over(_ALL_OFF, values.get("always_on"))
         expanded["bank"] = _lay_over(_KEPT, values.get("bank"))
+    _pair_new_rows(expanded["always_on"], values.get("always_on"))
     return expanded
+
+
+def _pair_new_rows(always_on: Any, given: Any) -> None:
+    """Let the rows of new tokens train in embeddings and head if the user asks for either and says nothing of the
+    other: a token that is read but never written, or the reverse, is rarely meant."""
+    if isinstance(always_on, dict) and isinstance(given, Mapping):
+        for part, other in (("embeddings", "head"), ("head", "embeddings")):
+            if given.get(part) == NEW_ROWS and given.get(other) is None:
+                always_on[other] = NEW_ROWS
 
 
 def _lay_over(point: Mapping[str, Any], given: Any) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.methods import ALL_ON
+from trainer.config.methods import ALL_ON, NEW_ROWS
 from trainer.config.sources import source_list
 from trainer.selectors import REGISTRY as SELECTORS
 from trainer.settings.banks import REGISTRY as BANKS
@@ -25,6 +25,7 @@ def rule_problems(values: Mapping[str, Any]) -> list[str]:
         *_optimizer_rules(values),
         *_substrate_rules(values),
         *_update_rules(values),
+        *_new_token_rules(values),
         *_seed_rules(values),
         *_probe_rules(values),
     ]
@@ -57,7 +58,9 @@ def _schedule_rules(values: Mapping[str, Any]) -> list[str]:
     if name == "constant" and (steps or ratio):
         problems.append("schedule.name: constant has no warm-up; use constant_with_warmup, or set no warm-up")
     if total and number(values, "schedule.warmup_steps") > total:
-        problems.append(f"schedule.warmup_steps: {steps} is more than train.steps {total}")
+        problems.append(
+            f"schedule.warmup_steps: {steps} is more than train.steps {total}; lower it, or set schedule.warmup_ratio"
+        )
     if name == "polynomial" and number(values, "optimizer.lr", 1.0) <= 1e-7:
         problems.append(
             f"optimizer.lr: got {get(values, 'optimizer.lr')}; allowed with schedule polynomial: number > 1e-7"
@@ -157,6 +160,16 @@ def _update_rules(values: Mapping[str, Any]) -> list[str]:
             f"train.gradient_clipping: {shown}, but update.name={name} does not clip its gradients; set it to 0"
         )
     return problems + settings.problems(values)
+
+
+def _new_token_rules(values: Mapping[str, Any]) -> list[str]:
+    parts = [part for part in ALL_ON if get(values, f"always_on.{part}") == NEW_ROWS]
+    if not parts or get(values, "model.add_tokens"):
+        return []
+    return [
+        f"always_on.{parts[0]}: {NEW_ROWS}, but there are no new tokens; name them in model.add_tokens, or set true or "
+        "false"
+    ]
 
 
 def _seed_rules(values: Mapping[str, Any]) -> list[str]:

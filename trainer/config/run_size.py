@@ -53,7 +53,10 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
     steps = math.ceil(epochs * num_samples / config.train.global_batch_size)
     if steps > MOST:
         raise ConfigError(
-            [f"train.epochs: {config.train.epochs} of {num_samples} samples are {steps:.3g} steps; lower train.epochs"]
+            [
+                f"train.epochs: {config.train.epochs} of {num_samples} samples are {steps:.3g} steps; allowed: up to "
+                f"{MOST:,} steps; lower train.epochs"
+            ]
         )
     return steps
 
@@ -63,7 +66,10 @@ def warmup_steps(config: RunConfig, num_steps: int) -> int:
     if config.schedule.warmup_steps is not None:
         if config.schedule.warmup_steps > num_steps:
             raise ConfigError(
-                [f"schedule.warmup_steps: {config.schedule.warmup_steps}, but the run has {num_steps} steps"]
+                [
+                    f"schedule.warmup_steps: {config.schedule.warmup_steps}, but the run has {num_steps} steps; lower "
+                    "it, or set schedule.warmup_ratio"
+                ]
             )
         return config.schedule.warmup_steps
     return math.ceil(Fraction(repr(config.schedule.warmup_ratio or 0.0)) * num_steps)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from trainer.config.deepspeed.presets import PRESETS
-from trainer.config.methods import DEFAULT_PARTS, METHODS, expand_method
+from trainer.config.methods import DEFAULT_PARTS, METHODS, NEW_ROWS, expand_method
 from trainer.config.rules import rule_problems
 from trainer.config.sources import FORMATS, source_list
 from trainer.selectors import REGISTRY as SELECTORS
@@ -42,6 +42,12 @@ class ModelConfig(Section):
     tokenizer: Text | None = Field(
         None, description="A folder, a Hub name or `bytes` (built in); null: model.path, or `bytes` with model.random."
     )
+    add_tokens: tuple[Text, ...] = Field(
+        (),
+        strict=False,
+        description="Tokens to add to the tokenizer. Their rows of embeddings and head begin as the mean of the others "
+        "and train by always_on.",
+    )
     dtype: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="Data type of the weights in forward and backward; fp16 uses dynamic loss scaling."
     )
@@ -61,6 +67,15 @@ class ModelConfig(Section):
         None,
         description="Module path of the list of blocks (model.layers); set it if Strata cannot tell which list it is.",
     )
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _are_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for number, token in enumerate(value):
+            if not token.isprintable() or token in value[:number]:
+                what = "twice" if token in value[:number] else "with a character that cannot be printed"
+                raise ValueError(f"got {token!r} {what}; allowed: distinct texts of printable characters")
+        return value
 
     @field_validator("random")
     @classmethod
@@ -128,9 +143,28 @@ _WITH_ADAPTERS = "The default is false with substrate.name=adapter."
 
 
 class AlwaysOn(Section):
-    embeddings: bool = Field(True, description=f"Train the input embeddings in every interval. {_WITH_ADAPTERS}")
-    head: bool = Field(True, description=f"Train the output head in every interval. {_WITH_ADAPTERS}")
+    embeddings: Literal["new_rows"] | bool = Field(
+        True,
+        description="Train the input embeddings in every interval; new_rows: only the rows of model.add_tokens, of the "
+        f"head as well unless you set head. {_WITH_ADAPTERS}",
+    )
+    head: Literal["new_rows"] | bool = Field(
+        True,
+        description="Train the output head in every interval; new_rows: only the rows of model.add_tokens, of the "
+        f"embeddings as well unless you set embeddings. {_WITH_ADAPTERS}",
+    )
     norm: bool = Field(True, description=f"Train the final norm in every interval. {_WITH_ADAPTERS}")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return what trains, for people."""
+        return tuple(f"{part} (new rows)" if on == NEW_ROWS else part for part, on in self.model_dump().items() if on)
+
+    @property
+    def new_rows(self) -> tuple[Literal["embeddings", "head"], ...]:
+        """Return the parts of which only the rows of new tokens train."""
+        values: dict[Literal["embeddings", "head"], object] = {"embeddings": self.embeddings, "head": self.head}
+        return tuple(part for part, value in values.items() if value == NEW_ROWS)
 
 
 class OptimizerConfig(Section):

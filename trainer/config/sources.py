@@ -11,6 +11,7 @@ FORMATS = {
     "alpaca": "{instruction, output}, optionally input, history, system",
     "qa": "{question, answer}, optionally context, system",
     "prompt": "{prompt, completion}, texts, or lists of messages with optionally system, tools",
+    "preference": "{chosen, rejected} as TRL has them, of which chosen is trained on, optionally prompt, system, tools",
     "messages": "{messages} as OpenAI writes them, optionally system, tools",
     "sharegpt": "{conversations}, optionally system, tools",
     "text": "{text}, with the loss on every token",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
@@ -21,21 +22,41 @@ SHOWN = 3  # rows that were left out
 BRACKETS = "⟦", "⟧"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A sample as text: runs of tokens that are trained on, or not. `source` says which part of the data it is from."""
+
+    source: str
+    number: int
+    num_tokens: int
+    num_targets: int
+    runs: tuple[tuple[str, bool], ...]
+
+    @property
+    def heading(self) -> str:
+        return f"{self.source}, sample {self.number}: {self.num_tokens:,} tokens, {self.num_targets:,} trained on"
+
+
+def samples(data: TokenisedData, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[Sample]:
+    """Yield the first `count` samples of each source. Characters that a terminal would obey are escaped."""
+    for title, part in _parts(data):
+        for number, (ids, labels) in enumerate(islice(_samples(part), count), start=1):
+            pairs = zip(ids.tolist(), (labels != IGNORED).tolist(), strict=True)
+            runs = tuple(
+                (printable(tokenizer.decode([token for token, _ in run])), trained)
+                for trained, run in groupby(pairs, key=lambda pair: pair[1])
+            )
+            targets = int(np.count_nonzero(labels != IGNORED))
+            yield Sample(f"{title} {printable(part.path)}", number, len(ids), targets, runs)
+
+
 def shown(data: TokenisedData, tokenizer: PreTrainedTokenizerBase, count: int, *, colour: bool) -> list[str]:
     """Return the first `count` samples of each source as lines, with targets in green (`colour`) or in brackets."""
     start, end = (GREEN, PLAIN) if colour else BRACKETS
     lines = []
-    for title, part in _parts(data):
-        for number, (ids, labels) in enumerate(islice(_samples(part), count), start=1):
-            targets = int(np.count_nonzero(labels != IGNORED))
-            heading = f"--- {title} {printable(part.path)}, sample {number}"
-            lines.append(f"{heading}: {len(ids)} tokens, {targets} trained on")
-            runs = groupby(zip(ids.tolist(), labels.tolist(), strict=True), key=lambda pair: pair[1] != IGNORED)
-            text = ""
-            for trained, run in runs:
-                piece = printable(tokenizer.decode([token for token, _ in run]))
-                text += f"{start}{piece}{end}" if trained else piece
-            lines += [text, ""]
+    for sample in samples(data, tokenizer, count):
+        text = "".join(f"{start}{text}{end}" if trained else text for text, trained in sample.runs)
+        lines += [f"--- {sample.heading}", text, ""]
     return lines
 
 

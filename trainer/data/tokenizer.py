@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ BYTES = "bytes"
 PAD, EOS = "<|pad|>", "<|eos|>"
 ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>")
 TOKENIZER_KEY = "model.tokenizer"
+ADD_TOKENS_KEY = "model.add_tokens"
+_NEW_IDS = "strata_new_ids"  # an attribute of tokenizers
 HUB_TIMEOUT_SECONDS = 10
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Reveals what a tokenizer does to case, accents, digits, spaces and special tokens.
@@ -88,7 +91,58 @@ def tokenizer_name(model: ModelConfig) -> str:
 def load_run_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a run. A `DataError` names the key that the user set."""
     key = "model.path" if model.tokenizer is None and model.path is not None else TOKENIZER_KEY
-    return load_tokenizer(tokenizer_name(model), trust_remote_code=model.trust_remote_code, key=key)
+    tokenizer = load_tokenizer(tokenizer_name(model), trust_remote_code=model.trust_remote_code, key=key)
+    add_tokens(tokenizer, model.add_tokens)
+    return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> range:
+    """Add those of `tokens` that `tokenizer` does not have, as plain tokens, and return their ids.
+
+    They are found in texts exactly as they are written, before the tokenizer normalises a text: some tokenizers would
+    find a token only after a space. They are no control tokens, so they are tokens in every message, and decoding
+    writes them. Raises `DataError` if the tokenizer does not take them.
+    """
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    first = vocabulary_size(tokenizer)
+    wanted = [token for token in tokens if token not in known]
+    made = [AddedToken(token, normalized=False, special=False) for token in wanted]
+    ids = range(first, first + len(wanted))
+    tokenizer.add_tokens(made)
+    if (found := tokenizer.convert_tokens_to_ids(wanted)) != list(ids):
+        raise DataError(
+            [
+                f"{ADD_TOKENS_KEY}: {type(tokenizer).__name__} gives {wanted[0]!r} the id {found[0]} instead of "
+                f"{first}; add the tokens to the tokenizer's files, and set {TOKENIZER_KEY} to their folder"
+            ]
+        )
+    mark_new(tokenizer, range((new_ids(tokenizer) or ids).start, ids.stop))
+    return ids
+
+
+def mark_new(tokenizer: PreTrainedTokenizerBase, ids: range) -> None:
+    """Record that the tokens `ids`, the last ones of `tokenizer`, are new. Raises `DataError` if it has others."""
+    if len(ids) and ids.stop > (size := vocabulary_size(tokenizer)):
+        raise DataError([f"new tokens up to id {ids.stop - 1}, but the tokenizer has {size}"])
+    setattr(tokenizer, _NEW_IDS, ids)
+
+
+def new_ids(tokenizer: PreTrainedTokenizerBase | None) -> range:
+    """Return the ids of the tokens that `add_tokens` has added to `tokenizer`."""
+    return getattr(tokenizer, _NEW_IDS, range(0))
+
+
+def describe_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[str]:
+    """Return a line about the tokens of `model.add_tokens`, for a tokenizer that has them."""
+    if not tokens:
+        return []
+    ids = new_ids(tokenizer)
+    had = [repr(token) for token in tokens if tokenizer.convert_tokens_to_ids(token) not in ids]
+    line = f"{ADD_TOKENS_KEY}: {len(ids)} new token{'s' * (len(ids) != 1)}"
+    line += f", ids {ids.start} to {ids.stop - 1}" if len(ids) else ""
+    return [line + (f"; the tokenizer has {', '.join(had)} already" if had else "")]
 
 
 def load_tokenizer(

@@ -8,7 +8,6 @@ from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
-from trainer.engine.experts import refuse_waiting_experts
 from trainer.engine.probe import LossFunction
 from trainer.engine.zero.registration import Registration
 from trainer.selectors import Selector
@@ -30,7 +29,6 @@ def refuse_unfit_engine(engine: DeepSpeedEngine, update: UpdateRule, *, sparse_r
         )
     if sparse_rule and engine.fp16_enabled():
         raise ValueError(f"fp16 gradients are scaled, which {name} does not see: use bf16")
-    refuse_waiting_experts(engine, sparse_rule=sparse_rule)
 
 
 def refuse_unfit_probes(
@@ -58,7 +56,7 @@ def check_registration(registration: Registration, *, saves: bool, banks: bool, 
     if registration.rebuilt:
         logger.warning(
             "the engine was built with other trainable parameters than the first active set and has been shrunk. "
-            "Call trainer.prepare before deepspeed.initialize to avoid that peak: masters and gradients of %d "
+            "Call trainer.prepare before deepspeed.initialize to avoid that peak: master weights and gradients of %d "
             "parameters instead of %d",
             registration.numel_before,
             trained,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.engine.zero.errors import RegistrationError
 from trainer.engine.zero.registration import Registration
+from trainer.model.blocks import NEW_ROWS
 
 # Steps without a gradient after which one is no longer expected. At the first step of LoRA, one of its two matrices
 # has none, because the other is zero.
@@ -22,7 +23,7 @@ _PATIENCE = 3
 # In fp16 smaller steps leave that other matrix zero.
 _LEAST_RATE_IN_FP16 = 1e-6
 # These have a gradient only when their token occurs, which may be never.
-_RARE = "trainable_tokens_delta"
+_RARE = ("trainable_tokens_delta", NEW_ROWS)
 
 
 class Silence:
@@ -52,7 +53,7 @@ class Silence:
             name
             for group in self._registration.groups
             for name in group
-            if _shared_name(name) not in self._heard and _RARE not in name
+            if _shared_name(name) not in self._heard and not any(rare in name for rare in _RARE)
         ]
         steps, self._steps = self._steps, 0
         if not names or not steps:

@@ -20,7 +20,7 @@ from trainer.engine.attach_checks import cannot_measure, check_registration, ref
 from trainer.engine.banks import Bank
 from trainer.engine.banks.discard import redrawn_as_recorded
 from trainer.engine.engine_state import engine_state, restore_engine_state
-from trainer.engine.experts import gather_experts_together
+from trainer.engine.experts import gather_experts_together, reduce_experts_together
 from trainer.engine.fetch_order import FetchOrder
 from trainer.engine.guard import Guard
 from trainer.engine.input_gradients import let_backward_end
@@ -260,7 +260,7 @@ class Sparse:
                 keys = stored.keys() - {"weight"} if self.bank.keeps or name in active else {"indices"}
                 self.update.restore(name, {key: value for key, value in stored.items() if key in keys})
         attached.local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps)
-        switcher.follow_rounding()
+        switcher.measure_rounding()
         switcher.rounded_away = state.get("rounded_away")
 
     def compare_ranks(self) -> None:
@@ -312,6 +312,7 @@ class Sparse:
             raise RuntimeError("already attached: prepare the model once for each engine")
         refuse_unfit_probes(self.selector, probe_batches, loss_function)
         refuse_unfit_engine(engine, self.update, sparse_rule=self._sparse_rule)
+        reduce_experts_together(engine, sparse_rule=self._sparse_rule)
         registration = register(engine, self.groups())
         trained = sum(structure_of.full_numel(p) for p in self.trainable_parameters())
         banks = self.bank.keeps and self.selector.changes(len(self.blocks))
@@ -373,10 +374,10 @@ class Sparse:
         registration, guard = attached.registration, attached.guard
         self.change()
         moved, problem = guard.before_switch()
-        renew = self.redrawn == "reset" and self.selector.changes(len(self.blocks))
-        staying = attached.switcher.switch(self.selector.select(interval, len(self.blocks)), renew=renew)
-        renewed = self._slots.of_rule(staying if renew else ()).keys()
-        attached.local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps, renewed=renewed)
+        reset = self.redrawn == "reset" and self.selector.changes(len(self.blocks))
+        staying = attached.switcher.switch(self.selector.select(interval, len(self.blocks)), reset=reset)
+        reset_parameters = self._slots.of_rule(staying if reset else ()).keys()
+        attached.local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps, reset=reset_parameters)
         order = attached.fetch_order.after_switch(registration.fetch_order(), lowest=self.active[0])
         if order is not None:
             registration.expect_fetch_order(order)

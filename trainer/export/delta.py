@@ -31,7 +31,7 @@ from trainer.checkpoint.store import in_a_line
 from trainer.config.reading import read_file
 from trainer.config.schema import ModelConfig
 from trainer.data.errors import DataError
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer import load_tokenizer, mark_new, new_ids
 from trainer.export.base import BaseCheck, Permissions, Units, refuse_another, refuse_code, take_generation_config
 from trainer.export.from_checkpoint import TrainedRun
 from trainer.export.published import restore_tokenizer
@@ -48,7 +48,8 @@ from trainer.export.shards import (
 from trainer.export.sparse_delta import keys_of, pack, put
 from trainer.model import load as models
 from trainer.model.blocks import Piece, pieces
-from trainer.model.weights import ModelFolder
+from trainer.model.growth import GrownFolder
+from trainer.model.new_rows import split
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,9 @@ class _Info(BaseModel):
     sha256: dict[str, _Sha256]
     files: dict[str, _Sha256] | None = None
     identity: Identity | None = None
+    # Ids (start, stop) of the tokens that the run added, and the parts of which only their rows trained.
+    new_ids: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
+    new_rows: tuple[Literal["embeddings", "head"], ...] = ()
 
 
 def write_delta(run: TrainedRun, folder: Path, *, shard_size: int | str) -> list[str]:
@@ -113,6 +117,8 @@ def write_delta(run: TrainedRun, folder: Path, *, shard_size: int | str) -> list
             sha256=dict(sorted(shards.digests.items())),
             files={path: hashlib.sha256((unfinished / path).read_bytes()).hexdigest() for path in _beside(unfinished)},
             identity=run.identity,
+            new_ids=(added.start, added.stop) if (added := new_ids(run.tokenizer)) else None,
+            new_rows=run.origin.new_rows,
         )
         (unfinished / _INFO).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return changed
@@ -149,6 +155,8 @@ def apply_delta(
         except DataError as error:
             raise ExportError(f"{delta}: its tokenizer cannot be read: {error}") from error
         tokenizer.name_or_path = str(delta)  # not the temporary folder
+        if info.new_ids is not None:
+            mark_new(tokenizer, range(*info.new_ids))
         return _apply(
             base,
             delta,
@@ -177,7 +185,8 @@ def _apply(
     model = models.on_meta(config, tokenizer).to(dtype)
     take_generation_config(model, str(base))
     refuse_another(info.identity, model, tokenizer, str(base), adapters=False)
-    source = ModelFolder(base, model)
+    split(model, new_ids(tokenizer), info.new_rows)
+    source = GrownFolder(base, model, new_ids(tokenizer))
     units = Units(model, set(info.fingerprints), path=info.blocks)
     check = BaseCheck(str(base), info.fingerprints, units, info.identity)
     missing = sorted({unit for unit, _ in units.of.values()} - info.fingerprints.keys())

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -26,7 +26,7 @@ from trainer.checkpoint.store import CheckpointError, Manifest, Store, open_stor
 from trainer.config import ModelConfig, RunConfig
 from trainer.config.schema import AdapterSubstrate, FullSubstrate
 from trainer.data.errors import DataError
-from trainer.data.tokenizer import BYTES, load_tokenizer, reads_like_a_path
+from trainer.data.tokenizer import BYTES, add_tokens, load_tokenizer, new_ids, reads_like_a_path
 from trainer.export.base import (
     BaseCheck,
     InMemory,
@@ -41,7 +41,8 @@ from trainer.export.shards import ExportError, write_model
 from trainer.model import load as models
 from trainer.model.adapters import Adapted, adapt
 from trainer.model.blocks import Piece
-from trainer.model.weights import ModelFolder
+from trainer.model.growth import GrownFolder
+from trainer.model.new_rows import split
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class _Origin:
     substrate: AdapterSubstrate | FullSubstrate
     seed: int
     tokenizer: str
+    new_rows: tuple[Literal["embeddings", "head"], ...]  # the parts of which the rows of new tokens alone trained
     trusted: bool  # whether the run allowed code of its model
 
 
@@ -120,6 +122,7 @@ class TrainedRun:
                 "at that code, and allow it with --trust-remote-code"
             )
         refuse_another(self.identity, model, self.tokenizer, self.base_name, adapters=False)
+        split(model, new_ids(self.tokenizer), self.origin.new_rows)
         return model
 
     @cached_property
@@ -149,10 +152,10 @@ class TrainedRun:
                 raise CheckpointError(f"the checkpoint after step {self.manifest.step} is damaged: {misfit}")
 
     @cached_property
-    def base(self) -> ModelFolder | InMemory:
+    def base(self) -> GrownFolder | InMemory:
         """Return the weights of the base, which can be read by name."""
         if self.origin.model.path is not None:
-            return ModelFolder(self.origin.model.path, self.model)
+            return GrownFolder(self.origin.model.path, self.model, new_ids(self.tokenizer))
         return InMemory(_loaded(self))
 
     def trained(self, tensor: Tensor) -> bool:
@@ -181,7 +184,7 @@ def export_run(run: TrainedRun, folder: Path, *, shard_size: int | str) -> list[
     if isinstance(substrate, AdapterSubstrate):
         adapted = _adapted(run, substrate)
         run.check_adapters(adapted)
-        write_adapter(adapted.model, _adapter_weights(run, adapted), folder, replace=False)
+        write_adapter(adapted.model, _adapter_weights(run, adapted), folder, tokenizer=run.tokenizer, replace=False)
         return []
     check = BaseCheck(run.base_name, run.recorded, run.units, run.identity)
 
@@ -241,16 +244,16 @@ def _origin(manifest: Manifest, identity: Identity | None, allowed: Permissions,
             config = RunConfig.model_validate(manifest.state["run"]["config"])
         except (TypeError, AttributeError, ValueError) as error:  # pydantic's ValidationError is one
             raise CheckpointError(
-                f"the checkpoint after step {manifest.step} does not contain a configuration of this version's runs "
-                f"({error})"
+                f"the checkpoint after step {manifest.step} contains no configuration that this version reads ({error})"
             ) from error
         if allowed.base is not None and config.model.path is None:
             raise ExportError(
                 f"--base {allowed.base}: the base of this run is not a folder but model.random and a seed"
             )
-        given, substrate, seed = config.model, config.substrate, config.seed
+        given, substrate, seed, new_rows = config.model, config.substrate, config.seed, config.always_on.new_rows
     else:
         given, substrate, seed = _of_own_loop(manifest, identity, allowed, own_folder), FullSubstrate(), 0
+        new_rows = ()
     path = _located(given.path, allowed.base) if given.path is not None else None
     wanted = given.tokenizer
     if allowed.tokenizer is not None:
@@ -265,7 +268,7 @@ def _origin(manifest: Manifest, identity: Identity | None, allowed: Permissions,
             "--tokenizer PATH, or fetch it from the Hub with --tokenizer NAME"
         )
     model = given.model_copy(update={**changes, "path": path})
-    return _Origin(model, substrate, seed, tokenizer, trusted=given.trust_remote_code)
+    return _Origin(model, substrate, seed, tokenizer, new_rows, trusted=given.trust_remote_code)
 
 
 def _of_own_loop(manifest: Manifest, identity: Identity | None, allowed: Permissions, folder: Path) -> ModelConfig:
@@ -307,7 +310,9 @@ def _located(recorded: str, given: str | None) -> str:
 
 def _tokenizer(origin: _Origin) -> PreTrainedTokenizerBase:
     try:
-        return load_tokenizer(origin.tokenizer, trust_remote_code=origin.model.trust_remote_code)
+        tokenizer = load_tokenizer(origin.tokenizer, trust_remote_code=origin.model.trust_remote_code)
+        add_tokens(tokenizer, origin.model.add_tokens)
+        return tokenizer
     except DataError as error:
         raise ExportError(f"{error}; name the folder of the run's tokenizer with --tokenizer PATH") from error
 
@@ -315,7 +320,12 @@ def _tokenizer(origin: _Origin) -> PreTrainedTokenizerBase:
 def _loaded(run: TrainedRun) -> PreTrainedModel:
     """Return the base with its weights, whole in host memory. Random ones are those of the run's ZeRO stage."""
     plain = {"zero_optimization": {"stage": 0}}
-    load = partial(models.load, run.origin.model, run.tokenizer, seed=run.origin.seed, deepspeed=plain)
+
+    def load(**options: Any) -> PreTrainedModel:
+        model = models.load(run.origin.model, run.tokenizer, seed=run.origin.seed, deepspeed=plain, **options)
+        split(model, new_ids(run.tokenizer), run.origin.new_rows)
+        return model
+
     model = load()
     if run.origin.model.path is None and not _as_recorded(run, model):
         partitioned = load(as_partitioned=True)

@@ -21,7 +21,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trainer.checkpoint.lease import LeaseError
-from trainer.export.shards import ExportError, LocalSteps, complete_or_not_at_all, digest, write_model
+from trainer.data.tokenizer import new_ids
+from trainer.export.adapter_rows import add_new_rows
+from trainer.export.shards import (
+    ExportError,
+    LocalSteps,
+    complete_or_not_at_all,
+    digest,
+    save_tokenizer,
+    write_model,
+)
 from trainer.model.adapters import Adapted
 from trainer.model.blocks import Piece, is_partitioned, pieces
 from trainer.model.merging import Merger, plain_twin
@@ -93,7 +102,7 @@ def save(
             written += _model(folder, changed)
         except ExportError as error:
             failure = error
-    export_adapter(engine, adapters, folder / "adapter", step=step)
+    export_adapter(engine, adapters, folder / "adapter", tokenizer=tokenizer, step=step)
     return written, failure
 
 
@@ -123,9 +132,15 @@ def export(
 
 
 def export_adapter(
-    engine: DeepSpeedEngine, adapters: Adapted, folder: Path, *, step: RankZeroSteps | None = None
+    engine: DeepSpeedEngine,
+    adapters: Adapted,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    step: RankZeroSteps | None = None,
 ) -> None:
-    """Write the adapters of all blocks in PEFT's format, which `PeftModel.from_pretrained` opens on the base.
+    """Write the adapters of all blocks in PEFT's format, which `PeftModel.from_pretrained` opens on the base. If
+    `tokenizer` has new tokens, it is written beside them.
 
     Only adapters are gathered, and rank 0 needs memory for all of them. As in `export`, all ranks take part, and the
     folder is compared before it appears.
@@ -133,7 +148,7 @@ def export_adapter(
     engine.empty_partition_cache()
     everything = adapters.model.state_dict(keep_vars=True)
     weights = _gather({name: everything[name] for name in everything if name in adapters.names})
-    write_adapter(adapters.model, weights, folder, step=step or RankZeroSteps())
+    write_adapter(adapters.model, weights, folder, tokenizer=tokenizer, step=step or RankZeroSteps())
 
 
 def export_merged(
@@ -154,6 +169,7 @@ def write_adapter(
     weights: dict[str, Tensor],
     folder: Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     step: LocalSteps | None = None,
     replace: bool = True,
 ) -> None:
@@ -165,7 +181,9 @@ def write_adapter(
             # Embeddings with adapters belong to the base, but PEFT would write them as well.
             model.save_pretrained(unfinished, state_dict=dict(weights), save_embedding_layers=False)
             named = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
-            _verify(unfinished, named)
+            _verify(unfinished, named | add_new_rows(model, weights, unfinished))
+            if tokenizer is not None and new_ids(tokenizer):
+                save_tokenizer(tokenizer, unfinished)
             config = PeftConfig.from_pretrained(str(unfinished))
             if config.peft_type != model.active_peft_config.peft_type:
                 raise ExportError(f"{folder}: adapter_config.json says {config.peft_type}")

@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from trainer.checkpoint.identity import CALL_SETTINGS, plain_settings
 from trainer.data.errors import in_short
-from trainer.data.tokenizer import tokenizer_identity
+from trainer.data.tokenizer import new_ids, tokenizer_identity
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
@@ -68,6 +68,9 @@ def restore_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, publi
     base = published or _published_folder(tokenizer.name_or_path, (_TOKENIZER_CONFIG, "tokenizer.json"), commit)
     if base is None:
         return []
+    if (ids := new_ids(tokenizer)) and published is None:  # published files cannot have them
+        added = f"the tokenizer: with {len(ids)} new token{'s' * (len(ids) > 1)}, as transformers writes it"
+        return [added, *_misread(tokenizer, base, folder)]
     said = _or_as_written(
         folder, names, "the tokenizer", base, lambda: _tokenizer(tokenizer, base, folder, names), _TEMPLATES
     )

@@ -29,6 +29,7 @@ from trainer.errors import StrataError
 from trainer.export.published import restore_published
 from trainer.export.unfinished import Unfinished
 from trainer.model.blocks import Piece, full_shape, pieces
+from trainer.model.new_rows import fold
 
 SHARD_SIZE = "5GB"
 _MOST_JSON_BYTES = 2**28
@@ -256,9 +257,9 @@ def _plan(model: PreTrainedModel, parts: list[Piece]) -> dict[str, Tensor]:
 
 
 def _on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors named and split as in published checkpoints, for example with separate experts. They are sorted
-    by name: transformers' order depends on where a model was loaded from."""
-    return dict(sorted(revert_weight_conversion(model, tensors).items()))
+    """Return tensors named and split as in published checkpoints: experts one by one, the rows of new tokens in their
+    tables. They are sorted by name: transformers' order depends on where a model was loaded from."""
+    return dict(sorted(revert_weight_conversion(model, fold(model, tensors)).items()))
 
 
 def _write_configuration(model: PreTrainedModel, folder: Path) -> None:

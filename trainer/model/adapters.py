@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from peft import (
     PeftConfig,
@@ -36,9 +36,12 @@ from trainer.model.adapter_checks import (
     read_configuration,
     refuse_method,
 )
-from trainer.model.blocks import full_shape, is_partitioned
+from trainer.model.blocks import NEW_ROWS, full_shape
+from trainer.model.new_rows import WithNewRows, gathered
 
 _WEIGHTS = "adapter_model.safetensors"
+# The names that PEFT gives a module inside its own.
+_WRAPPED = re.compile(r"(\.token_adapter)?\.(base_layer|original_module|modules_to_save\..+)$")
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -98,17 +101,44 @@ def adapt(
     if config.adapter is not None:
         written = _check_weights(adapted, config.adapter, empty=empty)
         if not empty:
-            with _gathered(written, modifier_rank=0):
+            with gathered(written, modifier_rank=0):
                 adapted.load_adapter(config.adapter, "default", is_trainable=True, autocast_adapter_dtype=False)
     # Of the base's tensors, those that PEFT trains as well: `bias`.
     names = frozenset(n for n, tensor in adapter_tensors(adapted) if id(tensor) not in base or tensor.requires_grad)
     check_saved(adapted, names, key)
     _freeze(adapted, config.frozen)
+    names |= _with_new_rows(adapted, key)
     # fp32 adapters in a bf16 model would be cast by DeepSpeed, and ZeRO keeps fp32 masters of them anyway.
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype != model.dtype:
             parameter.data = parameter.data.to(model.dtype)
     return Adapted(adapted, names, tuple(warnings))
+
+
+def _with_new_rows(adapted: PeftModel, key: str) -> set[str]:
+    """Let the rows of new tokens train beside the adapters. Returns what is saved because of them: the rows, and their
+    tables unless PEFT's format has rows of this kind. Raises `AdapterError` for adapters on their modules."""
+    for name, module in adapted.named_modules():
+        if isinstance(module, WithNewRows) and (wrapped := _WRAPPED.search(name)):
+            raise AdapterError(
+                f"{key}: PEFT would also train {name[: wrapped.start()].removeprefix('base_model.model.')}, of which "
+                "always_on trains the new rows; take it out of target_modules, modules_to_save and "
+                "trainable_token_indices, or set always_on.embeddings and always_on.head to false"
+            )
+    names = set()
+    for name, parameter in adapted.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if leaf == NEW_ROWS:
+            parameter.requires_grad_(True)
+            names |= {name} if has_token_rows(adapted) else {name, f"{path}.weight"}
+    return names
+
+
+def has_token_rows(adapted: PeftModel) -> bool:
+    """Return whether PEFT's format for these adapters has rows of single tokens (`trainable_token_indices`), with which
+    PEFT leaves out a head's bias."""
+    head: Any = adapted.get_base_model().get_output_embeddings()
+    return hasattr(adapted.active_peft_config, "trainable_token_indices") and head.bias is None
 
 
 def reads_base(substrate: AdapterSubstrate | FullSubstrate) -> bool:
@@ -241,7 +271,7 @@ def _check_weights(adapted: PeftModel, folder: str, *, empty: bool) -> list[nn.P
             stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             for name in stored.keys() - expected.keys():
                 if name.endswith(".base_layer.weight") and name in parameters:
-                    with _gathered([parameters[name]]):
+                    with gathered([parameters[name]]):
                         same = empty or torch.equal(parameters[name].cpu(), file.get_tensor(name).to(adapted.dtype))
                     if same:
                         expected[name] = stored[name]
@@ -260,12 +290,6 @@ def _check_weights(adapted: PeftModel, folder: str, *, empty: bool) -> list[nn.P
                 "model.path to the model that it was trained on"
             )
     return [parameters[name] for name in stored if name in parameters]
-
-
-def _gathered(parameters: list[nn.Parameter], **options: Any) -> Any:
-    """Gather ZeRO-3's parameters while inside."""
-    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
-    return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned), **options)
 
 
 def _freeze(model: nn.Module, parts: Collection[str]) -> None:

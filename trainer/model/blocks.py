@@ -17,6 +17,8 @@ from trainer.config.errors import did_you_mean
 from trainer.errors import StrataError
 
 PARTS = ("embeddings", "head", "norm")
+# The attribute under which a module has the rows of new tokens (`new_rows.py`). The rest of such a module stays frozen.
+NEW_ROWS = "new_rows"
 # A second module list of at least this share of the largest one's parameters makes the choice ambiguous
 # (encoder-decoders, vision-language models).
 _RIVAL_SHARE = 0.1
@@ -224,7 +226,8 @@ def _refuse_shared_parameters(blocks: tuple[Block, ...]) -> None:
             other = owner.setdefault(id(parameter), block)
             if other is not block:
                 raise BlockError(
-                    f"{other.path} and {block.path} share the parameter {name}: blocks cannot be switched one by one"
+                    f"{other.path} and {block.path} share the parameter {name}, so they cannot be switched one by one: "
+                    "choose a model whose blocks have weights of their own"
                 )
 
 
@@ -232,16 +235,20 @@ def _sort_outside(
     model: nn.Module, path: str, inside: set[int], input_embeddings: nn.Module | None, head: nn.Module | None
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Sort the parameters outside the blocks into parts. Norm: vectors. Embeddings: lookup tables, and matrices
-    registered before the blocks. Head: the other matrices."""
+    registered before the blocks. Head: the other matrices. Of a module with rows of new tokens, these alone."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     if input_embeddings is not None:
         tables |= {id(p) for p in input_embeddings.parameters()}
     head_parameters = {id(p) for p in head.parameters()} - tables if head is not None else set()
+    split = [module for module in model.modules() if hasattr(module, NEW_ROWS)]
+    frozen = {id(p) for module in split for name, p in module.named_parameters(recurse=False) if name != NEW_ROWS}
     parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     before_blocks = True
     for name, parameter in model.named_parameters():
         if id(parameter) in inside:
             before_blocks = False
+        elif id(parameter) in frozen:
+            continue
         elif id(parameter) in tables:
             parts["embeddings"][name] = parameter
         elif id(parameter) in head_parameters:

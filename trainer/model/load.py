@@ -30,7 +30,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, is_flash_att
 
 from trainer.config.schema import ModelConfig
 from trainer.config.text import quoted
-from trainer.data.tokenizer import vocabulary_size
+from trainer.data.tokenizer import new_ids, vocabulary_size
 from trainer.model.blocks import full_shape
 from trainer.model.folder_checks import (
     ModelError,
@@ -40,6 +40,7 @@ from trainer.model.folder_checks import (
     refuse_other_kinds,
     refuse_untied,
 )
+from trainer.model.growth import GrownFolder, grow, grown
 from trainer.model.partitions import fill, freed_at_once, stored_tensors
 from trainer.model.weights import ModelFolder, WeightsError
 
@@ -60,25 +61,25 @@ def load(
     """Load or build the model of `config` in its training dtype; under ZeRO-3 partitioned while it is created.
 
     `deepspeed` is the resolved DeepSpeed dictionary. With `onto_device` weights below ZeRO-3 are read directly onto
-    this rank's device: otherwise host memory would contain the whole model once for each rank. `as_partitioned` draws
-    random weights as transformers draws them under ZeRO-3, where a layer does not first draw its own. Raises
-    `ModelError`.
+    this rank's device: otherwise host memory would contain the whole model once for each rank. If `tokenizer` has new
+    tokens (`add_tokens`), the model has rows for them. `as_partitioned` draws random weights as transformers draws them
+    under ZeRO-3, where a layer does not first draw its own. Raises `ModelError`.
     """
     architecture = _architecture(config, tokenizer)
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
     partitioned = deepspeed["zero_optimization"]["stage"] == 3 and config.quantization is None
-    model, folder = None, None
+    model, folder, ids = None, None, new_ids(tokenizer)
     # What is refused is refused before there are any weights.
-    whole = _whole(config, architecture, options, needed=partitioned)
+    whole = _whole(config, _grown(architecture, ids), options, needed=partitioned)
     if config.path is not None:
         load_generation_config(config.path)
     if config.path is not None and whole is not None:
-        folder = _open_folder(config, whole, needed=partitioned)
+        folder = _open_folder(config, whole, ids, needed=partitioned)
     if whole is not None and folder is not None:
         for line in check_left_out(config, whole, folder.left_out):
             _say(line)
         if partitioned:
-            model = _into_partitions(config, architecture, options, deepspeed, whole, folder)
+            model = _into_partitions(config, _grown(architecture, ids), options, deepspeed, whole, folder)
     if model is None:
         with partitioned_creation(deepspeed):
             if config.path is None:
@@ -94,6 +95,7 @@ def load(
                 if folder is None:  # no names could be compared before
                     for line in check_left_out(config, model, unexpected):
                         _say(line)
+            grow(model, ids)
     _check_vocabulary(_embedded(model), tokenizer)
     model.config.use_cache = False
     for module in model.modules():
@@ -112,7 +114,7 @@ def load(
 def on_meta(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """Build the model without any weights, for the dry run and, from `config.json` alone, for the planner, which needs
     a tokenizer with `model.random` only. Raises `ModelError`."""
-    architecture = _architecture(config, tokenizer)
+    architecture = _grown(_architecture(config, tokenizer), new_ids(tokenizer))
     with torch.device("meta"):
         options = {"dtype": DTYPES[config.dtype], "attn_implementation": attention(config, architecture)}
         model = _from_config(config, architecture, options)
@@ -127,7 +129,7 @@ def check_files(config: ModelConfig, model: PreTrainedModel) -> list[str]:
     if config.path is None or not Path(config.path).is_dir():  # a Hub name is not downloaded for a dry run
         return []
     load_generation_config(config.path)
-    folder = _open_folder(config, model)
+    folder = _open_folder(config, model, range(0))
     return [] if folder is None else check_left_out(config, model, folder.left_out)
 
 
@@ -205,6 +207,12 @@ def _architecture(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         raise ModelError(f"model.path: cannot read a model configuration from '{config.path}': {error}") from error
+    ids, rows = new_ids(tokenizer), getattr(architecture.get_text_config(), "vocab_size", None)
+    if ids and (rows is None or rows < ids.start):
+        raise ModelError(
+            f"model.add_tokens: the tokenizer had {ids.start} tokens before, but the model embeds {rows}: set "
+            "model.tokenizer to the tokenizer that belongs to this model"
+        )
     quantised = getattr(architecture, "quantization_config", None)
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -268,14 +276,25 @@ def _whole(
         return None
 
 
-def _open_folder(config: ModelConfig, whole: PreTrainedModel, *, needed: bool = False) -> ModelFolder | None:
-    """Open the weights of `config.path`, or return None if only transformers can read them, which is logged if it
-    makes a difference (`needed`)."""
+def _grown(architecture: PretrainedConfig, ids: range) -> PretrainedConfig:
+    """Return the configuration of the model with rows for the new tokens `ids`."""
+    if not ids:
+        return architecture
+    made = copy.deepcopy(architecture)
+    grown(made, ids)
+    return made
+
+
+def _open_folder(
+    config: ModelConfig, whole: PreTrainedModel, ids: range, *, needed: bool = False
+) -> GrownFolder | None:
+    """Open the weights of `config.path`, with rows for the new tokens `ids`, or return None if only transformers can
+    read them, which is logged if it makes a difference (`needed`)."""
     assert config.path is not None
     try:
         if whole.is_custom_code():
             raise WeightsError(f"'{config.path}' is a model with code of its own")
-        return ModelFolder(config.path, whole)
+        return GrownFolder(config.path, whole, ids)
     except WeightsError as error:
         if needed:
             _say(f"model.path: transformers loads all of the model before it is partitioned: {error}")

@@ -17,6 +17,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from trainer.data.batches import IGNORED
 from trainer.errors import StrataError
 from trainer.model.blocks import full_shape
+from trainer.model.fused_rows import fuse_new_rows
+from trainer.model.new_rows import WithNewRows
 
 # The widest tile of logits of TRL's fused head is [4096 tokens, 32768 entries]: narrower vocabularies gain nothing.
 FUSED_FROM_VOCABULARY = 32768
@@ -59,6 +61,7 @@ def add_fused_head(model: PreTrainedModel) -> None:
         # An alias, as the configurations of Mixtral and others have it; aliases are not saved.
         type(config).attribute_map = {**type(config).attribute_map, "num_experts": "num_local_experts"}
     add_fused_lm_head(model)
+    fuse_new_rows(model)
 
 
 class Objective:
@@ -155,6 +158,8 @@ def choose_fused(
         problem: str | None = (
             f"adapters sit on the output head ({type(head).__module__}), which the fused one would miss"
         )
+    elif isinstance(head, WithNewRows) and head.bias is not None:
+        problem = "the fused output head cannot train the rows of new tokens alone if it has a bias"
     else:
         problem = find_obstacle()
     if problem is None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from trainer.model.adapters import Adapted, twin
 from trainer.model.blocks import Piece
+from trainer.model.new_rows import fold
 
 _BASE = "base_model.model."  # what PEFT puts before the names of the base
 
@@ -38,7 +39,7 @@ class Merger:
         """
         if self._twin is None:
             self._twin = twin(self._adapted)
-        self._twin.load_state_dict(tensors, assign=True, strict=False)
+        self._twin.load_state_dict(fold(self._adapted.model, tensors), assign=True, strict=False)
         base = self._twin.get_base_model()
         missing = [name for name, p in base.get_submodule(piece.path).named_parameters() if p.is_meta]
         if missing:

@@ -16,7 +16,7 @@ from trainer.model.quiet import quiet_libraries
 from trainer.planner import Planner
 from trainer.planner.report import one_line as planned
 from trainer.run.folder import would_resume
-from trainer.run.remarks import one_line, warnings
+from trainer.run.remarks import new_token_lines, one_line, warnings
 from trainer.run.resuming import FinishedError
 from trainer.run.setup import build_batches, build_model, check_hardware, offload_device
 
@@ -51,6 +51,7 @@ def describe(config: RunConfig, ranks: int) -> str:
     lines = [dump(config).rstrip(), ""]
     lines += [*remarks, *warnings(config, sparse, num_steps)]
     lines += [f"data: {line}" for line in describe_data(data, config.data.max_length)]
+    lines += new_token_lines(config, tokenizer, sparse)
     lines.append(f"steps: {num_steps} of {config.train.global_batch_size} sequences")
     lines.append(f"model: {sum(p.numel() for p in built.model.parameters()):,} parameters")
     lines.append(

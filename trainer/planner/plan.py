@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from trainer.accounting import (
@@ -30,7 +30,7 @@ from trainer.accounting import (
 from trainer.config import RunConfig, resolve_batch
 from trainer.config.deepspeed.buckets import zero_size
 from trainer.config.deepspeed.resolve import resolve
-from trainer.data.tokenizer import load_tokenizer, tokenizer_name
+from trainer.data.tokenizer import load_run_tokenizer
 from trainer.engine.slots import PLACEHOLDER
 from trainer.engine.sparse import Sparse
 from trainer.model import load as models
@@ -95,6 +95,7 @@ class Planner:
     def __init__(self, *, on_cpu: bool = False) -> None:
         self._on_cpu = on_cpu
         self._models: dict[str, PreTrainedModel] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         self._traced: dict[str, Traced] = {}
         self._obstacles: dict[str, str | None] = {}  # to fusing the loss
 
@@ -107,7 +108,7 @@ class Planner:
         built = build_model(
             config,
             ds,
-            None,
+            self._tokenizer(config),
             # None if it depends on the number of samples, which is not known here.
             num_steps=config.train.steps,
             empty=True,
@@ -142,11 +143,17 @@ class Planner:
     def _model(self, config: RunConfig) -> PreTrainedModel:
         key = self._key(config)
         if key not in self._models:
-            tokenizer = None
-            if config.model.path is None:  # its vocabulary size is the model's default
-                tokenizer = load_tokenizer(tokenizer_name(config.model))
-            self._models[key] = models.on_meta(config.model, tokenizer)
+            self._models[key] = models.on_meta(config.model, self._tokenizer(config))
         return self._models[key]
+
+    def _tokenizer(self, config: RunConfig) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer if the model's size depends on it: by default, or because tokens are added to it."""
+        if config.model.path is not None and not config.model.add_tokens:
+            return None
+        key = self._key(config)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_run_tokenizer(config.model)
+        return self._tokenizers[key]
 
     def _passes(self, config: RunConfig, built: Built) -> Traced:
         model, base, sparse, stage = built.model, built.base, built.sparse, built.ds["zero_optimization"]["stage"]
@@ -286,7 +293,7 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
             [block.flops for block in traced.blocks],
             BlockFlops(*[traced.outside.forward] + [traced.outside.backward] * 3),
             active=[lowest, *range(len(sparse.blocks) - shape.num_active + 1, len(sparse.blocks))],
-            embeddings=bool(shape.embeddings),
+            embeddings=_train_embeddings(sparse),
             train_head=train_head,
             checkpointing=shape.checkpointing,
         ),
@@ -312,9 +319,12 @@ def _planned(config: RunConfig, ranks: int, built: Built, traced: Traced, *, on_
 
 def _lowest(sparse: Sparse) -> int:
     """Return the index of the lowest block that ever trains; 0 if the embeddings, below all blocks, train."""
-    if any(p.requires_grad for p in sparse.always_on.get("embeddings", {}).values()):
-        return 0
-    return min(sparse.selector.reachable(len(sparse.blocks)))
+    return 0 if _train_embeddings(sparse) else min(sparse.selector.reachable(len(sparse.blocks)))
+
+
+def _train_embeddings(sparse: Sparse) -> bool:
+    """Return whether any weights of the embeddings train, such as the rows of new tokens."""
+    return any(p.requires_grad for p in sparse.always_on.get("embeddings", {}).values())
 
 
 def _in_optimizer(sparse: Sparse, block: Block) -> int:

@@ -45,7 +45,7 @@ def short(plan: Plan, machine: Machine) -> str:
 def table(plan: Plan, machine: Machine, *, samples: int | None = None) -> str:
     """Return all of the plan, as lines."""
     config = plan.config
-    always_on = ", ".join(part for part, on in config.always_on.model_dump().items() if on) or "nothing else"
+    always_on = ", ".join(config.always_on.parts) or "nothing else"
     lines = [
         f"{plan.parameters:,} parameters; {plan.active} of {plan.num_blocks} blocks train at a time, with {always_on}: "
         f"{plan.trained:,} parameters",

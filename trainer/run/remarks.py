@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from trainer.config import METHODS, RunConfig
 from trainer.data.tokenised import TokenisedData
+from trainer.data.tokenizer import describe_new_tokens, new_ids
 from trainer.engine.rounding import half_unit
 from trainer.engine.sparse import Sparse
 from trainer.engine.zero.slices import stored
-from trainer.model.blocks import full_numel
+from trainer.model.blocks import NEW_ROWS, full_numel
 from trainer.run.setup import Built, emulates
 
 # The parts of a method that have names.
@@ -46,6 +48,19 @@ def _saving_warning(config: RunConfig) -> list[str]:
     if config.saves or config.checkpoint.every is None:
         return []
     return ["WARNING: no checkpoints: the quantised moments of optimizer.name=adamw_8bit cannot be saved yet"]
+
+
+def new_token_lines(config: RunConfig, tokenizer: PreTrainedTokenizerBase, sparse: Sparse) -> list[str]:
+    """Return what became of `model.add_tokens`, with a warning if their rows never train."""
+    lines = describe_new_tokens(tokenizer, config.model.add_tokens)
+    trained = {*sparse.always_on, *(["head"] if sparse.structure.tied and "embeddings" in sparse.always_on else [])}
+    still = [part for part in ("embeddings", "head") if part not in trained]
+    if new_ids(tokenizer) and still:
+        lines.append(
+            f"WARNING: the rows of the new tokens in {' and '.join(still)} stay the mean of the others, since "
+            f"always_on.{still[0]} is false: set it to new_rows to train them"
+        )
+    return lines
 
 
 def rounding_warning(config: RunConfig, sparse: Sparse) -> list[str]:
@@ -88,13 +103,21 @@ def _whole_numel(parameter: torch.Tensor) -> int:
 
 
 def one_line(sparse: Sparse, config: RunConfig, num_steps: int) -> str:
-    parts = ", ".join(sparse.always_on) or "nothing else"
+    parts = ", ".join(_always_on(sparse)) or "nothing else"
     if len(sparse.active) == len(sparse.blocks):
         return f"all {len(sparse.blocks)} blocks, with {parts}, for {num_steps} steps"
     return (
         f"{len(sparse.active)} of {len(sparse.blocks)} blocks at a time ({config.selector.name}, a new draw every "
         f"{config.selector.interval} steps), with {parts}, for {num_steps} steps"
     )
+
+
+def _always_on(sparse: Sparse) -> list[str]:
+    """Return the always-on parts; says so if only their rows of new tokens train."""
+    return [
+        f"{part} (new rows)" if any(name.endswith(f".{NEW_ROWS}") for name in parameters) else part
+        for part, parameters in sparse.always_on.items()
+    ]
 
 
 def report(
@@ -104,7 +127,7 @@ def report(
     num_steps: int,
     written: Sequence[tuple[str, object]],
 ) -> str:
-    always_on = ", ".join(sparse.always_on) or "nothing"
+    always_on = ", ".join(_always_on(sparse)) or "nothing"
     samples = "streamed samples" if data.streams else f"{data.train_report.samples} samples"
     lines = [f"\nTrained {num_steps} steps on {samples}; always on: {always_on}."]
     if data.streams and data.streams.num_bad:

@@ -21,6 +21,7 @@ _FIXED = (
     "seed",
     "model.path",
     "model.random",
+    "model.add_tokens",
     "model.dtype",
     "model.quantization",
     "substrate",
@@ -153,8 +154,8 @@ def check_settings(folder: Path, saved: Mapping[str, Any], config: RunConfig) ->
     ]
     if different:
         raise CheckpointError(
-            f"these settings are not those of the run to resume, in {folder}: {'; '.join(different)}. Take them "
-            "back, or train anew with resume=never or another output"
+            f"these settings are not those of the run to resume, in {folder}: {'; '.join(different)}. Change "
+            "them back, or train anew with resume=never or another output"
         )
 
 

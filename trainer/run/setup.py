@@ -35,6 +35,7 @@ from trainer.data.batches import SampleOrder
 from trainer.data.order import Order
 from trainer.data.stream_order import StreamOrder
 from trainer.data.tokenised import TokenisedData
+from trainer.data.tokenizer import new_ids
 from trainer.engine import banks
 from trainer.engine.sparse import Sparse
 from trainer.engine.zero.private_names import SHARED_MEMORY
@@ -43,6 +44,7 @@ from trainer.model.adapters import Adapted, adapt, reads_base
 from trainer.model.blocks import PARTS, find, full_numel, full_shape
 from trainer.model.fused_head import obstacle
 from trainer.model.loss import LossChoice, choose_fused
+from trainer.model.new_rows import split
 
 # Flags in Linux's /proc/cpuinfo of CPUs that compute in a dtype.
 _HALF_PRECISION_OF_CPUS = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
@@ -152,7 +154,7 @@ def build_model(
     """Build the model of a run of `num_steps` optimizer steps: load, add adapters, freeze all but the first active set.
 
     Training, the dry run and the planner all use this. `empty`: build without weights, on the meta device;
-    `base` may then be an empty model built earlier, which is copied before adapters are added. `ds` is the resolved
+    `base` may then be an empty model built earlier, which is copied before it is changed. `ds` is the resolved
     DeepSpeed dictionary. `find_obstacle` returns why the loss cannot be fused, or None if it can; by default this is
     tried on an empty model. Raises `ConfigError`, `ModelError`, `AdapterError`, `BlockError` or `LossError`.
     """
@@ -163,9 +165,10 @@ def build_model(
         base = models.load(config.model, tokenizer, seed=config.seed, deepspeed=dict(ds), onto_device=onto_device)
     elif base is None:
         base = models.on_meta(config.model, tokenizer)
-    elif config.substrate.name == "adapter":
+    elif config.substrate.name == "adapter" or config.always_on.new_rows:
         base = copy.deepcopy(base)
     check_length(config, base)
+    split(base, new_ids(tokenizer), config.always_on.new_rows)
     model, adapters = base, None
     if config.substrate.name == "adapter":
         if not empty:

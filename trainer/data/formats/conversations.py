@@ -235,7 +235,7 @@ def conversation_format(
 
     def unread(values: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
         for column in columns:
-            if isinstance(values[column], list):
+            if isinstance(values.get(column), list):
                 yield from _unread(values[column], keys)
 
     return Format(

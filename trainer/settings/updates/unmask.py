@@ -53,6 +53,11 @@ class UnmaskSettings(UpdateSettings):
             problems.append(
                 f"optimizer.lr_always_on: {rate}, but update.name=unmask trains all weights as one set; set it to null"
             )
+        if "new_rows" in (get(values, "always_on.embeddings"), get(values, "always_on.head")):
+            problems.append(
+                "always_on: new_rows, but update.name=unmask itself chooses the weights that train, in all parts; set "
+                "always_on.embeddings and always_on.head to true or false"
+            )
         steps, total = number(values, "update.growth_steps"), number(values, "train.steps")
         if steps and total and steps > total:
             problems.append(
