@@ -268,7 +268,7 @@ class Outcomes:
         `overflow` says so, and if no sample is left.
         """
         found = np.frombuffer(self._outcomes, dtype=np.uint8)[chosen]
-        counts = np.bincount(found, minlength=len(Outcome)).tolist()
+        counts = [int(np.count_nonzero(found == outcome)) for outcome in Outcome]  # bincount would copy to int64
         num_rows = len(found) - counts[Outcome.REFUSED]
         too_long: list[str] = []
         for problem in self._problems:
