@@ -18,10 +18,11 @@ from trainer.cluster.together import check_nodes
 from trainer.config import RunConfig, total_steps, warmup_steps
 from trainer.config.deepspeed.resolve import resolve
 from trainer.config.text import printable
-from trainer.data.cache import TokenisedData, tokenise_run
+from trainer.data.cache import tokenise_run
 from trainer.data.pictures import run_pictures
 from trainer.data.rank_batches import RankBatches
 from trainer.data.show import describe as describe_data
+from trainer.data.tokenised import TokenisedData
 from trainer.data.tokenizer import load_run_tokenizer, padding_id
 from trainer.engine.sparse import Sparse
 from trainer.export.from_engine import RankZeroSteps, save

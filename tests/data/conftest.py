@@ -12,6 +12,7 @@ import pytest
 from trainer.config.schema import DataSource, TrainSource
 from trainer.data.cache import TokenisedData, tokenise
 from trainer.data.formats.base import Row
+from trainer.data.plain_files import Position
 from trainer.data.rows import read_rows
 from trainer.data.sources import open_source
 from trainer.data.tokenizer import bytes_tokenizer
@@ -37,7 +38,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 def rows_of(path: str | Path, **keys: Any) -> list[Row]:
     source = DataSource(path=str(path), **keys)
     opened = open_source(source)
-    return read_rows(opened.path, opened.records(), source.format)
+    return read_rows(opened.path, opened.records(Position()), source.format)
 
 
 def tokenised(tmp_path: Path, tokenizer: Any, *train: dict[str, Any] | str | Path, **changes: Any) -> TokenisedData:

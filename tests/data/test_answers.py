@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.templates import MARKED, TOKENS, without_marks
 from trainer.data.answers import RefusedRow
-from trainer.data.encode import _render
 from trainer.data.formats.base import Row
+from trainer.data.rendering import render
 from trainer.data.tokenizer import bytes_tokenizer
 
 
@@ -68,7 +68,7 @@ def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
 
 def said(template: str, messages: tuple[dict[str, Any], ...]) -> list[str]:
     row = Row(where="here", messages=messages, trains=(True,) * sum(m["role"] == "assistant" for m in messages))
-    text, spans = _render(row, tokenizer_with(template), template, TOKENS_OF_ALL)
+    text, spans = render(row, tokenizer_with(template), template, TOKENS_OF_ALL)
     return [text[start:end] for start, end in spans]
 
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from tests.data.conftest import rows_of
-from trainer.data.encode import Report, encode
+from tests.data.files import encode
+from trainer.data.encode import Report
 from trainer.data.errors import DataError
 from trainer.data.tokenizer import bytes_tokenizer
 

@@ -24,7 +24,8 @@ def listed(dataset):
 
 
 def test_prepared_samples_equal_the_tokenised_file_and_are_mapped(write, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "ROWS_PER_CHUNK", 4)  # several record batches, the last one not full
+    monkeypatch.setattr("trainer.data.build.ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr("trainer.data.sample_files._TOKENS_PER_BATCH", 300)  # several record batches
     path, other = write(*QUESTIONS), write(*QUESTIONS[:2], name="eval.jsonl")
     prepared = tokenise_file(path, tmp_path / "cache", tokenizer, eval=[other])
     samples, report = tokenize(path, tokenizer)
@@ -38,7 +39,7 @@ def test_prepared_samples_equal_the_tokenised_file_and_are_mapped(write, tmp_pat
 def test_a_second_call_reads_what_the_first_one_wrote(write, tmp_path, tokenizer, monkeypatch):
     path = write(*QUESTIONS)
     first = tokenise_file(path, tmp_path / "cache", tokenizer)
-    monkeypatch.setattr(data, "encode", None)
+    monkeypatch.setattr(data, "Builder", None)
     again = tokenise_file(
         path, tmp_path / "cache", load_tokenizer("bytes"), seed=1
     )  # no split, so the seed plays no part

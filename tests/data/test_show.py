@@ -120,7 +120,7 @@ def test_training_finds_what_was_prepared(here, write, capsys, monkeypatch, toke
     settings = [*SETTINGS, "data.train=train.jsonl", "data.eval_fraction=0.5"]
     assert main(["prepare", *settings]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["train", "eval"]
-    monkeypatch.setattr(trainer.data.cache, "encode", None)
+    monkeypatch.setattr(trainer.data.cache, "Builder", None)
     data = tokenise_run(load(None, [*settings, "output=runs/another"]), tokenizer)
     assert len(data.train) == 1 and (here / "runs" / "cache").is_dir()
 

@@ -12,6 +12,7 @@ from trainer.config import load, parse_command_line
 from trainer.config.text import printable
 from trainer.errors import refusals
 
+EXIT_INTERRUPTED = 130  # as of a process that SIGINT has ended
 ON_A_PAGE = 20  # samples of each source
 USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N] [--html FILE]
 
@@ -24,7 +25,8 @@ page for a browser instead; N is then 20 unless --show is given.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, or 2 after a message."""
+    """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, 2 after a message, or 130
+    after control-C."""
     with refusals() as refused:
         command = parse_command_line(argv, options=("--show", "--html", "--help"))
         if command.show_help:
@@ -40,9 +42,13 @@ def main(argv: Sequence[str]) -> int:
     from trainer.data.show_page import page
     from trainer.data.tokenizer import describe_new_tokens, load_run_tokenizer
 
-    with refusals() as refused:
-        tokenizer = load_run_tokenizer(config.model)
-        data = tokenise_run(config, tokenizer)
+    try:
+        with refusals() as refused:
+            tokenizer = load_run_tokenizer(config.model)
+            data = tokenise_run(config, tokenizer)
+    except KeyboardInterrupt:
+        print("\nStopped; the source that was being tokenised is not stored.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if refused:
         return refuse(refused[0], rank=0)
     about = [*describe(data, config.data.max_length), *describe_new_tokens(tokenizer, config.model.add_tokens)]

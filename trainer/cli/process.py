@@ -9,7 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
-from trainer.cluster.ranks import in_step, number
+from trainer.cluster.ranks import cores_of_process, in_step
 from trainer.config.text import printable
 
 EXIT_REFUSED = 2
@@ -31,12 +31,7 @@ def set_up_process() -> None:
     tools = str(Path(sys.executable).parent)
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
-    # torchrun sets LOCAL_WORLD_SIZE (and `take_rank` for srun), DeepSpeed's launcher LOCAL_SIZE.
-    processes = number(os.environ, "LOCAL_WORLD_SIZE") or number(os.environ, "LOCAL_SIZE") or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if in_step(os.environ) and cores < (number(os.environ, "SLURM_CPUS_ON_NODE") or 1):
-        processes = 1  # srun has bound each task to its own cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores_of_process(os.environ)))
     # On processors with AVX-512: that a package is missing with which 4-bit weights would be faster on the CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # The run's first lines and `doctor` say on what it runs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping, MutableMapping
@@ -87,6 +88,16 @@ def in_step(environment: Mapping[str, str]) -> bool:
 def first_of_all(environment: Mapping[str, str]) -> bool:
     """Return whether this process is rank 0 according to its launcher, or alone."""
     return not (number(environment, "RANK" if "RANK" in environment else "SLURM_PROCID") or 0)
+
+
+def cores_of_process(environment: Mapping[str, str]) -> int:
+    """Return how many cores this process may use: its share, if it is one of several ranks on the machine."""
+    # torchrun sets LOCAL_WORLD_SIZE (and `take_rank` for srun), DeepSpeed's launcher LOCAL_SIZE.
+    processes = number(environment, "LOCAL_WORLD_SIZE") or number(environment, "LOCAL_SIZE") or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if in_step(environment) and cores < (number(environment, "SLURM_CPUS_ON_NODE") or 1):
+        processes = 1  # srun has bound each task to its own cores
+    return max(1, cores // processes)
 
 
 def number(environment: Mapping[str, str], name: str) -> int | None:

@@ -21,6 +21,7 @@ def rule_problems(values: Mapping[str, Any]) -> list[str]:
         *_schedule_rules(values),
         *_eval_rules(values),
         *_weight_rules(values),
+        *_streaming_rules(values),
         *_optimizer_rules(values),
         *_substrate_rules(values),
         *_update_rules(values),
@@ -86,6 +87,24 @@ def _weight_rules(values: Mapping[str, Any]) -> list[str]:
         f"data.train: weight given for {sum(given)} of {len(given)} sources; give it for all of them, or for none "
         "(then every sample is seen once per epoch)"
     ]
+
+
+def _streaming_rules(values: Mapping[str, Any]) -> list[str]:
+    rows = get(values, "data.shuffle_rows")
+    if get(values, "data.streaming") is not True:
+        if rows is None:
+            return []
+        return [f"data.shuffle_rows: {rows}, but all samples are shuffled; set data.streaming=true, or null here"]
+    problems = []
+    epochs, fraction = get(values, "train.epochs"), number(values, "data.eval_fraction")
+    if epochs is not None:
+        problems.append(f"train.epochs: {epochs}, but with data.streaming no length is known; set train.steps instead")
+    if fraction:
+        problems.append(
+            f"data.eval_fraction: {fraction}, but with data.streaming no rows can be set aside; set it to 0, and name "
+            "rows to evaluate on by data.eval"
+        )
+    return problems
 
 
 def _optimizer_rules(values: Mapping[str, Any]) -> list[str]:

@@ -300,6 +300,16 @@ class DataConfig(Section):
         "sizes, epochs and eval.max_samples then count rows.",
     )
     cache: Text | None = Field(None, description="Folder for tokenised data; null: cache/ beside the run folder.")
+    streaming: bool = Field(
+        False,
+        description="Read and tokenise training data while training, and store nothing, for sets that do not fit on a "
+        "disk. Requires train.steps; evaluation data, named by data.eval, is tokenised into the cache as ever.",
+    )
+    shuffle_rows: Count | None = Field(
+        None,
+        description="With streaming, how many rows are shuffled (and packed) together; null: 2048. They come from "
+        "units of the files (64 KiB of lines, row groups of Parquet), which are shuffled before.",
+    )
 
     @field_validator("train", "eval", mode="before")
     @classmethod

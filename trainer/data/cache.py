@@ -9,24 +9,24 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from trainer.config.schema import DataSource, RunConfig, TrainSource
-from trainer.data.cached import check_samples, lock, read_cached, remove_damaged, seal
-from trainer.data.control_tokens import ControlTokens, TokensInText
-from trainer.data.encode import ROWS_PER_CHUNK, Overflow, Report, Sample, encode, find_unused_keys
-from trainer.data.errors import BadRows, DataError, in_short
-from trainer.data.formats.base import Row
+from trainer.data.build import HELD_OUT, TRAIN, Builder
+from trainer.data.cached import lock, read_cached, remove_damaged, seal
+from trainer.data.control_tokens import TokensInText
+from trainer.data.encode import Encoder, Overflow, Report
+from trainer.data.errors import DataError, in_short
 from trainer.data.pictures import INLINE, Pictures, Places, run_pictures
-from trainer.data.rows import Unused, read_rows
 from trainer.data.sources import Opened, open_source
-from trainer.data.tokenizer import tokenizer_identity, vocabulary_size
+from trainer.data.stream import SHUFFLE_ROWS, Making, OpenSource, Streams, preview
+from trainer.data.tokenised import Part, TokenisedData
+from trainer.data.tokenizer import tokenizer_identity
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,66 +37,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 4  # raise it whenever the same file and settings give other samples: it is part of a folder's name
 EARLIER_VERSION = 2  # of caches, and so of fingerprints, before there was `made_of`
 OnBadRow = Literal["error", "drop"]
-TRAIN, HELD_OUT = "train", "held_out"  # the splits of a source in its folder of the cache
-
-
-@dataclass(frozen=True)
-class Part:
-    """The samples of one source: memory-mapped {input_ids, labels}, numpy arrays. If they are packed, each is a row of
-    samples and also has `seq_lengths`. `ignored` names the columns, and keys of messages, that no sample contains.
-    `num_bad` rows of the source, part held out or not, could not be used; `first_bad` says what is wrong with ten.
-    `num_spelling` rows spell `control_tokens`, which are kept as text."""
-
-    path: str
-    samples: Dataset
-    report: Report
-    places: Places
-    ignored: tuple[str, ...] = ()
-    num_bad: int = 0
-    first_bad: tuple[str, ...] = ()
-    num_spelling: int = 0
-    control_tokens: tuple[str, ...] = ()
-
-    @property
-    def has_images(self) -> bool:
-        return "images" in self.samples.column_names
-
-
-@dataclass(frozen=True)
-class TokenisedData:
-    """The samples of all sources, concatenated, and the part of each source.
-
-    `weights` has one number for each part of `train`, or is None. `made_of` maps keys to what decides the training
-    samples, and `fingerprint` is its hash. `earlier_fingerprint` is what checkpoints recorded before they recorded
-    `made_of`; None if a source was read in another way then.
-    """
-
-    train: Dataset
-    train_parts: tuple[Part, ...]
-    eval: Dataset | None
-    eval_parts: tuple[Part, ...]
-    weights: tuple[float, ...] | None
-    fingerprint: str
-    made_of: Mapping[str, Any]
-    earlier_fingerprint: str | None
-
-    @property
-    def fingerprints(self) -> tuple[str, ...]:
-        """Return `fingerprint`, and what a checkpoint of an earlier version may have recorded instead."""
-        return tuple(filter(None, (self.fingerprint, self.earlier_fingerprint)))
-
-    @property
-    def has_images(self) -> bool:
-        return any(part.has_images for part in (*self.train_parts, *self.eval_parts))
-
-    @property
-    def sizes(self) -> list[int]:
-        """Count the samples (or packed rows) of each source of `train`."""
-        return [len(part.samples) for part in self.train_parts]
-
-    @property
-    def train_report(self) -> Report:
-        return sum((part.report for part in self.train_parts), start=Report(0, 0, 0, 0, 0))
 
 
 def tokenise_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenisedData:
@@ -116,6 +56,8 @@ def tokenise_run(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Token
         cache=Path(data.cache).expanduser() if data.cache else beside,
         seed=config.seed,
         pictures=run_pictures(config.model),
+        streaming=data.streaming,
+        shuffle_rows=data.shuffle_rows or SHUFFLE_ROWS,
     )
 
 
@@ -133,6 +75,8 @@ def tokenise(
     on_bad_row: OnBadRow = "error",
     special_tokens_in_text: TokensInText = "text",
     pictures: Pictures | None = None,
+    streaming: bool = False,
+    shuffle_rows: int = SHUFFLE_ROWS,
 ) -> TokenisedData:
     """Tokenise the training and evaluation sources once for all processes, and open the result.
 
@@ -146,31 +90,32 @@ def tokenise(
     evaluation. They are drawn by `seed` alone, so that neither max_length nor the tokenizer changes which ones.
     `on_bad_row="drop"` leaves out rows that cannot be read or rendered instead of raising.
     `special_tokens_in_text="allow"` makes tokens of control tokens that rows spell, instead of text. `pictures` reads
-    images; without it, rows that have some cannot be used.
+    images; without it, rows that have some cannot be used. With `streaming` the training sources are only opened, and
+    their first `shuffle_rows` rows are tokenised.
     """
     if eval and eval_fraction:
         raise DataError([f"data.eval_fraction: {eval_fraction}, but data.eval is given, too; give one of them"])
     maker = _Maker(
         tokenizer, max_length, overflow, packing, Path(cache), seed, on_bad_row, special_tokens_in_text, pictures
     )
-    made: list[_Made] = []
-    problems: list[str] = []
-    for source in [*train, *eval]:
-        try:
-            made.append(maker.make(source, eval_fraction))
-        except DataError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise DataError(problems)
-    train_parts = [one.parts[TRAIN] for one in made[: len(train)]]
-    eval_parts = [one.parts[TRAIN] for one in made[len(train) :]]
-    eval_parts += [one.parts[HELD_OUT] for one in made if HELD_OUT in one.parts]
+    making = partial(maker.make, eval_fraction=eval_fraction)
+    opened, made, apart = _all_of(
+        (OpenSource, train if streaming else ()), (making, () if streaming else train), (making, eval)
+    )
+    train_parts = [one.parts[TRAIN] for one in made]
+    eval_parts = [one.parts[TRAIN] for one in apart] + [one.parts[HELD_OUT] for one in made if HELD_OUT in one.parts]
     if eval_fraction and not eval_parts:
         num_rows = sum(part.report.samples + part.report.dropped for part in train_parts)
         raise DataError([f"data.eval_fraction: {eval_fraction} of {num_rows} rows leaves none to evaluate on"])
-    weights = tuple(source.weight for source in train if source.weight is not None)
-    made_of = {key: value for i, one in enumerate(made[: len(train)]) for key, value in one.made_of(i).items()}
-    earlier = [one.earlier_key for one in made[: len(train)]]
+    weights = tuple(source.weight for source in train if source.weight is not None) or None
+    made_of = {key: value for i, one in enumerate(made) for key, value in one.made_of(i).items()}
+    earlier = [one.earlier_key for one in made]
+    streams = None
+    if streaming:
+        rows = maker.making(shuffle_rows)
+        train_parts = _all_of((lambda source: preview(source, rows, seed), opened))[0]
+        streams = Streams(opened, rows, weights=weights, seed=seed)
+        made_of, earlier = maker.streamed_from(train, opened, shuffle_rows), [None]
     parts = [*train_parts, *eval_parts]
     if pictures is not None and any(part.has_images for part in parts):
         for part in parts:
@@ -180,11 +125,28 @@ def tokenise(
         tuple(train_parts),
         _joined(eval_parts) if eval_parts else None,
         tuple(eval_parts),
-        weights or None,
+        weights,
         _digest(made_of),
         made_of,
         None if None in earlier else _digest(earlier),
+        streams,
     )
+
+
+def _all_of(*calls: tuple[Callable[[Any], Any], Sequence[Any]]) -> list[list[Any]]:
+    """Return what each function makes of its sources. Raises `DataError` with the problems of all."""
+    made: list[list[Any]] = []
+    problems: list[str] = []
+    for make, sources in calls:
+        made.append([])
+        for source in sources:
+            try:
+                made[-1].append(make(source))
+            except DataError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise DataError(problems)
+    return made
 
 
 def _joined(parts: Sequence[Part]) -> Dataset:
@@ -204,7 +166,22 @@ class _Made:
 
     def made_of(self, index: int) -> dict[str, Any]:
         """Return what the samples were made of, by the configuration key that decides it."""
-        return {f"data.train[{index}].{name}": value for name, value in self.of_source.items()} | dict(self.settings)
+        return _by_key(index, self.of_source) | dict(self.settings)
+
+
+def _values(source: DataSource, content: list[Any]) -> dict[str, Any]:
+    """Return what of a source decides its samples."""
+    return {
+        "path": {"sha256": _digest(content)},
+        "format": source.format,
+        "subset": source.subset,
+        "split": source.split,
+        "ignore": sorted(source.ignore),
+    }
+
+
+def _by_key(index: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"data.train[{index}].{name}": value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -225,13 +202,7 @@ class _Maker:
         """Return the samples of a source from its folder. The folder is built if it is missing or damaged."""
         opened = open_source(source)
         content = opened.content()
-        of_source = {
-            "path": {"sha256": _digest(content)},
-            "format": source.format,
-            "subset": source.subset,
-            "split": source.split,
-            "ignore": sorted(source.ignore),
-        }
+        of_source = _values(source, content)
         settings = self._settings(eval_fraction)
         if self.pictures is not None and self.pictures.settings is not None:
             settings["the model's processor"] = {"sha256": _digest(self.pictures.settings)}
@@ -247,6 +218,20 @@ class _Maker:
         if as_before and not any(part.num_spelling for part in parts.values()):
             earlier = self._earlier_key(source, content, eval_fraction)
         return _Made(parts, of_source, settings, earlier)
+
+    def making(self, shuffle_rows: int) -> Making:
+        """Return how samples of streams are made."""
+        builder = self.builder
+        return Making(builder.encoder, self.max_length, self.overflow, shuffle_rows, self.packing, builder.drop_bad)
+
+    def streamed_from(
+        self, sources: Sequence[DataSource], opened: Sequence[OpenSource], shuffle_rows: int
+    ) -> dict[str, Any]:
+        """Return what decides the samples of streams and their order, by the configuration key."""
+        made_of: dict[str, Any] = {}
+        for index, (source, one) in enumerate(zip(sources, opened, strict=True)):
+            made_of |= _by_key(index, _values(source, one.content))
+        return made_of | self._settings(0.0) | {"data.streaming": True, "data.shuffle_rows": shuffle_rows}
 
     def _settings(self, eval_fraction: float) -> dict[str, Any]:
         """Return what else decides samples, by key. Values too long to be shown are digests."""
@@ -296,16 +281,7 @@ class _Maker:
                 except ValueError as damage:
                     logger.warning("%s is damaged (%s): it is built anew", folder, damage)
                     remove_damaged(folder, damage)
-            unused = Unused(source.path, source.ignore)
-            bad = BadRows(source.path, drop=self.on_bad_row == "drop")
-            rows = read_rows(source.path, opened.records(), source.format, unused, bad)
-            if self.packing and (pictured := next((row.where for row in rows if row.images), None)):
-                raise DataError([f"data.packing: true, but {pictured} has an image; set data.packing=false"])
-            find_unused_keys(rows, self.tokenizer, unused, self.pictures)
-            if unused.problems():
-                raise DataError(unused.problems())
-            splits = _split(source.path, rows, eval_fraction, self.seed)
-            self._build(folder, source.path, splits, unused.ignored, bad)
+            self._build(folder, source, opened, eval_fraction)
         try:
             return _parts(source.path, folder)
         except ValueError as damage:
@@ -316,9 +292,7 @@ class _Maker:
                 ]
             ) from damage
 
-    def _build(
-        self, folder: Path, path: str, splits: dict[str, list[Row]], ignored: tuple[str, ...], bad: BadRows
-    ) -> None:
+    def _build(self, folder: Path, source: DataSource, opened: Opened, eval_fraction: float) -> None:
         """Write every split to a temporary folder and rename it, so that a folder with the final name is complete."""
         unfinished = f"{folder.name}.{socket.gethostname()}."
         # Remove leftovers of a killed process; the lock allows it. Only those of this host, because some network file
@@ -327,18 +301,11 @@ class _Maker:
             shutil.rmtree(leftover, ignore_errors=True)
         temporary = folder.with_name(f"{unfinished}{uuid.uuid4().hex}")
         temporary.mkdir()
-        control = ControlTokens(self.tokenizer, self.special_tokens_in_text)
         try:
-            reports = {}
-            for name, rows in splits.items():
-                file = temporary / f"{name}.arrow"
-                reports[name] = asdict(self._write(file, path, rows, bad, control))
-                if self.packing:
-                    _pack(file, self.max_length)
-                check_samples(file, vocabulary=vocabulary_size(self.tokenizer), max_length=self.max_length)
-            found: dict[str, Any] = {"num_bad": bad.count, "first_bad": bad.first}
-            found |= {"num_spelling": control.rows, "control_tokens": list(control.seen)}
-            seal(temporary, {"key": folder.name, "reports": reports, "ignored": list(ignored), **found})
+            if self.pictures is not None:
+                self.pictures.begin(_places(source.path, temporary))
+            info = self.builder.build(temporary, source, opened, eval_fraction)
+            seal(temporary, {"key": folder.name, **info})
             os.rename(temporary, folder)
         except OSError:
             if not folder.is_dir():  # else a host on which the lock has no effect was faster, with the same content
@@ -346,70 +313,18 @@ class _Maker:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write(self, file: Path, path: str, rows: Sequence[Row], bad: BadRows, control: ControlTokens) -> Report:
-        """Write rows as one Arrow stream, the format that `datasets` maps into memory, chunk by chunk."""
-        import pyarrow as pa
-
-        columns: dict[str, Any] = {name: pa.list_(pa.int32()) for name in ("input_ids", "labels")}
-        if any(row.images for row in rows):
-            columns["images"] = pa.string()
-            if self.pictures is not None:
-                self.pictures.begin(_places(path, file.parent))
-        schema = pa.schema(columns)
-        waiting: list[Sample] = []
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-
-            def keep(sample: Sample) -> None:
-                waiting.append(sample)
-                if len(waiting) == ROWS_PER_CHUNK:
-                    flush()
-
-            def flush() -> None:
-                writer.write_batch(pa.RecordBatch.from_pylist(waiting, schema=schema))
-                waiting.clear()
-
-            report = encode(
-                path,
-                rows,
-                self.tokenizer,
-                max_length=self.max_length,
-                overflow=self.overflow,
-                keep=keep,
-                bad=bad,
-                control=control,
-                pictures=self.pictures,
-            )
-            flush()
-        return report
-
-
-def _pack(file: Path, max_length: int) -> None:
-    """Replace the samples of a file by rows of samples, best fit first. None is cut: none is longer than a row."""
-    from datasets import Dataset
-    from trl import pack_dataset
-
-    packed = file.with_name("packed.arrow")
-    # Without this name, `datasets` would store a file beside the samples under a name that differs from run to run.
-    pack_dataset(Dataset.from_file(str(file)), max_length, "bfd", map_kwargs={"cache_file_name": str(packed)})
-    os.replace(packed, file)
-
-
-def _split(path: str, rows: list[Row], eval_fraction: float, seed: int) -> dict[str, list[Row]]:
-    """Split rows into TRAIN and HELD_OUT. Without HELD_OUT if its share is 0 rows, as for a small source of a mix."""
-    num_eval = round(len(rows) * eval_fraction)
-    if num_eval == len(rows):
-        raise DataError(
-            [f"data.eval_fraction: {eval_fraction} of the {len(rows)} rows of {path} leaves none to train on"]
+    @property
+    def builder(self) -> Builder:
+        encoder = Encoder(
+            self.tokenizer,
+            max_length=self.max_length,
+            overflow=self.overflow,
+            special_tokens_in_text=self.special_tokens_in_text,
+            pictures=self.pictures,
         )
-    if not num_eval:
-        return {TRAIN: rows}
-    # The third word separates this draw from those of epochs, which have no third word, or one >= 2 (see SampleOrder).
-    order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0, 1]))).permutation(len(rows))
-    chosen = set(order[:num_eval].tolist())
-    return {
-        TRAIN: [row for index, row in enumerate(rows) if index not in chosen],
-        HELD_OUT: [row for index, row in enumerate(rows) if index in chosen],
-    }
+        return Builder(
+            encoder, self.max_length, self.overflow, self.packing, drop_bad=self.on_bad_row == "drop", seed=self.seed
+        )
 
 
 def _parts(path: str, folder: Path) -> dict[str, Part]:

@@ -18,6 +18,7 @@ import xxhash
 from trainer.config.reading import read_file
 from trainer.data.batches import IGNORED
 from trainer.data.errors import DataError
+from trainer.data.sample_files import read_batches
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +58,18 @@ def read_cached(folder: Path) -> dict[str, Any]:
     return content
 
 
-def check_samples(file: Path, *, vocabulary: int, max_length: int) -> None:
-    """Raise `DataError` if training could not use the samples of a file as they are.
+def check_samples(file: Path, *, vocabulary: int, max_length: int) -> tuple[int, int]:
+    """Count the tokens of a file of samples, and those that are targets. Raises `DataError` if training could not use
+    the samples as they are.
 
     Each sample must have 1 to `max_length` token ids, all below `vocabulary`, and as many labels, each of which is the
     token id or masked. The `seq_lengths` of a packed row must sum up to its length.
     """
     import numpy as np
-    import pyarrow as pa
 
-    with pa.memory_map(str(file)) as source:
-        for batch in pa.ipc.open_stream(source):
+    num_tokens = num_targets = 0
+    with read_batches(file) as batches:
+        for batch in batches:
             ids, labels = batch.column("input_ids"), batch.column("labels")
             lengths = ids.value_lengths().to_numpy()
             found, targets = ids.flatten().to_numpy(), labels.flatten().to_numpy()
@@ -88,6 +90,9 @@ def check_samples(file: Path, *, vocabulary: int, max_length: int) -> None:
                     problem = "packed rows whose length is not that of their samples"
             if problem is not None:
                 raise DataError([f"model.tokenizer: made {problem}; give another tokenizer or chat template"])
+            num_tokens += len(found)
+            num_targets += int(np.count_nonzero(targets != IGNORED))
+    return num_tokens, num_targets
 
 
 def remove_damaged(folder: Path, damage: ValueError) -> None:

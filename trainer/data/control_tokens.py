@@ -24,10 +24,10 @@ _MARK = "\uf8ff"
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer, and the rows that spell them: `rows` counts them, `seen` names the tokens.
+    """The control tokens of a tokenizer, which rows may spell.
 
     These are the special tokens that begin and end turns and texts. Others, such as those of reasoning, calls and
-    images, belong into messages. With "allow" nothing is kept as text, and nothing counted.
+    images, belong into messages. With "allow" nothing is kept as text, and nothing found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, wanted: TokensInText = "text") -> None:
@@ -35,19 +35,17 @@ class ControlTokens:
         longest_first = sorted(_structural(tokenizer), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._keeps = wanted == "text" and self._pattern is not None
-        self.rows = 0
-        self.seen: dict[str, None] = {}
 
     def found(self, row: Row) -> bool:
         """Return whether a row spells control tokens that are to be text."""
         if not self._keeps or row.verbatim:
             return False
-        return next(self._spelt([row.prompt, row.answer, row.messages, row.tools]), None) is not None
+        assert self._pattern is not None
+        return any(map(self._pattern.search, _texts([row.prompt, row.answer, row.messages, row.tools])))
 
-    def count(self, row: Row) -> None:
-        """Count a row whose control tokens were kept as text."""
-        self.rows += 1
-        self.seen.update(dict.fromkeys(self._spelt([row.prompt, row.answer, row.messages, row.tools])))
+    def spelt(self, row: Row) -> tuple[str, ...]:
+        """Return the control tokens that a row spells, each once."""
+        return tuple(dict.fromkeys(self._spelt([row.prompt, row.answer, row.messages, row.tools])))
 
     def hidden(self, row: Row) -> Row:
         """Return a conversation with a mark in each control token that it spells."""
@@ -113,15 +111,23 @@ class ControlTokens:
         return type(values)(map(self._with_marks, values)) if isinstance(values, list | tuple) else values
 
 
-def _texts(values: Any) -> Iterator[str]:
+def _texts(values: Any) -> list[str]:
+    texts: list[str] = []
+    _collect(values, texts)
+    return texts
+
+
+def _collect(values: Any, texts: list[str]) -> None:
+    """Add the texts in `values`, keys included, at every depth."""
     if isinstance(values, str):
-        yield values
-    elif isinstance(values, Mapping):
+        texts.append(values)
+    elif isinstance(values, dict):
         for key, value in values.items():
-            yield from _texts([key, value])
+            _collect(key, texts)
+            _collect(value, texts)
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from _texts(value)
+            _collect(value, texts)
 
 
 def _structural(tokenizer: PreTrainedTokenizerBase) -> set[str]:

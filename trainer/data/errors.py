@@ -38,6 +38,12 @@ class BadRows:
         if len(self.first) == MAX_PROBLEMS and not self._drop:
             raise DataError([*self.first, f"{self._path}: stopped after {MAX_PROBLEMS} problems"])
 
+    def add_all(self, later: BadRows) -> None:
+        """Add the rows that another one has collected from the rows after those of `self`."""
+        for problem in later.first:
+            self.add(problem)
+        self.count += later.count - len(later.first)
+
     def check(self, num_used: int) -> None:
         """Raise `DataError` if there is any, unless they are dropped and not more than the `num_used` others."""
         if self.first and not self._drop:

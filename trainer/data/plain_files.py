@@ -1,14 +1,18 @@
-"""Read data files line by line or table by table, without the type guessing of `datasets`."""
+"""Read data files line by line or table by table, without the type guessing of `datasets`.
+
+No file is held in memory as a whole, except one of JSON in which something is wrong.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from trainer.data import strict_json
 from trainer.data.errors import DataError, in_short
@@ -22,6 +26,26 @@ Records = Iterator[tuple[str, Any]]
 Decoder = Callable[[Any], Any]
 
 ROWS_PER_READ = 1000
+BYTES_PER_READ = 2**20
+
+
+class Position:
+    """How much of a source has been read: bytes of its files, or rows of a table."""
+
+    def __init__(self) -> None:
+        self.done = 0.0
+
+
+def _check_text(path: str, file: Path) -> None:
+    """Raise `DataError` if a file is not UTF-8, before any of it is used."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(BYTES_PER_READ):
+                decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        _read_text(path, file)
 
 
 def _read_text(path: str, file: Path) -> str:
@@ -33,51 +57,70 @@ def _read_text(path: str, file: Path) -> str:
         raise DataError([f"{path}:{line}: not UTF-8 text: byte {content[error.start]:#04x}"]) from error
 
 
-def _read_jsonl(path: str, file: Path) -> Records:
+def _read_jsonl(path: str, file: Path, position: Position) -> Records:
+    """Yield lines as bytes: parsing JSON takes time, which several processes can share."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
+            position.done += len(line)
             content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if content.strip():
-                yield f"{path}:{number}", _parse_line(content)
+                yield f"{path}:{number}", content
 
 
-def _parse_line(line: bytes) -> Any:
-    try:
-        return strict_json.loads(line.decode("utf-8").rstrip())
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 text: byte {line[error.start]:#04x} at column {error.start + 1}")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {_said(error)} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
-        return ValueError(f"not JSON that can be read: {error}")
-
-
-def _said(error: json.JSONDecodeError) -> str:
-    """Return what is wrong, without the position: some of the messages end with "at"."""
-    return error.msg.removesuffix(" at")
-
-
-def read_json(path: str, file: Path) -> Records:
-    """Yield the records of a list of objects or, as many files with this suffix contain, of one object per line."""
+def has_json_lines(file: Path) -> bool:
+    """Return whether a file has one object of JSON per line, and not a list of objects, by its beginning."""
     with file.open("rb") as stream:
         start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        yield from _read_jsonl(path, file)
+    return not start.startswith(b"[")
+
+
+def read_json(path: str, file: Path, position: Position) -> Records:
+    """Yield the records of a list of objects or, as many files with this suffix contain, of one object per line."""
+    if has_json_lines(file):
+        yield from _read_jsonl(path, file, position)
         return
+    _check_text(path, file)
     try:
-        rows = strict_json.loads(_read_text(path, file))
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            for number, row in enumerate(strict_json.items(partial(_read_some, text, position)), start=1):
+                yield f"{path}, row {number}", row
+    except (ValueError, RecursionError):
+        _raise_problem(path, file)
+
+
+def _read_some(text: TextIO, position: Position, size: int) -> str:
+    found = text.read(size)
+    position.done += len(found)
+    return found
+
+
+def _raise_problem(path: str, file: Path) -> NoReturn:
+    """Raise `DataError` for a file of JSON, with the line and column in the whole of it."""
+    try:
+        strict_json.loads(_read_text(path, file))
     except json.JSONDecodeError as error:
-        raise DataError([f"{path}:{error.lineno}: not JSON: {_said(error)} at column {error.colno}"]) from error
+        where = f"{path}:{error.lineno}"
+        raise DataError([f"{where}: not JSON: {strict_json.said(error)} at column {error.colno}"]) from error
     except (ValueError, RecursionError) as error:
         raise DataError([f"{path}: not JSON that can be read: {error}"]) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
+    raise DataError([f"{path}: changed while it was read"])
 
 
-def read_csv(path: str, file: Path, delimiter: str = ",") -> Records:
+def read_csv(path: str, file: Path, position: Position, delimiter: str = ",") -> Records:
     """Yield the records of a CSV file. Every value is text: the answer 007 is not read as the number 7."""
     csv.field_size_limit(sys.maxsize)  # texts are longer than the module's 128 KiB
-    reader = csv.DictReader(io.StringIO(_read_text(path, file), newline=""), strict=True, delimiter=delimiter)
+    _check_text(path, file)
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        yield from _csv_records(path, csv.DictReader(_counted(text, position), strict=True, delimiter=delimiter))
+
+
+def _counted(lines: Iterable[str], position: Position) -> Iterator[str]:
+    for line in lines:
+        position.done += len(line)
+        yield line
+
+
+def _csv_records(path: str, reader: csv.DictReader[str]) -> Records:
     number = 0
     try:
         _check_names(path, reader.fieldnames or ())
@@ -94,30 +137,34 @@ def read_csv(path: str, file: Path, delimiter: str = ",") -> Records:
         raise DataError([f"{path}, row {number + 1}: not CSV: {error}"]) from error
 
 
-def _read_parquet(path: str, file: Path) -> Records:
+def _read_parquet(path: str, file: Path, position: Position) -> Records:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(file) as table:
-            yield from table_rows(path, table.iter_batches(ROWS_PER_READ))
+            each = file.stat().st_size / max(1, table.metadata.num_rows)
+            yield from table_rows(path, table.iter_batches(ROWS_PER_READ), position, each)
     except (pa.ArrowException, OSError) as error:  # OSError also for headers that make no sense
         raise DataError([f"{path}: not a readable Parquet file: {in_short(error)}"]) from error
 
 
-def _read_arrow(path: str, file: Path) -> Records:
+def _read_arrow(path: str, file: Path, position: Position) -> Records:
     """Yield the records of Arrow's file format, or of its stream format, in which `datasets` saves."""
     import pyarrow as pa
 
     try:
-        with pa.memory_map(str(file)) as content:
+        with pa.OSFile(str(file)) as content:
             try:
                 opened = pa.ipc.open_file(content)
             except pa.ArrowInvalid:
                 content.seek(0)
-                yield from table_rows(path, pa.ipc.open_stream(content))
+                batches: Iterable[pa.RecordBatch] = pa.ipc.open_stream(content)
             else:
-                yield from table_rows(path, map(opened.get_batch, range(opened.num_record_batches)))
+                batches = map(opened.get_batch, range(opened.num_record_batches))
+            for record in table_rows(path, batches, Position()):
+                position.done = content.tell()
+                yield record
     except (pa.ArrowException, OSError) as error:
         raise DataError([f"{path}: not a readable Arrow file: {in_short(error)}"]) from error
 
@@ -128,16 +175,27 @@ def _check_names(path: str, names: Sequence[str]) -> None:
         raise DataError([f"{path}: several columns are called {', '.join(twice)}; give each a name of its own"])
 
 
-def table_rows(path: str, batches: Iterable[pa.RecordBatch]) -> Records:
-    number = 0
+def table_rows(
+    path: str, batches: Iterable[pa.RecordBatch], position: Position, row_size: float = 1.0, *, first: int = 0
+) -> Records:
+    """Yield the records of tables, the rows after `first` others. Each counts `row_size` in `position`."""
+    number = first
     decoders = None
-    for batch in batches:
+    for batch in _small(batches):
         if decoders is None:
             _check_names(path, batch.schema.names)
             decoders = _decoders(batch.schema)
         for row in _batch_rows(batch, decoders):
             number += 1
+            position.done += row_size
             yield f"{path}, row {number}", row
+
+
+def _small(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of batches in batches of a few: as Python's values they take several times the memory."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_PER_READ):
+            yield batch.slice(start, ROWS_PER_READ)
 
 
 def _batch_rows(batch: pa.RecordBatch, decoders: Mapping[str, Decoder]) -> list[Any]:
@@ -265,7 +323,7 @@ def _parse_json(text: str | None, path: tuple[str, ...]) -> Any:
     return value
 
 
-READERS: dict[str, Callable[[str, Path], Records]] = {
+READERS: dict[str, Callable[[str, Path, Position], Records]] = {
     ".jsonl": _read_jsonl,
     ".json": read_json,
     ".csv": read_csv,

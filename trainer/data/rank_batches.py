@@ -13,8 +13,9 @@ from deepspeed import comm as dist
 
 from trainer.config import ConfigError, RunConfig
 from trainer.data.batches import SampleOrder, collate, deal, eval_batches
-from trainer.data.cache import TokenisedData
 from trainer.data.pictures import Pictures
+from trainer.data.stream import Streams
+from trainer.data.tokenised import TokenisedData
 from trainer.selectors import MeasuringSelector
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -52,8 +53,11 @@ class RankBatches:
     def has_evaluation(self) -> bool:
         return self._data.eval is not None
 
-    def micro_batches(self, indices: list[list[int]]) -> list[dict[str, torch.Tensor]]:
-        return [self._batch(self._data.train, chosen) for chosen in indices]
+    def micro_batches(self, chosen: list[list[Any]]) -> list[dict[str, torch.Tensor]]:
+        """Return the batches of samples that `Order.choose` has chosen, or of their indices."""
+        if self._data.streams is not None:
+            return list(map(self._collate, chosen))
+        return [self._batch(self._data.train, indices) for indices in chosen]
 
     def eval_batches(self) -> list[dict[str, torch.Tensor]]:
         assert self._data.eval is not None
@@ -77,6 +81,8 @@ class RankBatches:
             )
         probe = selector.probe
         held_out = probe.data == "eval"
+        if self._data.streams is not None and not held_out:
+            return ProbeBatches(partial(self._streamed_probe, self._data.streams, probe.batch_size))
         samples: Any = self._data.eval if held_out else self._data.train
         size = min(probe.batch_size, len(samples))
         # Seeds of training are below 2**63, so no probe has the order of training.
@@ -89,14 +95,24 @@ class RankBatches:
             rank=0,
             ranks=1,
         )
-        # A probe has few sequences: with micro-batches as large as an evaluation's, some ranks would get none.
-        share = min(self._eval_size, -(-size // self._this_rank["ranks"]))
 
         def batches(number: int) -> list[dict[str, torch.Tensor]]:
-            dealt = deal(order.indices(number)[0], micro_batch_size=share, **self._this_rank)
+            dealt = deal(order.indices(number)[0], micro_batch_size=self._probe_share(size), **self._this_rank)
             return self._batches_of(samples, dealt)
 
         return ProbeBatches(batches)
+
+    def _streamed_probe(self, streams: Streams, size: int, number: int) -> list[dict[str, torch.Tensor]]:
+        """Return the batches of a probe, whose samples begin an epoch of streams in an order that is not training's."""
+        probe = streams.another(self._config.seed + 2**63, shuffle_rows=size, epoch=number)
+        samples = probe.samples(number * size, size)
+        dealt = deal(range(size), micro_batch_size=self._probe_share(size), **self._this_rank)
+        return self._batches_of(samples, dealt)
+
+    def _probe_share(self, size: int) -> int:
+        """Return the micro-batch size of a probe. It has few sequences: with micro-batches as large as an evaluation's,
+        some ranks would get none."""
+        return min(self._eval_size, -(-size // self._this_rank["ranks"]))
 
     @property
     def _eval_size(self) -> int:

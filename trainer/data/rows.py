@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.data.errors import BadRows, DataError
 from trainer.data.formats import FORMATS
 from trainer.data.formats.base import Row
 from trainer.data.formats.fields import braces, is_empty, kind
+from trainer.data.strict_json import parse_line
 
 # Columns, and keys of messages, that say where a row comes from. They are left out, and named. `parallel_tool_calls` is
 # a setting of OpenAI's interface, stored beside their `messages`.
@@ -37,6 +38,10 @@ class Unused:
     def ignored(self) -> tuple[str, ...]:
         return tuple(self._ignored)
 
+    @property
+    def ignores(self) -> bool:
+        return bool(self._ignore)
+
     def without_ignored(self, values: Any, keep: Sequence[str] = ()) -> Any:
         """Return a mapping without the keys that `ignore` names, except those in `keep`; anything else unchanged."""
         if not self._ignore or not isinstance(values, Mapping):
@@ -45,6 +50,12 @@ class Unused:
         self._ignored.update(dict.fromkeys(left_out))
         return {name: value for name, value in values.items() if name not in left_out} if left_out else values
 
+    def add(self, later: Unused) -> None:
+        """Join what was collected from the rows after those of `self`."""
+        self._ignored.update(later._ignored)
+        for name, where in later._lost.items():
+            self._lost.setdefault(name, where)
+
     def leave_out(self, where: str, name: str, *, harmless: bool = False) -> None:
         """Record that the sample of the row `where` lacks `name`, which is a problem unless that is `harmless`."""
         if harmless or not name or _ABOUT_THE_ROW.fullmatch(name):  # pandas writes its index without a name
@@ -52,16 +63,21 @@ class Unused:
         else:
             self._lost.setdefault(name, where)
 
+    def lost(self) -> list[str]:
+        """Return what is wrong with columns and keys that are in no sample; nothing if there are none."""
+        if not self._lost:
+            return []
+        names = ", ".join(self._lost)
+        first = next(iter(self._lost.values()))
+        return [
+            f"{first}: has {{{names}}}, which would not be in the sample, although the answer may depend on it; "
+            f"put it into a column that the format uses ({_known_with_optional()}), or leave it out by "
+            f"naming the source as {{path: {self._path}, ignore: [{names}]}}"
+        ]
+
     def problems(self) -> list[str]:
-        problems = []
-        if self._lost:
-            names = ", ".join(self._lost)
-            first = next(iter(self._lost.values()))
-            problems.append(
-                f"{first}: has {{{names}}}, which would not be in the sample, although the answer may depend on it; "
-                f"put it into a column that the format uses ({_known_with_optional()}), or leave it out by "
-                f"naming the source as {{path: {self._path}, ignore: [{names}]}}"
-            )
+        """Return what is wrong once all rows were read: `lost`, and names in `ignore` that no row has."""
+        problems = self.lost()
         unknown = sorted(self._ignore - set(self._ignored))
         if unknown:
             problems.append(
@@ -70,42 +86,72 @@ class Unused:
         return problems
 
 
-def read_rows(
-    path: str,
-    records: Iterable[tuple[str, Any]],
-    format: str = "auto",
-    unused: Unused | None = None,
-    bad: BadRows | None = None,
-) -> list[Row]:
-    """Return checked rows of the records of a `sources.Opened`. "auto" detects the format by the first row's columns.
+class RowReader:
+    """Make checked rows from records, a piece of a source after another.
 
-    Raises `DataError` with up to ten problems, unless `bad` drops such rows. Columns that the format does not use are
-    collected in `unused`; the caller raises its `problems` after adding the keys of messages. Without `unused` they are
-    raised here.
+    With `format` "auto" the columns of the first row that fits a format determine it; `first` is the place of that row,
+    once it was seen. Records that cannot be read are added to `bad`, columns that the format does not use to `unused`.
     """
-    collected = Unused(path) if unused is None else unused
-    bad = BadRows(path) if bad is None else bad
-    rows: list[Row] = []
-    first = None  # the row by which the format was detected
-    for where, values in records:
-        try:
-            if isinstance(values, ValueError):
-                raise values
-            if not isinstance(values, Mapping):
-                raise ValueError(f"{kind(values)}, but an object is needed, {_known()}")
-            values = collected.without_ignored(values)
-            if format == "auto":
-                format, first = detect(values), where
-            rows.append(_row(where, values, format, first, collected))
-        except (ValueError, RecursionError) as problem:
-            bad.add(f"{where}: {problem}")
+
+    def __init__(self, format: str, unused: Unused, bad: BadRows, *, first: str | None = None) -> None:
+        self.format, self.first = format, first
+        self._unused, self._bad = unused, bad
+
+    def read(self, records: Iterable[tuple[str, Any]]) -> Iterator[Row]:
+        """Yield a row for each record that can be read. A record of bytes is a line of JSON."""
+        for where, values in records:
+            try:
+                values = self._unused.without_ignored(_mapping(values))
+                if self.format == "auto":
+                    self.format, self.first = detect(values), where
+                yield _row(where, values, self.format, self.first, self._unused)
+            except (ValueError, RecursionError) as problem:
+                self._bad.add(f"{where}: {problem}")
+
+    def detect_format(self, records: Iterable[tuple[str, Any]]) -> None:
+        """Determine the format as `read` does, without reading rows."""
+        for where, values in records:
+            if self.format != "auto":
+                return
+            try:
+                self.format, self.first = detect(self._unused.without_ignored(_mapping(values))), where
+            except (ValueError, RecursionError):
+                continue
+
+
+def _mapping(values: Any) -> Mapping[str, Any]:
+    """Return the mapping that a record is. Raises `ValueError` if it is something else, or could not be read."""
+    if isinstance(values, bytes):
+        values = parse_line(values)
+    if isinstance(values, ValueError):
+        raise values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{kind(values)}, but an object is needed, {_known()}")
+    return values
+
+
+def read_rows(
+    path: str, records: Iterable[tuple[str, Any]], format: str = "auto", unused: Unused | None = None
+) -> list[Row]:
+    """Return checked rows of the records of a `sources.Opened`, of a source that fits in memory.
+
+    Raises `DataError` with up to ten problems. Columns that the format does not use are collected in `unused`; without
+    it they are raised.
+    """
+    collected, bad = Unused(path) if unused is None else unused, BadRows(path)
+    rows = list(RowReader(format, collected, bad).read(records))
     if unused is None and collected.problems():
         raise DataError([*bad.first, *collected.problems()])
-    bad.check(len(rows))
-    if not rows:
+    check_read(path, bad, len(rows))
+    return rows
+
+
+def check_read(path: str, bad: BadRows, num_rows: int) -> None:
+    """Raise `DataError` if rows of a source could not be read, unless `bad` drops them, or if there are none."""
+    bad.check(num_rows)
+    if not num_rows:
         what = f"none of {bad.count} rows can be used" if bad.count else "contains no rows"
         raise DataError([*bad.first, f"{path}: {what}; each must be {_known()}"])
-    return rows
 
 
 def detect(values: Mapping[str, Any]) -> str:
@@ -139,7 +185,8 @@ def _row(where: str, values: Mapping[str, Any], name: str, first: str | None, un
             f"column {', '.join(missing)} missing: the row has {braces(values)}, but the format is {name} "
             f"{braces(format.columns)} {given}; do not mix formats in one file"
         )
-    values = format.without_ignored(values, unused.without_ignored)
+    if unused.ignores:
+        values = format.without_ignored(values, unused.without_ignored)
     row = format.read(where, values)
     for key, harmless in format.unread(values):
         unused.leave_out(where, key, harmless=harmless)

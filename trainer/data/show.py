@@ -72,8 +72,8 @@ def describe(data: TokenisedData, max_length: int) -> list[str]:
     for index, (title, part) in enumerate(_parts(data)):
         report, rows = part.report, len(part.samples)
         line = (
-            f"{title} {part.path}: {report.samples:,} samples ({report.truncated:,} truncated, {report.dropped:,} "
-            f"dropped), {report.tokens:,} tokens, {report.target_tokens:,} trained on"
+            f"{title} {part.path}: {_of(part)}{report.samples:,} samples ({report.truncated:,} truncated, "
+            f"{report.dropped:,} dropped), {report.tokens:,} tokens, {report.target_tokens:,} trained on"
         )
         if part.has_images:
             line += f"; {sum(bool(record) for record in part.samples['images']):,} samples have images"
@@ -93,6 +93,10 @@ def describe(data: TokenisedData, max_length: int) -> list[str]:
             lines.append(f"  {part.num_bad:,} rows of {part.path} left out (data.on_bad_row: drop), among them")
             lines += [f"    {problem}" for problem in part.first_bad[:SHOWN]]
     return lines
+
+
+def _of(part: Part) -> str:
+    return f"streamed ({part.streamed}), of the first rows " if part.streamed else ""
 
 
 def _parts(data: TokenisedData) -> list[tuple[str, Part]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import DataSource
 from trainer.config.sources import DATA_SUFFIXES, hub_name
 from trainer.data.errors import DataError, in_short
-from trainer.data.plain_files import READERS, ROWS_PER_READ, Records, read_csv, read_json, table_rows
+from trainer.data.plain_files import READERS, ROWS_PER_READ, Position, Records, read_csv, read_json, table_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,16 +23,18 @@ if TYPE_CHECKING:
 
 # Settings of a builder of `datasets` that do not affect the content of files, or that `_open_plain_files` follows.
 _OF_NO_CONTENT = ("name", "version", "data_dir", "data_files", "description", "sep", "delimiter")
+_SUFFIXES = {"json": {".json", ".jsonl", ".ndjson"}, "csv": {".csv", ".tsv"}, "parquet": {".parquet"}}
 # Files in which `datasets` describes a folder.
 _ABOUT_THE_FOLDER = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A source that exists. `records()` yields pairs (where, value), and `content()` identifies these records.
+    """A source that exists. `records(position)` yields pairs (where, value), and `content()` identifies these records.
 
     `where` is how messages name the record, `train.jsonl:12` or `train.parquet, row 12`. The value is a mapping if the
-    file contains one, or a `ValueError` that says why this record cannot be read. A null in a table is None.
+    file contains one, bytes if it is a line of JSON, or a `ValueError` that says why this record cannot be read. A null
+    in a table is None. `position` is moved from 0 to `size` while records are read.
 
     `content()` is a list of plain JSON. `as_before` says whether it is still the one in fingerprints of the time before
     folders of JSON and CSV files were read file by file.
@@ -39,7 +42,8 @@ class Opened:
 
     path: str
     content: Callable[[], list[Any]]
-    records: Callable[[], Records]
+    records: Callable[[Position], Records]
+    size: float
     as_before: bool = True
 
 
@@ -53,7 +57,9 @@ def open_source(source: DataSource) -> Opened:
         raise DataError([f"{source.path}: not the name of a data file; allowed: {' | '.join(DATA_SUFFIXES)}"])
     if not file.is_file():
         raise DataError([f"{source.path}: cannot be read: No such file"])
-    return Opened(source.path, lambda: _hashes(source.path, [file]), lambda: reader(source.path, file))
+    return Opened(
+        source.path, lambda: _hashes(source.path, [file]), partial(reader, source.path, file), file.stat().st_size
+    )
 
 
 def _hashes(path: str, files: Iterable[Path]) -> list[Any]:
@@ -69,14 +75,13 @@ def _file_hash(path: str, file: Path) -> str:
 
 
 def _open_data_set(source: DataSource) -> Opened:
-    from datasets import load_dataset, load_from_disk
+    from datasets import load_dataset
 
     split = source.split or "train"
     folder = Path(source.path).expanduser()
     try:
-        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            data_set = load_from_disk(str(folder), keep_in_memory=False)  # written by save_to_disk
-            data_set = _part_of_saved(source, data_set, split)
+        if is_saved(folder):
+            data_set = open_saved(source)
         else:
             plain = _open_plain_files(source, split) if folder.is_dir() else None
             if plain is not None:
@@ -100,8 +105,22 @@ def _open_data_set(source: DataSource) -> Opened:
     return Opened(
         source.path,
         lambda: _hashes(source.path, files) if files else [["memory", _table_hash(batches())]],
-        lambda: table_rows(source.path, batches()),
+        lambda position: table_rows(source.path, batches(), position),
+        len(data_set),
     )
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote a folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def open_saved(source: DataSource) -> Dataset:
+    """Open a data set that `save_to_disk` wrote, or the split of it that the source names."""
+    from datasets import load_from_disk
+
+    saved = load_from_disk(str(Path(source.path).expanduser()), keep_in_memory=False)
+    return _part_of_saved(source, saved, source.split or "train")
 
 
 def _part_of_saved(source: DataSource, saved: Dataset | DatasetDict, split: str) -> Dataset:
@@ -152,51 +171,67 @@ def _table_hash(batches: Iterable[pa.RecordBatch]) -> str:
 
 
 def _open_plain_files(source: DataSource, split: str) -> Opened | None:
-    """Open a folder of JSON or CSV files, each of which is read as if it were named alone; None for other folders.
+    """Open a folder of JSON or CSV files, each of which is read as if it were named alone; None for other folders."""
+    from datasets import ReadInstruction
 
-    `datasets` decides which files are in a split, but does not read them: it would guess a type for each column, so
-    that 1 beside 1.5 becomes 1.0, the text 2024-01-01 a date and the answer 007 a 7.
-    """
-    from datasets import ReadInstruction, load_dataset_builder
-
-    builder = load_dataset_builder(source.path, source.subset)
-    config = builder.config
-    if source.subset is None and config.data_files:
-        _refuse_unread(source.path, config.data_files)
     names = list(dict.fromkeys(part.split("[")[0].strip() for part in split.split("+")))
-    files = {name: [Path(file) for file in (config.data_files or {}).get(name, ())] for name in names}
-    suffixes = {file.suffix for part in files.values() for file in part}
-    allowed = {"json": {".json", ".jsonl", ".ndjson"}, "csv": {".csv", ".tsv"}}.get(builder.name, set())
-    settings = [field.name for field in dataclasses.fields(config) if field.name not in _OF_NO_CONTENT]
-    standard = all(getattr(config, name) == getattr(type(config)(), name) for name in settings)
-    # Anything special about a folder, an unknown split included, is left to `datasets`.
-    if not all(files.values()) or not suffixes <= allowed or not standard or builder.info.features is not None:
-        return None
+    files: dict[str, list[Path]] = {}
+    options: dict[str, Any] = {}
+    for name in names:
+        found = plain_files(source, name)
+        if found is None:
+            return None
+        files[name], options = found
 
-    def split_records(name: str) -> Records:
+    def split_records(name: str, position: Position) -> Records:
         for file in files[name]:
-            if builder.name == "csv":
-                yield from read_csv(str(file), file, delimiter=config.sep)
+            if options:
+                yield from read_csv(str(file), file, position, **options)
             else:
-                yield from read_json(str(file), file)
+                yield from read_json(str(file), file, position)
 
-    def records() -> Records:
+    def records(position: Position) -> Records:
         if split in files:
-            yield from split_records(split)
+            yield from split_records(split, position)
             return
-        counts = {name: sum(1 for _ in split_records(name)) for name in names}
+        counts = {name: sum(1 for _ in split_records(name, Position())) for name in names}
         try:
             chosen = ReadInstruction.from_spec(split).to_absolute(counts)
         except (ValueError, AssertionError) as error:
             raise DataError([f"{source.path}: split={split!r}: {in_short(error)}"]) from error
         for part in chosen:
-            yield from islice(split_records(part.splitname), part.from_, part.to)
+            yield from islice(split_records(part.splitname, position), part.from_, part.to)
 
     def content() -> list[Any]:
-        syntax = config.sep if builder.name == "csv" else "json"
+        syntax = options.get("delimiter", "json")
         return [["folder", syntax], *([name, *_hashes(source.path, files[name])] for name in names)]
 
-    return Opened(source.path, content, records, as_before=False)
+    size = sum(file.stat().st_size for part in files.values() for file in part)
+    return Opened(source.path, content, records, size, as_before=False)
+
+
+def plain_files(
+    source: DataSource, split: str, kinds: Sequence[str] = ("json", "csv")
+) -> tuple[list[Path], dict[str, Any]] | None:
+    """Return the files of a split of a folder of some `kinds` of files, and the options of `read_csv` for them. None
+    for a folder of others, or in which there is anything special, such as an unknown split: it is left to `datasets`.
+
+    `datasets` decides which files are in a split, but does not read them: it would guess a type for each column, so
+    that 1 beside 1.5 becomes 1.0, the text 2024-01-01 a date and the answer 007 a 7.
+    """
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(source.path, source.subset)
+    config = builder.config
+    if source.subset is None and config.data_files:
+        _refuse_unread(source.path, config.data_files)
+    files = [Path(file) for file in (config.data_files or {}).get(split, ())]
+    allowed = _SUFFIXES.get(builder.name, set()) if builder.name in kinds else set()
+    settings = [field.name for field in dataclasses.fields(config) if field.name not in _OF_NO_CONTENT]
+    standard = all(getattr(config, name) == getattr(type(config)(), name) for name in settings)
+    if not files or not {file.suffix for file in files} <= allowed or not standard or builder.info.features is not None:
+        return None
+    return files, {"delimiter": config.sep} if builder.name == "csv" else {}
 
 
 assert tuple(READERS) == DATA_SUFFIXES

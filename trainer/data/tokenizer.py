@@ -67,7 +67,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -261,7 +261,7 @@ def _load_hub_name(name: str, *, trust_remote_code: bool, key: str) -> PreTraine
         ) from error
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """Return the printable character for each byte in byte-level vocabularies (the mapping of GPT-2).
 
     Printable bytes of Latin-1 are represented by themselves, the others by the code points from 256 on, in order.

@@ -13,7 +13,7 @@ from deepspeed import DeepSpeedEngine
 from trainer.checkpoint.lease import LeaseError
 from trainer.checkpoint.store import CheckpointError
 from trainer.config import RunConfig
-from trainer.data.batches import SampleOrder
+from trainer.data.order import Order
 from trainer.data.rank_batches import RankBatches
 from trainer.engine.sparse import Sparse
 from trainer.errors import StrataError
@@ -38,7 +38,7 @@ class Loop:
     objective: Objective
     sparse: Sparse
     feed: RankBatches
-    batches: SampleOrder
+    batches: Order
     history: TrainingRecord
     progress: Progress
     num_steps: int
@@ -72,9 +72,9 @@ class Loop:
     def _step(self) -> StepResult:
         config, step = self.config, self.history.step
         lr = self.engine.get_lr()[0]  # of this step; afterwards the engine returns the next one
-        indices = self.batches.indices(step)
+        chosen = self.batches.choose(step)
         try:
-            result = train_step(self.engine, self.objective, self.feed.micro_batches(indices), self.interruption)
+            result = train_step(self.engine, self.objective, self.feed.micro_batches(chosen), self.interruption)
         except UpdateError as error:
             raise StoppedError(f"stopped at step {step + 1}: {error}; no model was written") from error
         except Exception as error:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import METHODS, RunConfig
-from trainer.data.cache import TokenisedData
+from trainer.data.tokenised import TokenisedData
 from trainer.data.tokenizer import describe_new_tokens, new_ids
 from trainer.engine.rounding import half_unit
 from trainer.engine.sparse import Sparse
@@ -140,7 +140,10 @@ def report(
     written: Sequence[tuple[str, object]],
 ) -> str:
     always_on = ", ".join(_always_on(sparse)) or "nothing"
-    lines = [f"\nTrained {num_steps} steps on {data.train_report.samples} samples; always on: {always_on}."]
+    samples = "streamed samples" if data.streams else f"{data.train_report.samples} samples"
+    lines = [f"\nTrained {num_steps} steps on {samples}; always on: {always_on}."]
+    if data.streams and data.streams.num_bad:
+        lines.append(f"{data.streams.num_bad:,} rows left out since this start (data.on_bad_row: drop).")
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[max(evaluations)]
         lines.append(

@@ -32,7 +32,9 @@ from trainer.config import ConfigError, RunConfig
 from trainer.config.deepspeed.buckets import size_buckets as size_deepspeed_buckets
 from trainer.config.text import in_short
 from trainer.data.batches import SampleOrder
-from trainer.data.cache import TokenisedData
+from trainer.data.order import Order
+from trainer.data.stream_order import StreamOrder
+from trainer.data.tokenised import TokenisedData
 from trainer.data.tokenizer import new_ids
 from trainer.engine import banks
 from trainer.engine.sparse import Sparse
@@ -257,10 +259,10 @@ def bytes_to_write(config: RunConfig, built: Built, *, merge: bool) -> int:
     return written
 
 
-def build_batches(config: RunConfig, data: TokenisedData, *, rank: int, ranks: int) -> SampleOrder:
+def build_batches(config: RunConfig, data: TokenisedData, *, rank: int, ranks: int) -> Order:
     """Return the order in which `rank` sees the samples of `data`."""
-    return SampleOrder(
-        data.sizes,
+    build = partial(SampleOrder, data.sizes) if data.streams is None else partial(StreamOrder, data.streams)
+    return build(
         weights=data.weights,
         fingerprint=data.fingerprint,
         made_of=data.made_of,

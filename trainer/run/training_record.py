@@ -11,8 +11,8 @@ import torch
 from trainer.checkpoint.agreement import ask_rank_0
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.config import RunConfig
-from trainer.data.batches import SampleOrder
 from trainer.data.errors import DataError
+from trainer.data.order import Order
 from trainer.run.progress import Meter
 from trainer.run.resuming import Origin, RunState, changed, changed_data
 
@@ -24,7 +24,7 @@ class TrainingRecord:
         self,
         checkpoints: Checkpoints,
         config: RunConfig,
-        batches: SampleOrder,
+        batches: Order,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         *,
         job: str | None = None,

@@ -1,0 +1,41 @@
+"""Deal the samples of a stream to ranks, step after step, and resume where a checkpoint was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.data.encode import Sample
+from trainer.data.errors import DataError
+from trainer.data.order import Order
+from trainer.data.stream import Streams
+
+
+class StreamOrder(Order):
+    """Take the samples of every step from streams. Every rank reads and tokenises all of them, and keeps its own.
+
+    Steps must follow each other; `resume` goes to that of a checkpoint, which records the place of each stream.
+    """
+
+    def __init__(self, streams: Streams, **settings: Any) -> None:
+        super().__init__([len(source.units) for source in streams.sources], **settings)
+        self._streams = streams
+        self._step = 0
+
+    def _of_step(self, first: int) -> list[Sample]:
+        assert first == self._step * self.global_batch_size, "the steps of a stream must follow each other"
+        self._step += 1
+        return self._streams.samples(first, self.global_batch_size)
+
+    def state(self, step: int) -> dict[str, Any]:
+        assert step == self._step, "the steps of a stream must follow each other"
+        return {**super().state(step), "streams": [stream.state for stream in self._streams.streams]}
+
+    def resume(self, state: Mapping[str, Any]) -> int:
+        self._step = super().resume(state)
+        places = state.get("streams")
+        if not isinstance(places, list) or len(places) != len(self._streams.streams):
+            raise DataError(["data.streaming: the checkpoint does not record where its streams were; start anew"])
+        for stream, place in zip(self._streams.streams, places, strict=True):
+            stream.go_to(place)
+        return self._step
