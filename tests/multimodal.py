@@ -347,11 +347,11 @@ def prepared(
     folder: Path, processor: ProcessorMixin, *, pictures: Pictures | None = None, **more: Any
 ) -> TokenisedData:
     settings: dict[str, Any] = {"max_length": 200, "overflow": "truncate", "packing": False, "eval_fraction": 0.0}
+    settings |= {"cache": folder / "cache"}
     return tokenise(
         train=[TrainSource(path=str(folder / "images.jsonl"))],
         eval=(),
         tokenizer=processor.tokenizer,
-        cache=folder / "cache",
         seed=0,
         pictures=Given(processor) if pictures is None else pictures,
         **{**settings, **more},

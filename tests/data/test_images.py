@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import trainer.data.build
 from tests.multimodal import PROCESSORS, Given, drawn, gemma3_processor, prepared, write_images
 from trainer.config.schema import ModelConfig, TrainSource
 from trainer.data.batches import collate
@@ -253,3 +254,36 @@ def test_templates_that_read_parts_alone_write_plain_texts_too(tmp_path: Path) -
     write(tmp_path, "hello")
     (sample,) = prepared(tmp_path, processor).train
     assert processor.tokenizer.decode(sample["input_ids"]) == "<|user|>hello<|eos|><|assistant|>grey<|eos|>"
+
+
+def test_images_that_come_late_are_recorded_by_every_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of samples has been begun without a column for them; some are in the rows themselves."""
+    processor = gemma3_processor()
+    path = write_images(tmp_path)
+    pictured = path.read_text().splitlines()
+    texts = [json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, ANSWER]}) for n in range(60)]
+    path.write_text("\n".join([*texts, *pictured, *texts]) + "\n")
+    monkeypatch.setattr(trainer.data.build, "ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr("trainer.data.workers._MOST_IN_PROCESS", 1)
+    monkeypatch.setattr("trainer.data.sample_files._TOKENS_PER_BATCH", 100)
+    found = []
+    for number in (1, 2):
+        monkeypatch.setattr(trainer.data.build, "cores_of_process", lambda _, number=number: number)
+        (folder := tmp_path / str(number)).mkdir()
+        data = prepared(tmp_path, processor, cache=folder)
+        found.append([{name: value for name, value in sample.items()} for sample in data.train])
+        assert len(list(data.train_parts[0].places.inline.iterdir())) == 8
+    assert len(found[0]) == len(found[1]) == 120 + len(pictured)
+    for one, other in zip(*found, strict=True):
+        assert one["images"] == other["images"] and np.array_equal(one["input_ids"], other["input_ids"])
+    with_images = [bool(sample["images"]) for sample in found[0]]
+    assert not any(with_images[:60]) and not any(with_images[-60:])
+    assert with_images[60 : 60 + len(pictured)] == ["image" in line for line in pictured]
+
+
+def test_images_are_not_streamed(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    with pytest.raises(DataError, match=r"data\.streaming: true, but .*images\.jsonl:\d+ has an image; set data"):
+        prepared(tmp_path, gemma3_processor(), streaming=True)
