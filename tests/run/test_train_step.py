@@ -264,7 +264,9 @@ def test_the_fused_loss_is_the_models_own(family: str) -> None:
 def _probed(rank: int, where: str, weights: tuple[float, ...] | None) -> list[list[int]]:
     """The first tokens of this rank's sequences in each probe; those of part p begin with 100 p + their number."""
     parts = [[{"input_ids": [100 * part + i, 1], "labels": [-100, 1]} for i in range(50)] for part in range(2)]
-    data: Any = SimpleNamespace(train=parts[0] + parts[1], sizes=[50, 50], weights=weights, eval=parts[1][:10])
+    data: Any = SimpleNamespace(
+        train=parts[0] + parts[1], sizes=[50, 50], weights=weights, eval=parts[1][:10], streams=None
+    )
     config: Any = SimpleNamespace(
         eval=CONFIG.eval,
         seed=3,
