@@ -7,7 +7,8 @@ SMOLLM2 and GEMMA3 are model folders, such as those of HuggingFaceTB/SmolLM2-135
 model with a chat template learns from conversations in it, another from questions and answers. Every run is one of
 `launch/train.py` on `--ranks` processes through DeepSpeed's launcher. Printed for each: the evaluation loss before
 training, and by how much it differs from that of the model as transformers loads it; the loss after training; seconds
-for a step; and what the exported folder says to a question, as transformers generates it.
+for a step; what the exported folder says to a question, as transformers generates it; and how many rows of its
+embeddings differ from the model's own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,15 @@ TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 QUESTION = "What is the capital of France?"
 LORA = "{peft_type: LORA, r: 16, lora_alpha: 32, target_modules: [q_proj, v_proj, up_proj, down_proj]}"
 FROZEN = "always_on={embeddings: false, head: false, norm: true}"
+# Around the way to the answer in rows of their own.
+NEW_TOKENS, MARKED = ("<work>", "</work>"), "-marked"
 CASES = {
     "LISA, ZeRO-3": ["method=lisa", "deepspeed=zero3", "optimizer.lr=2e-5"],
     "LISA, ZeRO-3, embeddings frozen": ["method=lisa", "deepspeed=zero3", "optimizer.lr=2e-5", FROZEN],
+    "LISA, ZeRO-3, two new tokens": [
+        *("method=lisa", "deepspeed=zero3", "optimizer.lr=2e-5", "optimizer.lr_always_on=1e-3"),
+        *(f"model.add_tokens=[{', '.join(NEW_TOKENS)}]", "always_on={embeddings: new_rows, norm: true}"),
+    ],
     "IST, ZeRO-2": ["method=ist", "deepspeed=zero2", "optimizer.lr=2e-4", f"substrate.peft={LORA}"],
     "LoRA, ZeRO-2": ["method=lora", "deepspeed=zero2", "optimizer.lr=2e-4", f"substrate.peft={LORA}"],
 }
@@ -69,12 +78,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, most in (("train", None), ("test", args.eval_samples)):
-            write_rows(args.data / f"{name}.jsonl", folder / f"{name}.jsonl", tokenizer, args.length, most)
+            rows = list(fitting(args.data / f"{name}.jsonl", tokenizer, args.length, most))
+            write_rows(folder / f"{name}.jsonl", rows)
+            write_rows(folder / f"{name}{MARKED}.jsonl", [marked(row) for row in rows])
         plain = plain_loss(args.model, tokenizer, folder, args)
         print(f"the model as transformers loads it: loss {plain:.6f}", file=sys.stderr, flush=True)
         runs = []
         for name in args.only:
-            runs.append({"name": name, **trained(CASES[name], folder / str(len(runs)), folder, plain, args)})
+            values = CASES[name]
+            marks = MARKED if any(value.startswith("model.add_tokens") for value in values) else ""
+            data = [f"data.train={folder / f'train{marks}.jsonl'}", f"data.eval={folder / f'test{marks}.jsonl'}"]
+            run = trained([*data, *values], folder / str(len(runs)), folder / "cache", args)
+            if not marks:  # with other rows in its table it is another model
+                run["difference_from_plain"] = abs(run["eval_loss_before"] - plain)
+            runs.append({"name": name, **run})
             print(json.dumps(runs[-1], ensure_ascii=False), file=sys.stderr, flush=True)
     figures = {
         "plain_eval_loss": plain,
@@ -91,21 +108,33 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_rows(source: Path, target: Path, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None) -> None:
-    """Copy the rows that fit into `length` tokens, at most `most`, as conversations if there is a chat template."""
-    with source.open(encoding="utf-8") as lines, target.open("w", encoding="utf-8") as out:
-        number = 0
-        for line in lines:
-            row = json.loads(line)
-            question, answer = row["question"], row["answer"]
-            # The template and the words of a question and answer take a few tens of tokens.
-            if len(tokenizer(question + answer)["input_ids"]) + 48 > length or number == most:
-                continue
+def fitting(
+    source: Path, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows that fit into `length` tokens, at most `most`, as conversations if there is a chat template."""
+    with source.open(encoding="utf-8") as lines:
+        rows = map(json.loads, lines)
+        # The template and the words of a question and answer take a few tens of tokens.
+        short = (row for row in rows if len(tokenizer(row["question"] + row["answer"])["input_ids"]) + 48 <= length)
+        for row in islice(short, most):
             if tokenizer.chat_template:
-                said = [("user", question), ("assistant", answer)]
-                row = {"messages": [{"role": role, "content": content} for role, content in said]}
-            out.write(json.dumps(row) + "\n")
-            number += 1
+                said = [("user", row["question"]), ("assistant", row["answer"])]
+                yield {"messages": [{"role": role, "content": content} for role, content in said]}
+            else:
+                yield row
+
+
+def marked(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with the new tokens around the way to the answer."""
+    work, result = (row["messages"][1]["content"] if "messages" in row else row["answer"]).rsplit("####", 1)
+    answer = f"{NEW_TOKENS[0]}{work}{NEW_TOKENS[1]}{result}"
+    if "messages" in row:
+        return {"messages": [row["messages"][0], {**row["messages"][1], "content": answer}]}
+    return {**row, "answer": answer}
+
+
+def write_rows(target: Path, rows: list[dict[str, Any]]) -> None:
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -138,14 +167,13 @@ def load(path: Path, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtypes[dtype], attn_implementation="sdpa").to(device).eval()
 
 
-def trained(values: list[str], output: Path, folder: Path, plain: float, args: argparse.Namespace) -> dict[str, Any]:
+def trained(values: list[str], output: Path, cache: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run `launch/train.py` to the end in `output`, and return what is printed of it."""
     words = [
         *("deepspeed", "--num_gpus" if torch.cuda.is_available() else "--num_accelerators", str(args.ranks)),
         *("--master_port", str(free_port()), str(TRAIN), str(TRAIN.parent / "recipes" / "lisa.yaml")),
         *(f"model.path={args.model.resolve()}", f"model.dtype={args.dtype}", "model.activation_checkpointing=false"),
-        *(f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'test.jsonl'}", "data.eval_fraction=0"),
-        *(f"data.max_length={args.length}", "data.overflow=error", f"data.cache={folder / 'cache'}"),
+        *(f"data.max_length={args.length}", "data.overflow=error", f"data.cache={cache}", "data.eval_fraction=0"),
         *(f"train.steps={args.steps}", "train.epochs=null", f"train.global_batch_size={args.batch}"),
         *(f"train.micro_batch_size={args.batch // args.ranks}", "eval.micro_batch_size=4", f"output={output}"),
         *("selector.interval=5", *values),
@@ -156,23 +184,23 @@ def trained(values: list[str], output: Path, folder: Path, plain: float, args: a
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]
     seconds = [record["step_seconds"] for record in records if "step_seconds" in record]
+    adapted = (output / "adapter").is_dir()
+    exported = output / ("adapter" if adapted else "model")
+    base = load(args.model, args.dtype)
+    table = base.get_input_embeddings().weight.detach().cpu().clone()
+    model = PeftModel.from_pretrained(base, str(exported)).eval() if adapted else load(exported, args.dtype)
+    now = model.get_input_embeddings().weight.detach().cpu()[: len(table)]
     return {
         "eval_loss_before": losses[0],
-        "difference_from_plain": abs(losses[0] - plain),
         "eval_loss_after": losses[-1],
         "step_seconds": statistics.median(seconds) if seconds else None,
-        "answer": answer(output, args),
+        "embedding_rows_changed": int((now != table).any(dim=1).sum()),
+        "answer": answer(model, AutoTokenizer.from_pretrained(args.model if adapted else exported)),
     }
 
 
-def answer(output: Path, args: argparse.Namespace) -> str:
-    """Return what the exported folder generates, greedily: a model, or an adapter on its base."""
-    adapter = output / "adapter"
-    exported = adapter if adapter.is_dir() else output / "model"
-    model = load(args.model if exported == adapter else exported, args.dtype)
-    if exported == adapter:
-        model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model if exported == adapter else exported)
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the model says to the question, greedily."""
     if tokenizer.chat_template:
         said = [{"role": "user", "content": QUESTION}]
         text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
@@ -180,7 +208,7 @@ def answer(output: Path, args: argparse.Namespace) -> str:
         text = f"{tokenizer.bos_token or ''}Question: {QUESTION}\nAnswer:"
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).strip()
 
 
 def free_port() -> int:

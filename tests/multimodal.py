@@ -66,7 +66,8 @@ _QWEN_VISION: dict[str, Any] = {
     "out_hidden_size": 32,
 }
 _QWEN3_VISION = {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Not square: where a file has them the other way round, transformers finds out by their shape.
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LINEAR: dict[str, Any] = {
     "head_dim": 8,
     "linear_num_key_heads": 2,

@@ -62,7 +62,7 @@ def run(config: RunConfig, interruption: Interruption, watch: RankWatch) -> int:
         if dist.get_rank() == 0:
             print(printable(str(finished)), flush=True)
     dist.barrier()  # otherwise a rank that finishes first looks dead to the others
-    watch.rest()
+    watch.finish()
     # Only after success: after a failure this could wait for ranks that never arrive.
     torch.distributed.destroy_process_group()
     return code

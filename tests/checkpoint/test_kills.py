@@ -111,8 +111,8 @@ def test_more_steps_after_the_end_begin_anew_and_name_the_way_on(tmp_path: Path)
     before = {file: file.read_bytes() for file in expected.run.rglob("*") if file.is_file()}
     said = once_more(tmp_path, expected, "train.steps=10")
     found = "runs/tiny contains a finished run with other settings (train.steps: 9 there, 10 now)"
-    way = f"which resume=runs/tiny continues; this run begins anew in {tmp_path}/runs/tiny-2"
-    assert f"{found}, {way}" in said and "Trained 10 steps" in said
+    way = f"resume=runs/tiny resumes from it; this run starts anew in {tmp_path}/runs/tiny-2"
+    assert f"{found}; {way}" in said and "Trained 10 steps" in said
     for words in ("resuming after step 9, from runs/tiny/checkpoints/step-00000009.json", "tiny-3 is finished"):
         assert words in once_more(tmp_path, expected, "train.steps=10", "resume=runs/tiny")
     assert names(tmp_path) == {"tiny", "tiny-2", "tiny-3", "cache"}

@@ -79,7 +79,9 @@ def test_the_file_is_a_script(workspace: Path) -> None:
         pytest.param(["--nodes", "3"], "is not a multiple of 6 ranks x train.micro_batch_size 1", id="ranks"),
         pytest.param(["--gpus", "0"], "argument --gpus: got '0'; allowed: integer >= 1", id="gpus"),
         pytest.param(["--time", "soon"], "argument --time: got 'soon'; allowed: hours:minutes:seconds", id="time"),
-        pytest.param(["--time", "6"], "--notice: got 300 seconds, .* leaves nothing of --time 6", id="notice"),
+        pytest.param(
+            ["--time", "6"], "--notice: got 300 seconds, .* leaves no time to train within --time 6", id="notice"
+        ),
         pytest.param(["--gpus", "٣"], "argument --gpus: got '٣'; allowed: integer >= 1", id="other-digits"),
         pytest.param(["--gpus", "9" * 5000], "argument --gpus: got '999.*; allowed: integer >= 1", id="huge"),
         pytest.param(
@@ -167,10 +169,10 @@ def test_nor_does_the_name_of_the_recipe_or_of_the_current_folder(
     ("words", "message"),
     [
         (["--partition", ""], "--partition: got nothing; leave the option out"),
-        (["--partition", "a\\b"], "would not read the backslash as such"),
-        (["output=runs/a\\b"], "output: got 'a\\\\b', in which sbatch would not read the backslash"),
+        (["--partition", "a\\b"], "whose backslash sbatch would read as an escape character"),
+        (["output=runs/a\\b"], "output: got 'a\\\\b', whose backslash sbatch would read"),
         (["output=runs/my-HetJob"], "output: got 'my-HetJob', in which sbatch reads hetjob or packjob"),
-        (["--sbatch=exclusive"], "--sbatch: got 'exclusive'; allowed: an option as sbatch has it"),
+        (["--sbatch=exclusive"], "--sbatch: got 'exclusive'; allowed: an option of sbatch with its dashes"),
     ],
 )
 def test_values_that_sbatch_would_read_otherwise(

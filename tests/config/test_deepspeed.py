@@ -51,7 +51,7 @@ def test_a_description_says_what_is_partitioned_and_where_state_is_stored(preset
     offloaded = {"cpu": "optimizer state in host memory", "nvme": "optimizer state on NVMe"}
     device = zero.get("offload_optimizer", {}).get("device")
     assert [where for where, words in offloaded.items() if words in PRESETS[preset]] == ([device] if device else [])
-    assert ("copy of the weights on each machine" in PRESETS[preset]) == ("zero_hpz_partition_size" in zero)
+    assert ("copy of the weights on each node" in PRESETS[preset]) == ("zero_hpz_partition_size" in zero)
 
 
 @pytest.mark.parametrize("preset", presets())

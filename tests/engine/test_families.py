@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,23 +20,56 @@ from tests.engine.parity import Cell, largest_difference, reference, strata
 from tests.families import MORE
 from tests.models import FAMILIES, tiny_llama, tiny_model
 from tests.multimodal import MULTIMODAL
+from trainer.data.tokenizer import bytes_tokenizer
 from trainer.engine.zero.errors import RegistrationError
+from trainer.export.from_engine import export
 
 TOLERANCE = 1e-6
 
 
-def _families(rank: int, families: tuple[str, ...], tied: bool) -> dict[str, float]:
-    """Return the largest difference of any weight from the plain loop, by family and stage, after two switches."""
-    differences = {}
+# transformers does not open what it writes of a model of this size: it permutes its queries by other shapes.
+UNOPENED = ("kimi_k25",)
+
+
+def _families(rank: int, families: tuple[str, ...], tied: bool, folder: Path) -> tuple[dict[str, float], list[str]]:
+    """Return the largest difference of any weight from the plain loop, by family and stage, after two switches; and
+    the weights that a model exported from ZeRO-3 does not have to the bit when transformers opens it."""
+    differences: dict[str, float] = {}
+    unequal: list[str] = []
     parity.tiny_model = lambda family: tiny_model(family, **({"tie_word_embeddings": True} if tied else {}))
     for family in families:
         cell = Cell(family=family, steps=6, weight_decay=0.1)
         expected = reference(cell)[0] if rank == 0 else {}
-        for stage in (2, 3):
-            weights, _ = strata(rank, replace(cell, stage=stage))
-            if rank == 0:
-                differences[f"{family}, stage {stage}"] = largest_difference(weights, expected)
-    return differences
+        weights, _ = strata(rank, replace(cell, stage=2))
+        if rank == 0:
+            differences[f"{family}, stage 2"] = largest_difference(weights, expected)
+        weights, opened = _trained_and_exported(rank, cell, folder / f"{family}-{tied}")
+        if rank == 0:
+            differences[f"{family}, stage 3"] = largest_difference(weights, expected)
+            unequal += [f"{family}: {name}" for name in weights if not _equal(weights[name], opened.get(name))]
+    return differences, unequal
+
+
+def _trained_and_exported(rank: int, cell: Cell, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights of the engine, and on rank 0 those of the exported model."""
+    engine, _ = parity.start(cell, rank)
+    for step in range(cell.steps):
+        parity.train_step(cell, engine, step, rank)
+    weights = parity.full_weights(engine)
+    kind: Any = type(engine.module)
+    export(engine, bytes_tokenizer(), folder)
+    engine.destroy()
+    if rank != 0:
+        return weights, {}
+    if cell.family in UNOPENED:
+        return weights, weights
+    opened = kind.from_pretrained(folder, dtype=torch.float32)
+    shutil.rmtree(folder)
+    return weights, {name: parameter.detach() for name, parameter in opened.named_parameters()}
+
+
+def _equal(live: Tensor, opened: Tensor | None) -> bool:
+    return opened is not None and torch.equal(live, opened)
 
 
 # In these rounding grows a hundredfold within six steps, in the plain loop as well: they normalise queries and keys of
@@ -42,21 +78,21 @@ SENSITIVE = ("gemma3n_text", "gemma4_text", "gemma4")
 
 
 @pytest.mark.slow
-def test_more_families_train_as_in_a_plain_loop() -> None:
+def test_more_families_train_as_in_a_plain_loop(tmp_path: Path) -> None:
     families = tuple(family for family in MORE if family not in SENSITIVE)
-    differences = distributed.run(_families, families, False, ranks=2, deadline=400)[0]
+    differences, unequal = distributed.run(_families, families, False, tmp_path, ranks=2, deadline=600)[0]
     assert len(differences) == 2 * len(families) > 100
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
-    assert not wrong, wrong
+    assert not wrong and not unequal, (wrong, unequal)
 
 
 @pytest.mark.slow
-def test_language_models_inside_multimodal_ones_train_as_in_a_plain_loop() -> None:
+def test_language_models_inside_multimodal_ones_train_as_in_a_plain_loop(tmp_path: Path) -> None:
     families = tuple(family for family in MULTIMODAL if family not in SENSITIVE)
-    differences = distributed.run(_families, families, False, ranks=2, deadline=400)[0]
+    differences, unequal = distributed.run(_families, families, False, tmp_path, ranks=2, deadline=600)[0]
     assert len(differences) == 2 * len(families) > 30
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
-    assert not wrong, wrong
+    assert not wrong and not unequal, (wrong, unequal)
 
 
 def _with_towers(rank: int, cells: tuple[Cell, ...]) -> dict[str, float]:
@@ -117,11 +153,11 @@ def test_sensitive_families_differ_less_than_plain_loops_that_begin_one_rounding
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_family_trains_as_in_a_plain_loop(tied: bool) -> None:
-    differences = distributed.run(_families, tuple(FAMILIES), tied, ranks=2, deadline=400)[0]
+def test_every_family_trains_as_in_a_plain_loop(tied: bool, tmp_path: Path) -> None:
+    differences, unequal = distributed.run(_families, tuple(FAMILIES), tied, tmp_path, ranks=2, deadline=600)[0]
     assert len(differences) == 2 * len(FAMILIES)
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
-    assert not wrong, wrong
+    assert not wrong and not unequal, (wrong, unequal)
 
 
 # --- experts that are modules of their own -----------------------------------------------------------------------

@@ -53,7 +53,7 @@ def answers() -> list[dict[str, str]]:
     [
         ("ranks", ["rank 0: interval 1, active blocks", "rank 1: interval 1, active blocks"]),
         ("moved", ["rank 1", "is frozen but its weights moved"]),
-        ("still", ["were active but none of their sampled masters moved"]),
+        ("still", ["were active but none of their sampled master weights moved"]),
         ("unfrozen", ["does not require gradients"]),
     ],
 )

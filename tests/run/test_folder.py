@@ -177,8 +177,8 @@ def test_a_finished_run_with_other_settings_is_left_alone_and_the_way_on_from_it
     workspace = take(longer)
     assert workspace.path == run.with_name("run-2") and workspace.origin is None
     assert said(workspace) == (
-        f"{run} contains a finished run with other settings (train.steps: 6 there, 9 now), which resume={run} "
-        f"continues; this run begins anew in {workspace.path}"
+        f"{run} contains a finished run with other settings (train.steps: 6 there, 9 now); resume={run} "
+        f"resumes from it; this run starts anew in {workspace.path}"
     )
     onwards = take(configure(run, "train.steps=9", f"resume={run}"))
     assert onwards.origin is not None and onwards.origin.find(longer)[0] == STEPS
@@ -206,7 +206,7 @@ def test_the_same_command_finds_its_folder_behind_others(run: Path) -> None:
     before = contents(run.parent)
     workspace = take(configure(run, "seed=2"))
     assert workspace.path == run.with_name("run-4") and contents(run.parent) == before
-    for words in ("finished run with other settings (seed: 0 there, 2 now)", "and no checkpoint", "is left alone"):
+    for words in ("finished run with other settings (seed: 0 there, 2 now)", "and no checkpoint", "is not changed"):
         assert words in said(workspace)
     stopped(run.with_name("run-4"), "seed=2")
     assert take(configure(run, "seed=2")).path == run.with_name("run-4")

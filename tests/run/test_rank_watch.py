@@ -140,7 +140,7 @@ def test_no_thread_is_in_the_store_when_a_finished_rank_leaves(monkeypatch: pyte
     watch = RankWatch(0, 2)
     watch.meet(timedelta(seconds=1))
     assert store.asked.wait(5)
-    watch.rest()
+    watch.finish()
     assert "store watch" not in [thread.name for thread in threading.enumerate()]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Volume:
     """Bytes of the messages of one optimizer step on one rank, by collective: outputs of all-gathers, inputs of
-    reduce-scatters and all-reduces. `within_machine`: outputs of gathers inside one machine (hpZ)."""
+    reduce-scatters and all-reduces. `within_machine`: outputs of gathers inside one node (hpZ)."""
 
     all_gather: int
     reduce_scatter: int
@@ -42,7 +42,7 @@ def step_volume(
     per step, stage 2 for each micro-batch, where ZeRO's paper, arXiv 1910.02054 section 7, has a reduce-scatter);
     stage 3 gathers weights for forward and again for backward, and reduce-scatters gradients. With hpZ's
     `machine_copies` (arXiv 2306.10209, section 3.2) what trains is gathered from all ranks once after each step, and
-    everything else inside a machine: frozen weights never leave it.
+    everything else inside a node: frozen weights never leave it.
     """
     if ranks == 1:
         return Volume(0, 0, 0)

@@ -68,7 +68,7 @@ class Zero:
     offload_param: bool = False
     # With optimizer state on NVMe: number of host buffers, each as large as the largest group's part in fp32.
     nvme_buffers: int = 0
-    machine_ranks: int = 0  # hpZ: ranks over which each machine partitions its own copy
+    machine_ranks: int = 0  # hpZ: ranks over which each node partitions its own copy
     # Unfused AdamW of torch, as on a CPU, allocates temporaries; fused AdamW and DeepSpeed's do not.
     temporaries: bool = False
 

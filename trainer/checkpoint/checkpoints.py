@@ -1,4 +1,4 @@
-"""Save what changed since the last checkpoint alongside training, and resume from it on any number of ranks.
+"""Save what changed since the last checkpoint while training continues, and resume on any number of ranks.
 
 `store` writes and verifies files, `contents` reads tensors from an engine and writes them back, `fingerprint`
 recognises the base model. This module decides what a save contains, and when it is complete.
@@ -29,10 +29,10 @@ from trainer.checkpoint.contents import (
     REST,
     Contents,
     Share,
+    collect_shares,
     parameters_by_unit,
-    put_on_host,
-    put_weights_back,
-    take,
+    restore_weights,
+    stage_on_host,
     unit_of_block,
 )
 from trainer.checkpoint.fingerprint import fingerprints
@@ -52,16 +52,18 @@ _POLL_SECONDS = 0.02, 0.5
 class Checkpoints:
     """Save an attached engine into a run folder, and resume one from there.
 
-    All ranks call every method together. With `asynchronous`, saves continue alongside training: a thread copies what
+    All ranks call every method together. With `asynchronous`, training continues during a save: a thread copies what
     changed into host memory before the next optimizer step, and then writes files from there. Threads use no
     collectives: each rank reports to rank 0 through the folder, which all ranks share, and waits for the others for at
-    most `patience_seconds`. Rank 0 publishes the checkpoint if the run folder still belongs to this run according to
-    `lease`, which is None on other ranks, and in loops whose folder no other job uses.
+    most `patience_seconds`.
+
+    Rank 0 publishes the checkpoint, if `lease` says that the run folder still belongs to this run. `lease` is None on
+    all other ranks. It is also None in loops whose folder no other job uses; then rank 0 always publishes.
 
     A loop that writes to weights or optimizer state itself, for example to average weights, must first call
     `sparse.change()`.
 
-    Create it before the first step: it computes checksums of the base model, whose units are saved only once they
+    Create it before the first step: it computes checksums of the base model, whose units are not saved until they
     train. `identity` is the result of `identity_of` for the model (the default), or for model and tokenizer if the
     tokenizer should be compared as well.
     """
@@ -90,13 +92,13 @@ class Checkpoints:
         self._last: int | None = None  # step of the last save
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._pending: Manifest | None = None
+        self._pending: Manifest | None = None  # of the current save
         self._staging = Staging()
         self._best: tuple[float, int] | None = None  # evaluation loss, step
-        self._candidate: tuple[float, int] | None = None  # likewise, until its save has succeeded
+        self._candidate: tuple[float, int] | None = None  # the next best, until its save has succeeded
         self.base = dict(base) if base is not None else base_checksums(sparse)
         self.identity = identity or identity_of(sparse.model, blocks=sparse.structure.path)
-        # Part of the names of files: an earlier attempt may have left files or a whole checkpoint of the same step.
+        # Makes file names unique: an earlier attempt may have left files or a whole checkpoint of the same step.
         attempt = [secrets.token_hex(4)]
         torch.distributed.broadcast_object_list(attempt)
         self._attempt = attempt[0]
@@ -120,13 +122,15 @@ class Checkpoints:
         if again and (self._candidate is None or self._candidate[1] != step):
             return
         self.finish()
-        if again:  # beside the files of the first save, until this one is published
+        if again:  # other names: the files of the first save are needed until this one is published
             self._attempt += "a"
-        shares = agreed(lambda: take(self._sparse, self._changed(complete), on_base=() if complete else self.base))
+        shares = agreed(
+            lambda: collect_shares(self._sparse, self._changed(complete), on_base=() if complete else self.base)
+        )
         shares[RANDOM] = Share(random_state(), {}, {})
-        own = sum(t.numel() * t.element_size() for share in shares.values() for t in share.tensors.values())
-        self.require_space(own, f"the checkpoint after step {step} was not written: it needs")
-        agreed(lambda: put_on_host(shares.values(), self._staging))
+        own_bytes = sum(t.numel() * t.element_size() for share in shares.values() for t in share.tensors.values())
+        self.require_space(own_bytes, f"the checkpoint after step {step} was not written: it needs")
+        agreed(lambda: stage_on_host(shares.values(), self._staging))
         try:
             agreed(lambda: self._begin(step, state, shares))
         except Exception as error:
@@ -177,18 +181,18 @@ class Checkpoints:
             self._baseline = ask_rank_0(lambda: self._store.read(manifest.step))
             self._adopt_best(self._baseline)
             return
-        mine = None if failure is None else (f"rank {self._rank}: {failure}", isinstance(failure, LeaseError))
-        everyone: list[tuple[str, bool] | None] = [None] * self._ranks
-        torch.distributed.all_gather_object(everyone, mine)
-        failures = [report for report in everyone if report is not None]
+        report = None if failure is None else (f"rank {self._rank}: {failure}", isinstance(failure, LeaseError))
+        reports: list[tuple[str, bool] | None] = [None] * self._ranks
+        torch.distributed.all_gather_object(reports, report)
+        failures = [failed for failed in reports if failed is not None]
         self._last, self._candidate = self.last_step, None
-        # A published checkpoint needs its files, even if a rank failed before it saw that it was published.
+        # The files of a published checkpoint stay, even if a rank failed before it saw the publication.
         published = ask_rank_0(lambda: self._withdraw_unless_published(manifest.step))
-        lost = any(lease_lost for _, lease_lost in failures)
-        if lost and published:
+        lease_lost = any(of_lease for _, of_lease in failures)
+        if lease_lost and published:
             raise LeaseError(failures[0][0])
-        raise (LeaseError if lost else CheckpointError)(
-            f"the checkpoint after step {manifest.step} was not written: {failures[0][0]}; {self._what_is_left()}"
+        raise (LeaseError if lease_lost else CheckpointError)(
+            f"the checkpoint after step {manifest.step} was not written: {failures[0][0]}; {self._last_intact()}"
         )
 
     def _withdraw_unless_published(self, step: int) -> bool:
@@ -210,7 +214,7 @@ class Checkpoints:
         if needed > free:
             raise CheckpointError(
                 f"{what} {needed / 2**20:,.1f} MiB, but {self._store.folder} has {free / 2**20:,.1f} MiB free; "
-                f"{self._what_is_left()}. Make room, lower checkpoint.keep ({self._keep} here) or set another output"
+                f"{self._last_intact()}. Make room, lower checkpoint.keep ({self._keep} here) or set another output"
             )
 
     def _free_space(self) -> int:
@@ -223,7 +227,7 @@ class Checkpoints:
         if self._candidate and self._best and self._candidate[1] <= self._best[1]:
             self._candidate = None
 
-    def _what_is_left(self) -> str:
+    def _last_intact(self) -> str:
         return f"the one after step {self._baseline.step} is intact" if self._baseline else "there is no earlier one"
 
     def is_best(self, step: int, loss: float) -> bool:
@@ -241,7 +245,7 @@ class Checkpoints:
             return list(parameters_by_unit(self._sparse))
         now = self._sparse.times_active
         before = self._baseline.state["sparse"]["times_active"] if self._baseline else [0] * len(now)
-        # Active blocks have state of this interval, even if all of its steps have been skipped so far.
+        # Active blocks have fresh state, even if all steps of this interval have been skipped so far.
         changed = {i for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new}
         blocks = [unit_of_block(i) for i in sorted(changed | set(self._sparse.active))]
         return blocks + list(self._sparse.always_on)
@@ -252,10 +256,12 @@ class Checkpoints:
         try:
             self._staging.run()
             written = {
-                unit: self._store.write(step, f"{unit}-{self._mark_of(self._rank)}", share.tensors, share.metadata())
+                unit: self._store.write(step, f"{unit}-{self._file_mark(self._rank)}", share.tensors, share.metadata())
                 for unit, share in shares.items()
             }
-            self._store.announce(step, self._mark_of(self._rank), {unit: vars(file) for unit, file in written.items()})
+            self._store.announce(
+                step, self._file_mark(self._rank), {unit: vars(file) for unit, file in written.items()}
+            )
             if self._rank == 0:
                 self._publish(manifest)
             else:
@@ -268,7 +274,7 @@ class Checkpoints:
     def _publish(self, manifest: Manifest) -> None:
         step = manifest.step
         for rank in range(self._ranks):
-            files = self._wait_for(step, partial(self._store.announced, step, self._mark_of(rank)))
+            files = self._wait_for(step, partial(self._store.announced, step, self._file_mark(rank)))
             for unit, file in files.items():
                 manifest.units.setdefault(unit, []).append(File(**file))
         with self._publishing():
@@ -281,17 +287,17 @@ class Checkpoints:
                 logger.warning("old checkpoints in %s could not be removed: %s", self._store.folder, error)
 
     def _clear_after(self, manifest: Manifest) -> None:
-        """On rank 0, set aside checkpoints after `manifest` and remove what killed saves left: the run that resumes
-        there needs neither."""
+        """On rank 0, rename checkpoints after `manifest` and remove what killed saves left: a run that resumes from
+        `manifest` needs neither."""
         with self._publishing():
             self._store.abandon_after(manifest.step)
-            if self._lease is not None:  # without one, others may be saving here at this moment
+            if self._lease is not None:  # without a lease, another job may be saving here now
                 self._store.remove_leftovers()
 
     def _publishing(self) -> AbstractContextManager[None]:
         return self._lease.held() if self._lease is not None else nullcontext()
 
-    def _mark_of(self, rank: int) -> str:
+    def _file_mark(self, rank: int) -> str:
         return f"{self._attempt}-r{rank:05d}"
 
     def _published(self, step: int) -> bool:
@@ -326,7 +332,7 @@ class Checkpoints:
             self.finish()
         except LeaseError:
             raise
-        except CheckpointError:  # what is loaded takes the place of the checkpoint that could not be written
+        except CheckpointError:  # the loaded state replaces the one that could not be saved
             pass
         manifest = ask_rank_0(lambda: checks.readable(source, step))
         checks.verify(source, manifest)
@@ -336,8 +342,8 @@ class Checkpoints:
         agreed(lambda: contents.learn(unit for unit in manifest.units if unit != RANDOM))
         agreed(lambda: checks.check_shapes(self._sparse, manifest, contents))
         checks.compare_base(self._sparse, self.base, manifest, contents)
-        put_weights_back(self._sparse, contents)
-        with checks.fits(manifest):
+        restore_weights(self._sparse, contents)
+        with checks.as_checkpoint_errors(manifest):
             agreed(lambda: self._sparse.load_state_dict(manifest.state["sparse"], contents))
         self._sparse.compare_ranks()
         self.base = manifest.state["base"]
@@ -345,7 +351,7 @@ class Checkpoints:
             self._adopt_best(manifest)
             ask_rank_0(lambda: self._clear_after(manifest))
             self._baseline, self._last = manifest, step
-        with checks.fits(manifest):
+        with checks.as_checkpoint_errors(manifest):
             agreed(lambda: self._restore_random_state(source, manifest.units[RANDOM], step))
         return dict(manifest.state["run"])
 
@@ -353,7 +359,7 @@ class Checkpoints:
         if len(files) == self._ranks:
             with source.open(files[self._rank]) as opened:
                 restore_random_state({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
-        else:  # another number of ranks: seed anew, but not as at the start
+        else:  # another number of ranks: use a new seed, not that of the start
             torch.manual_seed(torch.initial_seed() + step * self._ranks)
 
 

@@ -32,7 +32,7 @@ NOT_RECORDED = (
 
 
 @contextmanager
-def fits(manifest: Manifest) -> Iterator[None]:
+def as_checkpoint_errors(manifest: Manifest) -> Iterator[None]:
     """Turn errors of loading a state into `CheckpointError`: the checksum matches, but another program may have written
     values that do not fit."""
     try:

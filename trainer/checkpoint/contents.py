@@ -2,7 +2,8 @@
 
 Tensors are grouped by *unit*, which is what changes together: a block or an always-on part. A file contains one rank's
 share of one unit: flat ranges of full-shape parameters (as banks keep them), under the keys `master`, `exp_avg`, ...
-or, if no optimizer state is kept, `weight`. Any number of ranks under any stage can find their own ranges in them.
+or, if no optimizer state is kept, `weight`. Ranks of another number or ZeRO stage can read their own ranges from these
+files.
 
 A parameter that a sparse update rule trains has *entries* instead: `entries.indices`, flat positions in the parameter,
 and as many values under `entries.weight`, `entries.master`, ... The other weights are the base model's.
@@ -31,20 +32,21 @@ from trainer.engine.sparse import Sparse
 from trainer.engine.zero.slices import Slice
 
 WEIGHT, MASTER = "weight", "master"
-# Units besides those that train: each rank's random number generators, and the base's weights that never train.
+# Other units: states of each rank's random number generators; the base model's weights that never train.
 RANDOM, REST = "random", "rest"
-# Prefix of the keys of tensors that contain only some of a parameter's weights.
+# Prefix of the keys of entries.
 _ENTRIES = "entries."
 _INDICES = f"{_ENTRIES}indices"
+# Elements read at a time.
 _CHUNK = 2**22
-# Dtypes of weights, masters, moments and scores, as safetensors names them. Indices are I64.
+# Dtypes of weights, master weights, moments and scores, as safetensors names them. Indices are I64.
 _VALUE_TYPES = ("BF16", "F16", "F32")
 # Optimizer state has the names that the optimizer gives it.
 _KEY = re.compile(r"[A-Za-z_]\w*")
 
 
 def _checked_scalars(values: dict[str, float]) -> dict[str, float]:
-    if values.get("step", 0) < 0:  # other numbers that an optimizer keeps for a parameter may have any sign
+    if values.get("step", 0) < 0:  # other scalars of an optimizer may have any sign
         raise ValueError(f"step {values['step']} is below 0")
     return values
 
@@ -74,7 +76,8 @@ def parameters_by_unit(sparse: Sparse) -> dict[str, dict[str, nn.Parameter]]:
 class Share:
     """One rank's part of a unit: flat tensors by `key:parameter`, and the range [start, stop) of each parameter.
 
-    `scalars` are the optimizer's numbers for each parameter. Nothing writes to `settled` tensors any more.
+    `scalars` are the optimizer's numbers for each parameter, such as its step count. `settled` are the keys of tensors
+    that will not be written to again.
     """
 
     tensors: dict[str, Tensor]
@@ -86,10 +89,11 @@ class Share:
         return {"ranges": json.dumps(self.ranges), "scalars": json.dumps(self.scalars)}
 
 
-def take(sparse: Sparse, units: Iterable[str], *, on_base: Collection[str]) -> dict[str, Share]:
-    """Return this rank's part of `units`; its tensors may be the engine's own.
+def collect_shares(sparse: Sparse, units: Iterable[str], *, on_base: Collection[str]) -> dict[str, Share]:
+    """Return this rank's share of each of `units`. Tensors may be the engine's own, not copies.
 
-    For units in `on_base`, weights that a sparse update rule never changed are left out.
+    Units in `on_base` can be completed from the base model: of these, weights that a sparse update rule never changed
+    are left out.
     """
     wanted = parameters_by_unit(sparse)
     shares = {unit: Share({}, {}, {}) for unit in units}
@@ -104,7 +108,7 @@ def take(sparse: Sparse, units: Iterable[str], *, on_base: Collection[str]) -> d
         for unit, share in shares.items():
             for name, parameter in wanted[unit].items():
                 entries = sparse.entries(name, parameter)
-                for key, tensor in entries.items():  # no elements: all weights are the base's
+                for key, tensor in entries.items():  # without elements if all weights are the base model's
                     share.tensors[f"{_ENTRIES}{key}:{name}"] = tensor
                 if name not in share.ranges and not (entries and unit in on_base):  # no optimizer state is kept
                     start, weights = sparse.owned(parameter)
@@ -112,9 +116,9 @@ def take(sparse: Sparse, units: Iterable[str], *, on_base: Collection[str]) -> d
     return shares
 
 
-def put_on_host(shares: Iterable[Share], staging: Staging) -> None:
-    """Replace the tensors of `shares` by host memory that `staging` fills when it runs; until then the originals must
-    not change. Tensors that a bank keeps on the host are not copied."""
+def stage_on_host(shares: Iterable[Share], staging: Staging) -> None:
+    """Replace the tensors of `shares` by host memory, which `staging` fills when it runs. Until then the originals must
+    not change. Tensors of a bank that are on the host already are not copied."""
     entries = [
         (share.tensors, name)
         for share in shares
@@ -161,9 +165,11 @@ class Contents:
                     raise CheckpointError(f"{file.name}: {name} is in {self._unit_of[name]} as well")
             for name, in_file in keys.items():
                 known = self._keys.setdefault(name, set())
-                for of_entries in (False, True):  # a rank whose range is empty has only entries
-                    here = {key for key in in_file if key.startswith(_ENTRIES) == of_entries}
-                    there = {key for key in known if key.startswith(_ENTRIES) == of_entries}
+                # All files must have the same keys. Entries are compared separately: a rank whose range is empty has
+                # only these.
+                for is_entries in (False, True):
+                    here = {key for key in in_file if key.startswith(_ENTRIES) == is_entries}
+                    there = {key for key in known if key.startswith(_ENTRIES) == is_entries}
                     if here and there and here != there:
                         raise CheckpointError(
                             f"{file.name}: has {', '.join(sorted(in_file))} of {name}, but another file has "
@@ -177,7 +183,7 @@ class Contents:
             self.scalars.update(metadata.scalars)
 
     def misfit(self, name: str, numel: int) -> str | None:
-        """Return what is wrong with the stored parts of a parameter of `numel` elements, or None."""
+        """Return why the stored parts do not make up the parameter `name` of `numel` elements, or None if they do."""
         pieces = sorted((start, stop) for start, stop, _ in self._pieces.get(name, ()) if stop > start)
         if pieces and pieces[-1][1] != numel:
             return f"{name} has {numel:,} elements here, but {pieces[-1][1]:,} in the checkpoint: it is another model"
@@ -242,12 +248,12 @@ class Contents:
         return {key: torch.cat(tensors) for key, tensors in parts.items()}
 
     def on_base(self, names: Iterable[str]) -> bool:
-        """Return whether only entries are stored for any of `names`."""
+        """Return whether any of `names` needs the base model, because only its entries are stored."""
         return any(name in self._entries and WEIGHT not in self.keys(name) for name in names)
 
     def weights(self, name: str, into: Tensor) -> None:
-        """Copy the weights of a parameter, or its rounded fp32 master weights, into the whole tensor `into`. If only
-        entries are stored, the other weights of `into` stay as they are."""
+        """Copy the weights of a parameter, or its fp32 master weights rounded, to all of the full-shape tensor `into`.
+        If only entries are stored, the other elements of `into` do not change."""
         if self.on_base([name]):
             entries = self.entries(name, ("indices", WEIGHT))
             into.view(-1)[entries["indices"]] = entries[WEIGHT].to(into.dtype)
@@ -257,7 +263,7 @@ class Contents:
             stop = min(start + _CHUNK, flat.numel())
             flat[start:stop].copy_(self.read(key, name, start, stop))
 
-    # Masters and moments, for `Sparse.load_state_dict`.
+    # Master weights and moments, for `Sparse.load_state_dict` (see `StateSource`).
 
     def has_state(self, names: Sequence[str]) -> bool:
         return all(MASTER in self.keys(name) for name in names)
@@ -275,7 +281,7 @@ class Contents:
 
 @contextmanager
 def _readable(file: File) -> Iterator[None]:
-    """Raise `CheckpointError` if the header or metadata of a file is not as `take` writes it."""
+    """Raise `CheckpointError` if the header or metadata of a file is not as a save writes it."""
     try:
         yield
     except (SafetensorError, ValidationError, KeyError, ValueError, RecursionError) as error:
@@ -287,16 +293,16 @@ def _keys_by_name(stored: Mapping[str, tuple[Sequence[int], str]], metadata: _Me
     keys: dict[str, set[str]] = {}
     for full, (shape, kind) in stored.items():
         key, _, name = full.partition(":")
-        of_entries = key.startswith(_ENTRIES)
-        if of_entries:
+        is_entries = key.startswith(_ENTRIES)
+        if is_entries:
             like = stored.get(f"{_INDICES}:{name}", ((), ""))[0]
         elif _KEY.fullmatch(key) and name in metadata.ranges:
             like = [metadata.ranges[name][1] - metadata.ranges[name][0]]
         else:
             raise ValueError(f"{full} is unknown")
         allowed: tuple[str, ...] = ("I64",)
-        if key != _INDICES:  # entries with a bias correction of their own count their steps in integers
-            allowed = ("I32", *_VALUE_TYPES) if of_entries else _VALUE_TYPES
+        if key != _INDICES:  # with local bias correction, entries have integer step counts
+            allowed = ("I32", *_VALUE_TYPES) if is_entries else _VALUE_TYPES
         if len(shape) != 1 or list(shape) != list(like) or kind not in allowed:
             raise ValueError(f"{full} has shape {tuple(shape)} and type {kind}; allowed: {list(like)}, {allowed}")
         keys.setdefault(name, set()).add(key)
@@ -307,20 +313,20 @@ def _keys_by_name(stored: Mapping[str, tuple[Sequence[int], str]], metadata: _Me
 
 
 @torch.no_grad()
-def put_weights_back(sparse: Sparse, contents: Contents) -> None:
+def restore_weights(sparse: Sparse, contents: Contents) -> None:
     """Write the weights of all units of `contents` into the engine. Collective."""
     units = parameters_by_unit(sparse)
     sparse.change()
     for unit in units:
         if unit in contents.units:
-            # A file that one rank cannot read must not leave the others waiting in `publish`.
-            agreed(partial(_put_back, sparse, contents, units[unit]))
+            # If one rank cannot read a file, the others must not wait for it in `publish`.
+            agreed(partial(_restore_unit, sparse, contents, units[unit]))
             for parameter in units[unit].values():
                 sparse.publish(parameter)
 
 
-def _put_back(sparse: Sparse, contents: Contents, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Write this rank's shares of the weights of `parameters`."""
+def _restore_unit(sparse: Sparse, contents: Contents, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Write this rank's ranges of the weights of `parameters`."""
     for name, parameter in parameters.items():
         start, weights = sparse.owned(parameter)
         if not contents.on_base([name]):

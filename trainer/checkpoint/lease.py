@@ -1,7 +1,7 @@
 """Let one job at a time write to a run folder.
 
 The lease is a file in the run folder that names its holder. A living holder updates the file's time, so that a job on
-another machine can tell. A requeued SLURM job takes over the lease of its earlier attempt at once. A stale process of
+another node can tell. A requeued SLURM job takes over the lease of its earlier attempt at once. A stale process of
 that attempt, for example on a disconnected node, can no longer publish checkpoints.
 """
 
@@ -177,7 +177,7 @@ def lives(folder: Path, holder: Holder, asking: Holder) -> bool:
     """Return whether `holder` may still train in `folder`, as far as `asking` can tell. May take half a minute."""
     if holder.job == asking.job and holder.restart < asking.restart:
         return False  # the scheduler ended it, even if a process of it is left
-    # Two machines may share a name (`localhost`), but not a boot.
+    # Two nodes may share a name (`localhost`), but not a boot.
     if holder.place == asking.place and _boot(holder) == _boot(asking):
         runs = _runs(holder)
         if runs is not None:
@@ -186,7 +186,7 @@ def lives(folder: Path, holder: Holder, asking: Holder) -> bool:
 
 
 def _runs(holder: Holder) -> bool | None:
-    """Return whether the process of `holder`, on this machine, runs, or None if that cannot be seen. A stopped process
+    """Return whether the process of `holder`, on this node, runs, or None if that cannot be seen. A stopped process
     runs. One that has ended does not, although its number is in use until its parent asks for its exit code, which the
     first process of some containers never does."""
     try:
@@ -230,7 +230,7 @@ def _boot(holder: Holder) -> str:
 
 
 def _birth(process: int) -> str | None:
-    """Return when a process of this machine started, independent of changes to the clock; None if it cannot be seen."""
+    """Return when a process of this node started, independent of changes to the clock; None if it cannot be seen."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {_status(Path(f'/proc/{process}'))[19]}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """Return the states of torch (host and accelerator), Python and NumPy in this process."""
+    """Return the states of torch (CPU and GPU), Python and NumPy in this process."""
     kind, internal, gauss = random.getstate()
     # NumPy's annotation says a dictionary, which it returns for legacy=False.
     _, keys, position, has_gauss, cached = cast(tuple[str, Any, int, int, float], np.random.get_state())

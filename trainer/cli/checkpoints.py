@@ -1,4 +1,4 @@
-"""`python -m trainer checkpoints RUN`: list checkpoints and verify them. Needs no accelerator and no model."""
+"""`python -m trainer checkpoints RUN`: list checkpoints and verify them. Needs no GPU and no model."""
 
 from __future__ import annotations
 

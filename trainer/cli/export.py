@@ -29,7 +29,7 @@ def export(argv: Sequence[str]) -> int:
         prog="python -m trainer export",
         description="Write the model of a run folder at one of its checkpoints as a Hugging Face folder, adapters in "
         "PEFT's format. Trained weights are read from the checkpoint, all others from the base model, a block at a "
-        "time. Needs no accelerator. Compares the checksums of all files that it reads, and reads back what it wrote.",
+        "time. Needs no GPU. Compares the checksums of all files that it reads, and reads back what it wrote.",
     )
     parser.add_argument(
         "run",

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         plan = planner.plan(config, machine.ranks, local_ranks=machine.gpus)
         if arguments.host_bandwidth is not None and not plan.offloaded:
             return refuse(
-                f"--host-bandwidth has no effect because deepspeed={config.deepspeed} copies nothing between card and "
+                f"--host-bandwidth has no effect because deepspeed={config.deepspeed} copies nothing between GPU and "
                 "host in a step: leave it out, or choose a preset with offload",
                 rank=0,
             )
@@ -123,10 +123,12 @@ def _parser() -> Parser:
         "if nothing helps.",
         allow_abbrev=False,
     )
-    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="machines (default 1)")
-    parser.add_argument("--gpus", type=count, default=1, metavar="N", help="ranks on each machine (default 1)")
+    parser.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes (default 1)")
+    parser.add_argument(
+        "--gpus", type=count, default=1, metavar="N", help="GPUs on each node, one rank on each (default 1)"
+    )
     parser.add_argument("--gpu-memory", type=_bytes, metavar="80GB", help="memory of one GPU, as it is sold")
-    parser.add_argument("--host-memory", type=_bytes, metavar="1TB", help="memory of one machine")
+    parser.add_argument("--host-memory", type=_bytes, metavar="1TB", help="memory of one node")
     parser.add_argument(
         "--flops", type=_flops, metavar="400e12", help="FLOP/s that a rank sustains, or `measured`: those of matrix "
         "products on this machine"
@@ -149,7 +151,7 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-# From a slow single core to a hundred times the fastest card.
+# From a slow single core to a hundred times the fastest GPU.
 _LEAST_FLOPS, _MOST_FLOPS = 1e6, 1e18
 
 

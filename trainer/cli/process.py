@@ -51,7 +51,7 @@ def set_up_process() -> None:
 def refuse(message: str, rank: int) -> int:
     """Print `message` once for the whole job and return the exit code.
 
-    Another rank waits first, and prints only if rank 0 has not ended the job: its machine may be the only one on which
+    Another rank waits first, and prints only if rank 0 has not ended the job: its node may be the only one on which
     a file is missing.
     """
     if rank > 0:

@@ -206,15 +206,15 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m trainer doctor",
         description="Check whether this machine, or every node of a SLURM job, is fit for training: versions, "
-        "compiler and DeepSpeed's operators, accelerator, disk, network, and between nodes a shared folder, clocks and "
+        "compiler and DeepSpeed's operators, GPUs, disk, network, and between nodes a shared folder, clocks and "
         "an all-reduce. Advice follows each failure; the exit code is 1 if there is one. Takes less than a minute.",
         allow_abbrev=False,
     )
-    parser.add_argument("--on-cluster", action="store_true", help="start a job of its own from a login node")
+    parser.add_argument("--on-cluster", action="store_true", help="on a login node: submit a job that checks the nodes")
     parser.add_argument("--nodes", type=count, metavar="N", help="with --on-cluster: nodes (default 2)")
     parser.add_argument("--gpus", type=count, metavar="N", help="with --on-cluster: GPUs of each node")
-    parser.add_argument("--partition", type=one_line, metavar="X", help="with --on-cluster: as sbatch's")
-    parser.add_argument("--account", type=one_line, metavar="X", help="with --on-cluster: as sbatch's")
+    parser.add_argument("--partition", type=one_line, metavar="X", help="with --on-cluster: passed to sbatch")
+    parser.add_argument("--account", type=one_line, metavar="X", help="with --on-cluster: passed to sbatch")
     parser.add_argument(
         "--folder", type=_folder, default=Path("runs"), help="where runs are stored, on all nodes (default runs)"
     )

@@ -19,13 +19,13 @@ from trainer.config.deepspeed.resolve import resolve
 from trainer.config.text import has_control_characters, printable, quoted
 from trainer.errors import refusals
 
-# SLURM's notation: minutes, minutes:seconds, hours:minutes:seconds, and days before hours, such as 2-00:00:00.
+# SLURM's notation: minutes, minutes:seconds, hours:minutes:seconds, or with days before the hours: 2-00:00:00.
 _TIME = re.compile(r"([0-9]{1,6}-)?[0-9]{1,9}(:[0-9]{1,2}){0,2}")
 _NOTICE_SECONDS = 300
-_EARLY_SECONDS = 60  # SLURM may send the signal so much earlier (see sbatch's --signal)
+_EARLY_SECONDS = 60  # SLURM may send the signal this much earlier (see sbatch's --signal)
 # Words that sbatch searches for anywhere in a line of a job's file, and blanks out.
 _OWN_WORDS = re.compile("hetjob|packjob", re.IGNORECASE)
-# What a user has to change for a value of sbatch's option, which need not be an option of this command.
+# sbatch's option -> what a user changes to change its value: a key of the recipe, or an option of this command.
 _SOURCES = {"job-name": "output", "output": "output", "chdir": "the current folder"} | {
     name: f"--{name}" for name in ("time", "partition", "account", "qos", "mem")
 }
@@ -40,8 +40,8 @@ def template() -> str:
 def filled_in(options: Mapping[str, str], command: Sequence[str], *, more: Sequence[str] = ()) -> str:
     """Return launch/slurm.sbatch with the values of `options` (sbatch's long names) and `command` filled in.
 
-    Options that are not in `options` are left out if they are only examples (##SBATCH), and else keep their values.
-    `more` are options as they are written, such as --exclusive.
+    The template's other options keep their values, or are left out if they are only examples (##SBATCH). `more` are
+    added verbatim, such as --exclusive.
     """
     lines = []
     for line in template().splitlines():
@@ -59,12 +59,12 @@ def filled_in(options: Mapping[str, str], command: Sequence[str], *, more: Seque
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the job's file, submit it and return 0; return 2 if the request cannot be followed or sbatch refuses it."""
+    """Write the job's file, submit it and return 0; return 2 if the arguments are wrong or sbatch refuses the job."""
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.notice + _EARLY_SECONDS >= _seconds(arguments.time):
         return _refuse(
-            f"--notice: got {arguments.notice} seconds, and SLURM may be {_EARLY_SECONDS} early, which leaves nothing "
-            f"of --time {arguments.time}: lower --notice, or raise --time"
+            f"--notice: got {arguments.notice} seconds, and SLURM may signal {_EARLY_SECONDS} earlier, which leaves "
+            f"no time to train within --time {arguments.time}: lower --notice, or raise --time"
         )
     with refusals() as refused:
         # Read as the job will read them.
@@ -88,10 +88,10 @@ def main(argv: Sequence[str]) -> int:
         file.write_text(script, encoding="utf-8")
     except OSError as error:
         return _refuse(f"output: {type(error).__name__}: {error}")
-    answer = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
-    if answer.returncode:
-        return _refuse(f"sbatch refuses {file}: {answer.stderr.strip() or answer.stdout.strip()}")
-    job = answer.stdout.strip().partition(";")[0]  # the cluster's name may follow
+    result = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
+    if result.returncode:
+        return _refuse(f"sbatch refuses {file}: {result.stderr.strip() or result.stdout.strip()}")
+    job = result.stdout.strip().partition(";")[0]  # the cluster's name may follow
     log = f"{run}-{job}.log"
     print(
         printable(f"Submitted job {job} ({file}); log: {log}. To see it: squeue -j {job}. To cancel it: scancel {job}")
@@ -130,7 +130,7 @@ def _script(arguments: argparse.Namespace, config: RunConfig) -> str:
         if has_control_characters(word)
     ]
     problems += [
-        f"--sbatch: got {quoted(option)}; allowed: an option as sbatch has it, such as --sbatch=--exclusive"
+        f"--sbatch: got {quoted(option)}; allowed: an option of sbatch with its dashes, such as --sbatch=--exclusive"
         for option in more
         if not re.match(r"--?[A-Za-z]", option)
     ]
@@ -146,7 +146,7 @@ def _misread(source: str, value: str) -> str | None:
     if not value:
         return f"{source}: got nothing; leave the option out"
     if "\\" in value:  # it escapes the next character, in quotes too, and disables %j in the name of a log
-        return f"{source}: got {quoted(value)}, in which sbatch would not read the backslash as such; take it out"
+        return f"{source}: got {quoted(value)}, whose backslash sbatch would read as an escape character; take it out"
     if _OWN_WORDS.search(value):
         return (
             f"{source}: got {quoted(value)}, in which sbatch reads hetjob or packjob as a keyword; choose another name"
@@ -166,10 +166,12 @@ def _parser() -> Parser:
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that override the recipe")
     parser.add_argument("--nodes", type=count, default=1, metavar="N", help="nodes (default 1)")
-    parser.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs of each node, one rank for each")
-    parser.add_argument("--time", type=_time, required=True, metavar="T", help="limit of an attempt, such as 12:00:00")
+    parser.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs per node; one rank runs on each")
+    parser.add_argument(
+        "--time", type=_time, required=True, metavar="T", help="time limit of each attempt, such as 12:00:00"
+    )
     for name in ("partition", "account", "qos", "mem"):
-        parser.add_argument(f"--{name}", metavar="X", help="as sbatch's option")
+        parser.add_argument(f"--{name}", metavar="X", help="passed to sbatch")
     parser.add_argument("--cpus", type=count, metavar="N", help="cores of each rank (CPU offload computes on them)")
     parser.add_argument(
         "--notice",
@@ -192,7 +194,7 @@ def _parser() -> Parser:
 def _time(text: str) -> str:
     if not _TIME.fullmatch(text):
         raise argparse.ArgumentTypeError(
-            f"got {quoted(text)}; allowed: hours:minutes:seconds, with days before: 2-00:00:00"
+            f"got {quoted(text)}; allowed: hours:minutes:seconds, with days as in 2-00:00:00"
         )
     return text
 

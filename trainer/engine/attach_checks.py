@@ -56,7 +56,7 @@ def check_registration(registration: Registration, *, saves: bool, banks: bool, 
     if registration.rebuilt:
         logger.warning(
             "the engine was built with other trainable parameters than the first active set and has been shrunk. "
-            "Call trainer.prepare before deepspeed.initialize to avoid that peak: masters and gradients of %d "
+            "Call trainer.prepare before deepspeed.initialize to avoid that peak: master weights and gradients of %d "
             "parameters instead of %d",
             registration.numel_before,
             trained,

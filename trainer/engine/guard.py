@@ -1,8 +1,8 @@
-"""Guard that exactly the drawn blocks train, on every rank, and that nothing else changes.
+"""Check that exactly the drawn blocks train, on every rank, and that nothing else changes.
 
-The same wrong training has shipped again and again in layer-wise trainers: layers that are drawn and never change,
-frozen layers that do. Neither shows in the loss. The guard looks at the optimizer's own structures at every switch,
-and at a sample of the weights from time to time.
+Layer-wise trainers have repeatedly shipped with one of two faults: drawn layers that never change, or frozen layers
+that do change. The loss shows neither. The guard inspects the optimizer's own structures at every switch, and a sample
+of the weights at some switches.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SAMPLE = 16
 
 
 class GuardError(StrataError, RuntimeError):
-    """Something else trains than what was drawn. Raised on all ranks."""
+    """Raised on all ranks if what trains differs from what was drawn."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class _Snapshot:
 
 
 class Guard:
-    """Compare, at each switch, ranks with each other and the optimizer with the active set.
+    """Compare, at each switch, the active sets of all ranks, and the optimizer with the active set.
 
-    Every `every` steps (0: never) it also remembers a sample of each block's weights at a switch, and checks at the
-    next one that active blocks moved and frozen ones did not. Unless `every` is 0, it names the parameters in the
-    optimizer that no gradient reaches, and stops training if these are `adapters`. Those named in `rare` may have to
-    wait for a gradient: the towers of a multimodal model, until a row has an image.
+    At most once in `every` steps (0: never) it also takes a sample of each block's weights at a switch, and checks at
+    the next switch that active blocks moved and frozen ones did not. Unless `every` is 0, it names the parameters in
+    the optimizer that no gradient reaches, and stops training if these are `adapters`. Those named in `rare` may
+    have to wait for a gradient: the towers of a multimodal model, until a row has an image.
     """
 
     def __init__(
@@ -63,43 +63,46 @@ class Guard:
         self._registration = registration
         self._blocks = blocks
         self._every = every
-        self._expect_motion = expect_motion  # a sparse rule may leave what is sampled alone
+        self._expect_motion = expect_motion  # False for sparse rules: they may not train the sampled weights
         self._silence = Silence(registration, rare) if every and expect_motion else None
         self._adapters = adapters
-        # Kept after it was compared, until the next one, so that memory is the same at every switch.
+        # Kept after its comparison until the next one is taken, so that memory is the same at every switch.
         self._snapshot: _Snapshot | None = None
         self._compared = True
-        self._lr_seen = False
+        self._lr_seen = False  # whether a step since the snapshot had a learning rate above 0
         self._last_check = 0
 
-    def after_step(self, rate: float) -> None:
-        """Call after each applied step: without a learning rate nothing is expected to move. Collective."""
-        self._lr_seen = self._lr_seen or rate > 0
+    def after_step(self, lr: float) -> None:
+        """Record that a step with learning rate `lr` was applied: at 0 nothing is expected to move. Collective."""
+        self._lr_seen = self._lr_seen or lr > 0
         if self._silence is not None:
-            self._report_silent(self._silence.after_step(rate))
+            self._report_silent(self._silence.after_step(lr))
 
     def _report_silent(self, names: list[str]) -> None:
         """Raise `GuardError` on all ranks for adapters that no gradient reaches; log a warning for other weights."""
         if not names:
             return
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        said = f"no gradient has reached {shown} in the steps so far"
+        finding = f"no gradient has reached {shown} in the steps so far"
         if self._adapters:
             raise GuardError(
-                f"the guard stopped training: {said}. These adapters do not learn: the model does not use the modules "
-                "that they sit on, or reads their weights past the adapters. Leave these modules out "
+                f"the guard stopped training: {finding}. These adapters do not learn: the model does not use the "
+                "modules that they adapt, or reads the weights of these modules directly. Leave these modules out "
                 "(substrate.peft.exclude_modules or target_modules), or set train.guard_every=0 to train anyway"
             )
         if dist.get_rank() == 0:
-            logger.warning("%s: the model does not use these weights; at most weight decay changes them", said)
+            logger.warning("%s: the model does not use these weights; at most weight decay changes them", finding)
 
     def due(self, step: int) -> bool:
-        """Return whether the switch before `step` takes a sample."""
+        """Return whether the guard takes a sample at the switch before `step`."""
         return bool(self._every) and (step == 0 or step - self._last_check >= self._every)
 
     def before_switch(self) -> tuple[list[int] | None, str | None]:
-        """Return what moved on this rank since the last sample: for each block 1 if it moved or did not have to, and a
-        description of what moved that should not have. (None, None) without a sample."""
+        """Compare this rank's weights with the last sample; return (None, None) if there is none to compare.
+
+        Otherwise, return 0 for each block that should have moved and did not, 1 for all others; and a description of
+        the frozen blocks that moved, or None.
+        """
         if self._silence is not None:
             self._report_silent(self._silence.look())
         before = self._snapshot
@@ -125,24 +128,26 @@ class Guard:
         moved: list[int] | None = None,
         problem: str | None = None,
     ) -> None:
-        """Compare everything at once, with one small all-reduce; raises `GuardError` on all ranks alike.
+        """Check ranks, registration and movement with one small all-reduce. Raises `GuardError` on all ranks.
 
-        A block counts as moved if it did on any rank: a rank may store only weights that had no gradient.
+        `moved` and `problem` are the results of `before_switch`. A block counts as moved if it moved on any rank: a
+        rank may store only weights that had no gradient.
         """
         problem = problem or self._registered_problem(expected)
         digest = hashlib.blake2b(repr((interval, active)).encode(), digest_size=6).digest()
         number = int.from_bytes(digest, "little")  # 48 bits: exact in int64 with either sign
         device = get_accelerator().current_device_name()
+        # The maximum of -number is minus the least number: all ranks agree if it is minus the greatest.
         ballot = [number, -number, int(problem is not None), *(moved or [])]
         votes = torch.tensor(ballot, dtype=torch.int64, device=device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        # ZeRO-3 relies on this as well: its gather stream does not wait for the copies of a switch, the host does here.
-        highest, lowest, any_problem, *moved_anywhere = votes.tolist()
+        # `tolist` makes the host wait for the copies of the switch. ZeRO-3's gather stream, which does not, needs this.
+        highest, minus_lowest, any_problem, *moved_anywhere = votes.tolist()
         still = [index for index, any_rank in enumerate(moved_anywhere) if not any_rank]
         if still and self._snapshot is not None:
             since = f"since step {self._snapshot.step}"
-            problem = problem or f"{since}: blocks {still} were active but none of their sampled masters moved"
-        if highest != -lowest or any_problem or still:
+            problem = problem or f"{since}: blocks {still} were active but none of their sampled master weights moved"
+        if highest != -minus_lowest or any_problem or still:
             self._raise_together(interval, active, problem)
         self._compared = True
         if self.due(step):
@@ -176,7 +181,7 @@ class Guard:
         return [torch.cat([shard(p)[:_SAMPLE] for p in block.parameters.values()]) for block in self._blocks]
 
     def _sample_masters(self, active: tuple[int, ...]) -> dict[int, Tensor]:
-        """Return samples of masters by block. Masters rather than weights: bf16 weights may round a small step away."""
+        """Return samples of master weights by block. In bf16 weights a small step may be rounded away."""
         owner = {id(p): index for index in active for p in self._blocks[index].parameters.values()}
         samples: dict[int, list[Tensor]] = {index: [] for index in active}
         for number, group in enumerate(self._registration.groups):

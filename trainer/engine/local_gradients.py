@@ -36,16 +36,16 @@ class LocalGradients:
         self._entries: dict[str, Tensor] = {}
 
     def replace(
-        self, parameters: Mapping[str, nn.Parameter], *, keep: bool, renewed: Collection[str] = frozenset()
+        self, parameters: Mapping[str, nn.Parameter], *, keep: bool, reset: Collection[str] = frozenset()
     ) -> None:
         """Train `parameters`, and freeze those trained before that are not among them. The others keep their state,
-        except `renewed`, which start anew. `keep` says that the state of frozen ones is needed again."""
+        except `reset`, which start with fresh state. `keep` says that the state of frozen ones is needed again."""
         for name in self._active.keys() - parameters.keys():
             self._active[name].requires_grad_(False)
             self._rule.leave(name, keep=keep)
-        for name in self._active.keys() & renewed:
+        for name in self._active.keys() & reset:
             self._rule.leave(name, keep=False)
-        entering = [name for name in parameters if name not in self._active or name in renewed]
+        entering = [name for name in parameters if name not in self._active or name in reset]
         for handle in self._handles:
             handle.remove()
         for name in entering:

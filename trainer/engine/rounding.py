@@ -1,7 +1,8 @@
-"""Measure what is lost when a block is frozen again without its fp32 master: updates below the weights' precision.
+"""Measure what is lost when a block is frozen again without its fp32 master weights: updates below the precision of its
+weights.
 
-A bf16 weight of 0.02 has a unit in the last place of 1.2e-4. A master remembers smaller steps, but bank `discard` drops
-it at the switch, and only what the weights show is left of the interval's update.
+A bf16 weight of 0.02 has a unit in the last place of 1.2e-4. Its master weight accumulates smaller steps, but bank
+`discard` drops it at the switch. Of the interval's update, only the part that the bf16 weight shows remains.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ _SAMPLE = 64
 
 
 class RoundingLoss:
-    """Follow a sample of masters through an interval; `share` is the part of their update that the last switch lost.
+    """Follow a sample of master weights through an interval.
 
-    0: nothing; 1: every sampled weight is what it was before the interval. None before the first switch.
+    `share` is the part of their update that the last switch lost. 0: nothing; 1: every sampled weight is what it was
+    before the interval. None before the first switch.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -37,12 +39,12 @@ class RoundingLoss:
         self._updates.append((after - before, after.to(self._dtype).float() - before))
 
     def finish(self) -> None:
-        """Sum up after a switch what left in it."""
+        """Compute `share` after a switch, from the groups that left."""
         if self._updates:
             wanted, kept = (torch.cat(parts).abs() for parts in zip(*self._updates, strict=True))
             self._updates.clear()
-            if wanted.any():  # not so in an interval without a learning rate
-                # What rounds up moves further than it should; that is noise rather than learning.
+            if wanted.any():  # all 0 in an interval with learning rate 0
+                # A weight that is rounded up moves further than its master weight; that is noise, not learning.
                 self.share = float(1 - torch.minimum(wanted, kept).sum() / wanted.sum())
 
 

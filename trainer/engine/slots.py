@@ -1,4 +1,4 @@
-"""Which block is in which optimizer groups. Independent of DeepSpeed."""
+"""Record which block is in which optimizer groups. Independent of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from trainer.model.blocks import Block, BlockError, decays
 from trainer.updates import UpdateRule
 
-# The name of a parameter that DeepSpeed's optimizer contains if the update rule leaves it nothing else.
+# Name of the only parameter of DeepSpeed's optimizer if the update rule trains everything else itself.
 PLACEHOLDER = "strata_placeholder"
 
 
@@ -42,8 +42,8 @@ class Slots:
         """Return the indices of the blocks in the slots, ascending."""
         return tuple(sorted(self.members))
 
-    def numbers(self, slot: int) -> range:
-        """Return the numbers of a slot's groups."""
+    def group_indices(self, slot: int) -> range:
+        """Return the indices of a slot's groups among all groups."""
         size = len(self._decay_classes)
         return range(slot * size, (slot + 1) * size)
 
@@ -53,7 +53,7 @@ class Slots:
         return of_blocks + [group for _, _, group in self._always_on_groups()]
 
     def groups_of(self, index: int) -> list[dict[str, nn.Parameter]]:
-        """Return the groups that block `index` has when it is in a slot."""
+        """Return the groups of block `index` when it is in a slot."""
         parameters = self._in_optimizer(index)
         return [{n: p for n, p in parameters.items() if decays(p) == decayed} for decayed in self._decay_classes]
 
@@ -106,7 +106,7 @@ class Slots:
         return {name: p for name, p in block.parameters.items() if name in names}
 
     def _find_decay_classes(self) -> tuple[bool, ...]:
-        """Return the decay classes (True: decayed) of every block, not empty ones: DeepSpeed drops empty groups."""
+        """Return the decay classes (True: decayed) of every block, without empty ones: DeepSpeed drops empty groups."""
         by_block = {
             tuple(sorted({decays(p) for p in self._in_optimizer(block.index).values()}, reverse=True))
             for block in self._blocks

@@ -260,7 +260,7 @@ class Sparse:
                 keys = stored.keys() - {"weight"} if self.bank.keeps or name in active else {"indices"}
                 self.update.restore(name, {key: value for key, value in stored.items() if key in keys})
         attached.local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps)
-        switcher.follow_rounding()
+        switcher.measure_rounding()
         switcher.rounded_away = state.get("rounded_away")
 
     def compare_ranks(self) -> None:
@@ -375,10 +375,10 @@ class Sparse:
         registration, guard = attached.registration, attached.guard
         self.change()
         moved, problem = guard.before_switch()
-        renew = self.redrawn == "reset" and self.selector.changes(len(self.blocks))
-        staying = attached.switcher.switch(self.selector.select(interval, len(self.blocks)), renew=renew)
-        renewed = self._slots.of_rule(staying if renew else ()).keys()
-        attached.local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps, renewed=renewed)
+        reset = self.redrawn == "reset" and self.selector.changes(len(self.blocks))
+        staying = attached.switcher.switch(self.selector.select(interval, len(self.blocks)), reset=reset)
+        reset_parameters = self._slots.of_rule(staying if reset else ()).keys()
+        attached.local.replace(self._slots.trained_by_rule(), keep=self.bank.keeps, reset=reset_parameters)
         order = attached.fetch_order.after_switch(registration.fetch_order(), lowest=self.active[0])
         if order is not None:
             registration.expect_fetch_order(order)

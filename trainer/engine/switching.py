@@ -21,13 +21,14 @@ class StateSource(Protocol):
     """A store of fp32 master weights and moments, read parameter by parameter."""
 
     def has_state(self, names: Sequence[str]) -> bool:
-        """Return whether the store contains masters for all of `names`."""
+        """Return whether the store contains master weights for all of `names`."""
 
     def layout(self, names: Sequence[str]) -> tuple[set[str], dict[str, float]]:
-        """Return the names of the stored moments, and the common scalars, of `names`: the parameters of one group."""
+        """Return which moments are stored for `names`, the parameters of one group, and their common scalars, such as
+        the step count."""
 
     def load(self, slices: Sequence[Slice]) -> None:
-        """Fill the tensors of `slices` with what the store contains of their ranges."""
+        """Fill the tensors of `slices` with the stored values of their ranges."""
 
     def entries(self, name: str) -> dict[str, torch.Tensor]:
         """Return all ranks' `indices` and values if a sparse update rule trains the parameter `name`, else {}."""
@@ -42,12 +43,12 @@ class Switcher:
         self._slots = slots
         self._blocks = blocks
         self._rounding: RoundingLoss | None = None
-        self.follow_rounding()
+        self.measure_rounding()
 
-    def switch(self, drawn: Sequence[int], *, renew: bool) -> list[int]:
+    def switch(self, drawn: Sequence[int], *, reset: bool) -> list[int]:
         """Put the blocks `drawn` into the slots. Returns those that were in a slot already.
 
-        A block that stays keeps its slot. With `renew` its optimizer state starts anew, otherwise it is kept.
+        A block that stays keeps its slot. With `reset` its optimizer state is reset, otherwise it is kept.
         """
         members = self._slots.members
         entering = [index for index in drawn if index not in members]
@@ -55,8 +56,8 @@ class Switcher:
         for slot, index in enumerate(members):
             if index not in drawn:
                 self._replace(slot, entering.pop(0))
-            elif renew:
-                self._renew(slot)
+            elif reset:
+                self._reset(slot)
         if self._rounding is not None:
             self._rounding.finish()
         return staying
@@ -64,25 +65,25 @@ class Switcher:
     def restore(self, members: Sequence[int], source: StateSource) -> None:
         """Put the blocks `members` into the slots, in this order, and load their state and the bank's from `source`.
 
-        The order matters: sums over groups depend on the order of their tensors.
+        The order matters: rounding makes sums over groups depend on the order of their tensors.
         """
         if self._bank.keeps:
             self._bank.clear()  # left over from before the resume; no longer valid
             self._fill_bank(members, source)
         self._arrange(members)
-        for number, group in enumerate(self._slots.groups()):
-            self._load_group(number, group, source)
+        for group_index, group in enumerate(self._slots.groups()):
+            self._load_group(group_index, group, source)
 
-    def follow_rounding(self) -> None:
-        """Begin to measure what switches lose by dropping masters, if these are more precise than the weights."""
+    def measure_rounding(self) -> None:
+        """Start to measure what switches lose by dropping master weights, unless weights are as precise as these."""
         dtype = next(iter(self._blocks[0].parameters.values())).dtype
         if self._bank.keeps or dtype is torch.float32:
             return
         rounding = RoundingLoss(dtype)
         for slot in range(len(self._slots.members)):
-            for number in self._slots.numbers(slot):
-                with self._registration.resident(number):
-                    rounding.enter(number, self._registration.masters(number))
+            for group_index in self._slots.group_indices(slot):
+                with self._registration.resident(group_index):
+                    rounding.enter(group_index, self._registration.masters(group_index))
         self._rounding = rounding
 
     @property
@@ -96,35 +97,36 @@ class Switcher:
             self._rounding.share = share
 
     def _replace(self, slot: int, index: int) -> None:
-        """Bank the state of a slot's block, put block `index` into the slot, and restore its state from the bank."""
+        """Bank the state of the block in `slot`, put block `index` there, and restore its state from the bank."""
         registration, bank = self._registration, self._bank
         self._slots.members[slot] = index
-        for number, parameters in self._numbered_groups(slot, index):
-            with registration.resident(number):
+        for group_index, parameters in self._indexed_groups(slot, index):
+            with registration.resident(group_index):
                 if bank.keeps:
-                    bank.put(registration.slices(number))
-                with self._measuring_rounding(number):
-                    registration.refill(number, parameters)
+                    bank.put(registration.slices(group_index))
+                with self._measuring_rounding(group_index):
+                    registration.refill(group_index, parameters)
                 if bank.holds(list(parameters)):
-                    registration.materialise_state(number, *bank.layout(list(parameters)))
-                    bank.take(registration.slices(number))
+                    registration.materialise_state(group_index, *bank.layout(list(parameters)))
+                    bank.take(registration.slices(group_index))
 
-    def _renew(self, slot: int) -> None:
-        for number in self._slots.numbers(slot):
-            with self._registration.resident(number), self._measuring_rounding(number):
-                self._registration.renew(number)
+    def _reset(self, slot: int) -> None:
+        for group_index in self._slots.group_indices(slot):
+            with self._registration.resident(group_index), self._measuring_rounding(group_index):
+                self._registration.reset(group_index)
 
     @contextmanager
-    def _measuring_rounding(self, number: int) -> Iterator[None]:
-        """Measure what a group loses when its masters are replaced, while inside, by copies of its weights."""
+    def _measuring_rounding(self, group_index: int) -> Iterator[None]:
+        """Measure what a group loses when the `with` block replaces its master weights by copies of its weights."""
         if self._rounding is not None:
-            self._rounding.leave(number, self._registration.masters(number))
+            self._rounding.leave(group_index, self._registration.masters(group_index))
         yield
         if self._rounding is not None:
-            self._rounding.enter(number, self._registration.masters(number))
+            self._rounding.enter(group_index, self._registration.masters(group_index))
 
     def _fill_bank(self, members: Sequence[int], source: StateSource) -> None:
-        """Load each block outside `members` into a slot, then bank it: slices in the bank have a slot's layout."""
+        """Load each block outside `members` into a slot and bank it from there, so that banked slices have the layout
+        of a slot."""
         for block in self._blocks:
             groups = self._slots.groups_of(block.index)
             names = [name for group in groups for name in group]
@@ -133,14 +135,14 @@ class Switcher:
             current = self._slots.members
             slot = current.index(block.index) if block.index in current else 0
             self._move(slot, block.index)
-            for number, group in self._numbered_groups(slot, block.index):
-                self._load_group(number, group, source)
-                with self._registration.resident(number):
-                    self._bank.put(self._registration.slices(number))
+            for group_index, group in self._indexed_groups(slot, block.index):
+                self._load_group(group_index, group, source)
+                with self._registration.resident(group_index):
+                    self._bank.put(self._registration.slices(group_index))
 
     def _arrange(self, members: Sequence[int]) -> None:
-        """Move every block into its slot. Blocks that are in each other's slots are moved by way of a block
-        that does not train, which takes a slot meanwhile."""
+        """Move every block into its slot. If blocks occupy each other's slots, one of them is first replaced by a block
+        outside `members`, which leaves again."""
         current = self._slots.members
         while current != list(members):
             free = [slot for slot, index in enumerate(members) if index not in current]
@@ -151,20 +153,20 @@ class Switcher:
                 self._move(wrong, next(block.index for block in self._blocks if block.index not in current))
 
     def _move(self, slot: int, index: int) -> None:
-        """Put block `index` into a slot with fresh state; the state of the block that leaves is dropped."""
+        """Put block `index` into a slot with fresh state, and drop the state of the block that leaves."""
         if self._slots.members[slot] == index:
             return
-        for number, parameters in self._numbered_groups(slot, index):
-            with self._registration.resident(number):
-                self._registration.refill(number, parameters)
+        for group_index, parameters in self._indexed_groups(slot, index):
+            with self._registration.resident(group_index):
+                self._registration.refill(group_index, parameters)
         self._slots.members[slot] = index
 
-    def _load_group(self, number: int, group: Mapping[str, nn.Parameter], source: StateSource) -> None:
+    def _load_group(self, group_index: int, group: Mapping[str, nn.Parameter], source: StateSource) -> None:
         registration = self._registration
-        with registration.resident(number):
-            registration.forget_state(number)  # left over from before the resume; no longer valid
-            registration.materialise_state(number, *source.layout(list(group)))
-            source.load(registration.slices(number))
+        with registration.resident(group_index):
+            registration.forget_state(group_index)  # left over from before the resume; no longer valid
+            registration.materialise_state(group_index, *source.layout(list(group)))
+            source.load(registration.slices(group_index))
 
-    def _numbered_groups(self, slot: int, index: int) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
-        return zip(self._slots.numbers(slot), self._slots.groups_of(index), strict=True)
+    def _indexed_groups(self, slot: int, index: int) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
+        return zip(self._slots.group_indices(slot), self._slots.groups_of(index), strict=True)

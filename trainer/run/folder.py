@@ -3,17 +3,17 @@
 The same command in the same place uses the same folder. What is in `output` decides what a command does:
 
     what is there                         same settings            other settings
-    nothing of a run                      begins                   begins
-    settings, and no checkpoint yet       begins once more         another folder, and says so
-    checkpoints, and no model             resumes                  resumes with what may change; else it is refused
-    the model: it is finished             exit code 0, says so     another folder, and names `resume=` to resume from it
-    the model, cut or emptied             refused, names the file  another folder
+    no run                                starts a run             starts a run
+    settings, no checkpoint yet           starts the run again     another folder, and says so
+    checkpoints, no model yet             resumes                  resumes if all changes are allowed, else refused
+    a model: the run is finished          exit code 0, says so     another folder, and names `resume=` to resume from it
+    a model, truncated or emptied         refused, names the file  another folder
     settings that cannot be read          another folder, and says so; refused if there are checkpoints
 
 "Another folder" is the first of OUTPUT-2, OUTPUT-3, ... for which the table does not say "another folder" again.
-`resume: never` chooses the first that contains nothing of a run. `resume: PATH` chooses the first that is PATH itself,
-contains nothing of a run, or belongs to a run that began with the same `resume`. A job that its scheduler has started
-again always finds its own folder.
+`resume: never` chooses the first that contains no run. `resume: PATH` chooses the first that is PATH itself, contains
+no run, or contains a run started with the same `resume`. A job that its scheduler has requeued always finds its own
+folder.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ from trainer.run.resuming import (
 
 SETTINGS = "config.yaml"
 _WRITTEN_LAST = ("model", "adapter")
-_OF_TRAINING = ("metrics.jsonl", *_WRITTEN_LAST, "importance.png", "checkpoints")
-_OF_A_RUN = (SETTINGS, *_OF_TRAINING, "tensorboard")
-# The most that are printed: settings in a remark, and remarks.
+_TRAINING_ENTRIES = ("metrics.jsonl", *_WRITTEN_LAST, "importance.png", "checkpoints")
+_RUN_ENTRIES = (SETTINGS, *_TRAINING_ENTRIES, "tensorboard")
+# How many settings a remark lists at most, and how many remarks are printed at most.
 _MAX_SETTINGS, _MAX_REMARKS = 4, 3
 
 
@@ -65,7 +65,7 @@ class RunFolder:
     """The folder to which a run writes, known on all ranks, and its lease, on rank 0."""
 
     path: Path
-    origin: Origin | None  # the checkpoint from which it resumes; None: it begins anew
+    origin: Origin | None  # the checkpoint from which it resumes; None: it starts anew
     remarks: tuple[str, ...]  # to print, about this folder and those that were not chosen
     lease: Lease | None = None
 
@@ -96,23 +96,23 @@ def start_run_folder(
     If the run is refused before training, what it wrote is removed again. So is the folder if it is then empty: other
     files in it may be the user's.
     """
-    with ExitStack() as leaving:
+    with ExitStack() as cleanup:
         # A main thread that waits in a collective when the run ends cannot clean up.
         if watch is not None:
-            watch.before_leaving(leaving.close)
+            watch.before_leaving(cleanup.close)
         lease: Lease | None = None
 
         def choose() -> RunFolder:
-            nonlocal lease
-            chosen, lease = take_folder(config, data, leaving)
+            nonlocal lease  # kept on rank 0: what is returned is sent to all ranks
+            chosen, lease = take_folder(config, data, cleanup)
             return chosen
 
         chosen: RunFolder = ask_rank_0(choose)
         yield replace(chosen, lease=lease)
 
 
-def take_folder(config: RunConfig, data: Collection[str], leaving: ExitStack) -> tuple[RunFolder, Lease]:
-    """Decide on rank 0 where to train, and acquire the lease of that folder until `leaving` is closed. Raises what
+def take_folder(config: RunConfig, data: Collection[str], cleanup: ExitStack) -> tuple[RunFolder, Lease]:
+    """Decide on rank 0 where to train, and acquire the lease of that folder until `cleanup` is closed. Raises what
     `start_run_folder` raises."""
     holder = this_process()
     while True:
@@ -123,13 +123,13 @@ def take_folder(config: RunConfig, data: Collection[str], leaving: ExitStack) ->
             raise
         chosen.path.mkdir(parents=True, exist_ok=True)
         lease = Lease(chosen.path, holder)
-        leaving.callback(_leave, lease)  # before it is taken: a signal raises an exception at any moment
+        cleanup.callback(_leave, lease)  # registered before `take`: a signal may raise an exception at any moment
         lease.take()
-        if _inspect(chosen.path).state is not before.state:  # another job has used it since then
+        if _inspect(chosen.path).state is not before.state:  # another job has used it meanwhile: choose again
             lease.release()
             continue
         if chosen.origin is not None:
-            chosen.origin.find(config)  # refuses settings that do not fit before a model is built
+            chosen.origin.find(config)  # raises if the settings do not fit, before a model is built
         with lease.held():
             _tidy(chosen.path)
         if before.state is not State.STOPPED:
@@ -138,7 +138,7 @@ def take_folder(config: RunConfig, data: Collection[str], leaving: ExitStack) ->
 
 
 def would_resume(config: RunConfig, data: Collection[str]) -> RunState | None:
-    """Return the record of the run that a run with `config` would resume now, or None if it would begin anew.
+    """Return the record of the run that a run with `config` would resume now, or None if it would start anew.
 
     Raises what `start_run_folder` raises, but writes nothing and does not communicate with other ranks.
     """
@@ -153,13 +153,13 @@ def _leave(lease: Lease) -> None:
     has taken over is not changed."""
     folder = lease.folder
     with suppress(LeaseError, OSError), lease.held():
-        if not any(os.path.lexists(folder / name) for name in _OF_TRAINING):
+        if not any(os.path.lexists(folder / name) for name in _TRAINING_ENTRIES):
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
             disk.remove(folder / SETTINGS)
             _tidy(folder)
     if lease.release():
         with suppress(OSError):
-            folder.rmdir()  # which fails if it is not empty
+            folder.rmdir()  # fails if it is not empty
 
 
 def _write_settings(lease: Lease, config: RunConfig) -> None:
@@ -179,16 +179,16 @@ def _tidy(folder: Path) -> None:
 class State(Enum):
     """The progress of the run in a folder."""
 
-    FREE = auto()
-    BEGUN = auto()
-    STOPPED = auto()
-    FINISHED = auto()
-    UNKNOWN = auto()
+    FREE = auto()  # no run
+    BEGUN = auto()  # settings, but no checkpoint
+    STOPPED = auto()  # checkpoints, but no model
+    FINISHED = auto()  # a model
+    UNKNOWN = auto()  # a run whose settings cannot be read
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """The content of a folder. `settings`: all readable records of the run's settings, the most trusted first."""
+    """The content of a folder. `settings` are all readable records of the run's settings, the most trusted first."""
 
     folder: Path
     state: State
@@ -198,7 +198,7 @@ class _Contents:
     has_checkpoints: bool = False
 
     def differences(self, config: RunConfig, data: Collection[str]) -> list[Difference]:
-        """Return how the run there differs from `config`, by whichever record of its settings differs least."""
+        """Return how the run there differs from `config`. Of its recorded settings, those that differ least count."""
         different = min((of_another_run(values, config) for values in self.settings), key=len, default=[])
         before = None if self.saved is None else self.saved.data.get("data")
         if isinstance(before, str) and data and before not in data:
@@ -212,7 +212,7 @@ class _Contents:
 
 
 def _inspect(folder: Path) -> _Contents:
-    if not any(os.path.lexists(folder / name) for name in _OF_A_RUN):
+    if not any(os.path.lexists(folder / name) for name in _RUN_ENTRIES):
         return _Contents(folder, State.FREE)
     store = Store(folder)
     steps = store.steps()
@@ -238,7 +238,7 @@ def _inspect(folder: Path) -> _Contents:
 
 
 def _written_last(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
-    """Return what a run with `settings` writes last, including a merged model that it failed to write so far."""
+    """Return the models that a run with `settings` writes last, whether or not they exist yet."""
     substrate = settings["substrate"]
     last = ["adapter"] * (substrate["name"] == "adapter") + ["model"] * (substrate.get("merge") is True)
     return [folder / name for name in last or ["model"]]
@@ -259,6 +259,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _names_substrate(values: dict[str, Any]) -> bool:
+    """Return whether `values` look like the settings of a run, whose substrate other functions read."""
     return isinstance(values.get("substrate"), dict) and "name" in values["substrate"]
 
 
@@ -267,7 +268,7 @@ def _names_substrate(values: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class _Accepted:
-    """The run trains in this folder, and resumes from `origin`; None: it begins anew."""
+    """The run trains in this folder. It resumes from `origin`, or starts anew if that is None."""
 
     origin: Origin | None
     remark: str = ""
@@ -281,7 +282,7 @@ def _choose_folder(config: RunConfig, data: Collection[str], holder: Holder) -> 
         found = _inspect(folder)
         verdict = _judge(found, config, data, holder)
         if isinstance(verdict, _Accepted):
-            does = "begins anew" if verdict.origin is None else "resumes"
+            does = "starts anew" if verdict.origin is None else "resumes"
             remarks = [f"{reason}; this run {does} in {folder}" for reason in reasons[-_MAX_REMARKS:]]
             return found, RunFolder(folder, verdict.origin, (*remarks, *filter(None, [verdict.remark])))
         reasons += filter(None, [verdict])
@@ -289,7 +290,7 @@ def _choose_folder(config: RunConfig, data: Collection[str], holder: Holder) -> 
 
 
 def _judge(found: _Contents, config: RunConfig, data: Collection[str], holder: Holder) -> _Accepted | str:
-    """Return `_Accepted` if the run trains in this folder, else the reason; an empty string if that needs no remark."""
+    """Return `_Accepted` if the run trains in this folder, else a remark that says why not, or "" if none is needed."""
     folder, resume = found.folder, config.resume
     origin = named(resume) if resume not in ("auto", "never") else None
     if found.state is State.FREE:
@@ -303,20 +304,20 @@ def _judge(found: _Contents, config: RunConfig, data: Collection[str], holder: H
         if same_start and not different:
             for model in _written_last(folder, found.settings[0]):
                 if problem := damage_of(model, adapter=model.name == "adapter"):
-                    then = "resumes from the newest checkpoint" if found.has_checkpoints else "trains anew"
+                    then = "resumes from the newest checkpoint" if found.has_checkpoints else "starts anew"
                     raise CheckpointError(f"{problem}. Remove {model}, and the same command {then}")
             raise FinishedError(_finished_message(found), folder)
         return "" if origin is not None else _other_finished_message(found, different)
     lease = read_lease(folder)
     if lease is not None and lives(folder, lease, holder):
-        return _Accepted(None)  # taking the lease will be refused, with a message that names that job
+        return _Accepted(None)  # then `take` refuses, and its message names the job that has the lease
     if found.state is State.UNKNOWN:
         if found.has_checkpoints and origin is None:
             raise CheckpointError(
-                f"output: {folder} has checkpoints, and the settings of their run cannot be read: {found.problem}. Put "
-                f"{SETTINGS} back as it was, or set another output or resume=never"
+                f"output: {folder} has checkpoints, but the settings of their run cannot be read: {found.problem}. "
+                f"Restore {SETTINGS}, or set another output or resume=never"
             )
-        return f"{folder} contains no run that can be read ({found.problem}) and is left alone"
+        return f"{folder} contains no readable run ({found.problem}) and is not changed"
     if found.state is State.BEGUN:
         if same_start and (requeued or not different):
             return _Accepted(origin)
@@ -346,7 +347,7 @@ def _output(config: RunConfig) -> Path:
 
 
 def _is_same_job(found: _Contents, holder: Holder) -> bool:
-    """Return whether an earlier start of the same job trained there."""
+    """Return whether an earlier attempt of the same job trained there."""
     if not holder.restart:
         return False
     if found.saved is not None and found.saved.job == holder.job:
@@ -371,8 +372,8 @@ def _clear_up(folder: Path, holder: Holder) -> None:
 def _finished_message(found: _Contents) -> str:
     model = next(name for name in ("adapter", "model") if (found.folder / name).exists())
     message = (
-        f"The run in {found.folder} is finished, and there is nothing left to do: see {found.folder / model}. To train "
-        "it anew, set resume=never or another output"
+        f"The run in {found.folder} is finished, and there is nothing left to do: see {found.folder / model}. To start "
+        "anew, set resume=never or another output"
     )
     return f"{message}. {found.problem}" if found.problem else message
 
@@ -380,7 +381,7 @@ def _finished_message(found: _Contents) -> str:
 def _other_finished_message(found: _Contents, different: list[Difference]) -> str:
     message = f"{found.folder} contains a finished run with other settings ({_listed(different)})"
     if found.has_checkpoints and can_resume(different):
-        message += f", which resume={found.folder} continues"
+        message += f"; resume={found.folder} resumes from it"
     return message
 
 

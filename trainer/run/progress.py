@@ -198,7 +198,7 @@ def _up_to(step: int, file: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], s
     """Return the lines of steps up to `step`, without the summary at a run's end, and a message about those that cannot
     be read."""
     if file.is_symlink():
-        return [], f"{file} was a link, which is never followed: the file begins anew"
+        return [], f"{file} was a link, which is never followed: the file starts anew"
     readable, damaged = read_metrics(file)
     kept = [(line, record) for line, record in readable if record["step"] <= step and record.keys() & {*_OF_STEPS}]
     if not damaged:

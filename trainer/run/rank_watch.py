@@ -1,10 +1,10 @@
 """End all ranks of a run within seconds of the first that fails, and print once why.
 
-Launchers do this late (DeepSpeed's gives each rank half a minute), only on one machine, or not at all (ranks started by
+Launchers do this late (DeepSpeed's gives each rank half a minute), only on one node, or not at all (ranks started by
 hand or by srun). A rank that waits in a collective runs neither exception handlers nor Python's signal handlers. So
-every rank runs two threads. One watches processes: its launcher, and the ranks on the same machine. The other watches a
-key in a store that all ranks share: a rank that fails writes its exit code there. Imports no torch, because watching
-begins before that.
+every rank runs two threads. One watches processes: its launcher, and the ranks on the same node. The other watches a
+key in a store that all ranks share: a rank that fails writes its exit code there. This module does not import torch,
+because watching begins before that.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ _GRACE_SECONDS = 5.0
 _DOUBT_SECONDS = 2.0
 _LAST_WORD_SECONDS = 1.0
 _POLL_SECONDS = 0.5
-# How long a rank that fails before it has met the others tries to reach them.
+# How long a rank tries to reach the others if it fails before it has connected to the store.
 _PATIENCE_SECONDS = 10.0
-_END, _MET, _HEARD, _LINE = "end", "met", "heard", "line"
+# Keys in the store: who ended the run; how many ranks have connected, and how many know of the end; rank 0's port.
+_END, _MET, _HEARD, _PORT = "end", "met", "heard", "port"
 # Variables that are equal for all ranks of a run.
 _OF_A_RUN = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
 
@@ -60,7 +61,7 @@ class _Process:
 
 
 class RankWatch:
-    """Watch the other ranks from this one. `watching` starts it, `meet` connects it with ranks on other machines.
+    """Watch the other ranks from this one. `watching` starts it, `meet` connects it with ranks on other nodes.
 
     `fail` ends the run. In a group of one, only the launcher is watched.
     """
@@ -75,27 +76,27 @@ class RankWatch:
         self._alone = ranks == 1
         self._lock = threading.Lock()
         self._code: int | None = None  # of the run, once it has ended
-        self._resting = threading.Event()
+        self._finished = threading.Event()
         self._launcher_gone = False
-        self._here: dict[int, _Process] = {rank: self._self}
-        self._dead: list[_Process] = []  # had ended before they could be watched
+        self._on_this_node: dict[int, _Process] = {rank: self._self}
+        self._ended_early: list[_Process] = []  # before they could be watched
         self._selector = selectors.DefaultSelector()
         self._everyone: list[_Process] = []  # known once all have met
-        self._lines: list[socket.socket] = []
+        self._connections: list[socket.socket] = []
         self._clean_up: list[Callable[[], object]] = []
 
     # --- beginning and end ---------------------------------------------------------------------------------------
 
     @contextmanager
     def watching(self) -> Iterator[RankWatch]:
-        """Watch the launcher and the ranks on this machine while inside."""
+        """Watch the launcher and the ranks on this node during the `with` block."""
         self._watch_launcher()
         self._find_siblings()
         threading.Thread(target=self._watch_processes, name="process watch", daemon=True).start()
         try:
             yield self
         finally:
-            self.rest()
+            self.finish()
 
     def meet(self, timeout: timedelta) -> None:
         """Open the store on rank 0, or connect to it; `timeout` is how long to wait for rank 0.
@@ -112,23 +113,25 @@ class RankWatch:
         self._store_watch = threading.Thread(target=self._watch_store, name="store watch", daemon=True)
         self._store_watch.start()
 
-    def rest(self) -> None:
+    def finish(self) -> None:
         """Stop watching: all ranks have finished their work."""
-        self._resting.set()
-        # Python ends daemon threads where they are when it exits, and in the C++ of the store that aborts the process.
+        self._finished.set()
+        # At exit Python stops daemon threads wherever they are. Inside the store's C++ code, that aborts the process.
         if self._store_watch is not None:
             self._store_watch.join(timeout=_GRACE_SECONDS)
 
     def before_leaving(self, clean_up: Callable[[], object]) -> None:
-        """Call `clean_up` in another thread, for a few seconds at most, before this process is ended from here, where
-        Python does not unwind the stack of the main thread."""
+        """Call `clean_up` before this object ends the process, which does not unwind the main thread's stack.
+
+        It runs in another thread, for a few seconds at most.
+        """
         self._clean_up.append(clean_up)
 
     def fail(self, code: int, message: str | None = None, *, expected: bool = True) -> NoReturn:
         """End all ranks with exit code `code`. `message` is printed once for all ranks that fail.
 
-        A rank that fails because another one failed before it prints nothing and exits with that one's code.
-        `expected`: rank 0 may print without waiting for the others.
+        If another rank has failed before, this one prints nothing and exits with that rank's code. `expected`: all
+        ranks are likely to fail alike, so rank 0 prints at once, without naming a rank.
         """
         self._leave_after(2 * _GRACE_SECONDS + _PATIENCE_SECONDS)
         if message is not None and self._store is None and not self._alone and not self._ended():
@@ -140,7 +143,7 @@ class RankWatch:
             time.sleep(0.05)
         if not self._ended():
             named = message is not None and (rank > 0 or not expected)
-            self._claim(code, f"rank {rank}: {message}" if named else message)
+            self._end_run(code, f"rank {rank}: {message}" if named else message)
         self._leave()
 
     # --- the end -------------------------------------------------------------------------------------------------
@@ -150,26 +153,26 @@ class RankWatch:
         if self._code is None and self._store is not None:
             with suppress(Exception):  # rank 0 is gone, and the store with it
                 if self._store.check([_END]):
-                    self._conclude(json.loads(self._store.get(_END))["code"])
+                    self._accept_end(json.loads(self._store.get(_END))["code"])
         return self._code is not None
 
-    def _claim(self, code: int, message: str | None, *, speaks_alone: bool = True) -> None:
-        """Make `code` the exit code of all ranks and print `message`, unless another rank was first. Without a store,
-        in which ranks agree, a rank prints if `speaks_alone`."""
+    def _end_run(self, code: int, message: str | None, *, prints_alone: bool = True) -> None:
+        """Make `code` the exit code of all ranks and print `message`, unless another rank was first. Without a store to
+        find out, print if `prints_alone`."""
         mine = json.dumps({"rank": self._self.rank, "code": code})
         with self._lock:
             if self._code is not None:
                 return
-            found, speaks = mine, speaks_alone
+            first, prints = mine, prints_alone
             if self._store is not None:
                 with suppress(Exception):  # it ended with rank 0
-                    found = self._store.compare_set(_END, "", mine).decode()
-                    speaks = found == mine
-            if speaks and message is not None:
+                    first = self._store.compare_set(_END, "", mine).decode()
+                    prints = first == mine
+            if prints and message is not None:
                 print(f"\n{printable(message)}", file=sys.stderr, flush=True)
-            self._code = json.loads(found)["code"]
+            self._code = json.loads(first)["code"]
 
-    def _conclude(self, code: int) -> None:
+    def _accept_end(self, code: int) -> None:
         """Accept that another rank has ended the run: the main thread may clean up, for a limited time."""
         with self._lock:
             if self._code is not None:
@@ -202,15 +205,15 @@ class RankWatch:
                 stream.flush()
         os._exit(EXIT_FAILED if self._code is None else self._code)
 
-    def _lost(self, gone: list[_Process], *, speak: bool) -> None:
-        """End the run because ranks have ended. Unless one of them wrote why to the store, they were killed."""
-        if self._resting.wait(_LAST_WORD_SECONDS) or self._ended():
+    def _report_lost(self, gone: list[_Process], *, prints: bool) -> None:
+        """End the run because the processes `gone` have ended, unless one of them has written why to the store."""
+        if self._finished.wait(_LAST_WORD_SECONDS) or self._ended():
             return
         message = (
-            f"{', '.join(map(str, gone))} ended before the run did, and the other ranks cannot continue without it. If "
-            "it left no message of its own, it was killed, for instance for lack of memory"
+            f"{', '.join(map(str, gone))} ended before the run did, and the other ranks cannot continue. Unless a "
+            "message above says why, it was killed, for example for lack of memory"
         )
-        self._claim(EXIT_FAILED, None if self._launcher_gone else message, speaks_alone=speak)
+        self._end_run(EXIT_FAILED, None if self._launcher_gone else message, prints_alone=prints)
         self._leave_after(_GRACE_SECONDS)
 
     # --- the store -----------------------------------------------------------------------------------------------
@@ -219,8 +222,8 @@ class RankWatch:
         from torch.distributed import PrefixStore, TCPStore
 
         address, port = self._environment["MASTER_ADDR"], int(self._environment["MASTER_PORT"])
-        of_launcher = self._environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        opens = self._self.rank == 0 and not of_launcher
+        launcher_opens = self._environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        opens = self._self.rank == 0 and not launcher_opens
         try:
             # torch's own store for the process group shares the server.
             server = TCPStore(address, port, None, opens, timeout, wait_for_workers=False, multi_tenant=True)
@@ -230,8 +233,8 @@ class RankWatch:
                 f"MASTER_PORT={port}: {str(error).splitlines()[0]}. Give the launcher another port (--master_port)"
             ) from error
         store = PrefixStore(f"strata/{self._environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
-        seat = json.dumps([self._self.pid, self._self.place, self._token])
-        if store.compare_set(f"rank/{self._self.rank}", "", seat).decode() != seat:
+        identity = json.dumps([self._self.pid, self._self.place, self._token])
+        if store.compare_set(f"rank/{self._self.rank}", "", identity).decode() != identity:
             raise LaunchError(
                 f"MASTER_PORT={port} of {address} belongs to another run, which has a rank {self._self.rank} already: "
                 "give the launcher another port (--master_port)"
@@ -241,76 +244,80 @@ class RankWatch:
 
     def _watch_store(self) -> None:
         assert self._store is not None
-        while not self._resting.wait(_POLL_SECONDS):
+        while not self._finished.wait(_POLL_SECONDS):
             try:
                 met = self._store.add(_MET, 0)
                 if not self._everyone and met >= self._ranks:
-                    self._learn_of_all()
+                    self._watch_all()
                 if self._ended():
                     return
             except Exception:  # the store ended with rank 0
-                self._lose_rank_0()
+                self._report_rank_0_lost()
                 return
 
-    def _learn_of_all(self) -> None:
-        """Watch the ranks on this machine as processes. Rank 0 watches each other rank by a connection, which its
-        system closes when it ends."""
+    def _watch_all(self) -> None:
+        """Watch the ranks on this node as processes. Rank 0 also watches a connection to each rank on another node: the
+        operating system closes it when that rank ends."""
         assert self._store is not None
-        seats = [self._store.get(f"rank/{rank}").decode() for rank in range(self._ranks)]
-        self._everyone = [_Process(rank, *json.loads(seat)[:2]) for rank, seat in enumerate(seats)]
+        identities = [self._store.get(f"rank/{rank}").decode() for rank in range(self._ranks)]
+        self._everyone = [_Process(rank, *json.loads(identity)[:2]) for rank, identity in enumerate(identities)]
         for process in self._everyone:
             if process.place == self._self.place:
                 self._watch(process)
-        elsewhere = {seats[p.rank]: p for p in self._everyone if p.place != self._everyone[0].place}
+        elsewhere = {identities[p.rank]: p for p in self._everyone if p.place != self._everyone[0].place}
         if elsewhere and self._self.rank == 0:
             listener = socket.create_server(("", 0), backlog=len(elsewhere))
             listener.setblocking(False)
-            self._store.set(_LINE, str(listener.getsockname()[1]))
-            self._lines.append(listener)
+            self._store.set(_PORT, str(listener.getsockname()[1]))
+            self._connections.append(listener)
             self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener, elsewhere))
         elif self._self.rank in [p.rank for p in elsewhere.values()]:
-            address = self._environment["MASTER_ADDR"], int(self._store.get(_LINE))
-            with suppress(OSError):  # a firewall: then only launchers and collectives notice a lost rank
-                line = socket.create_connection(address, timeout=_PATIENCE_SECONDS)
-                _keep_alive(line)
-                line.sendall(seats[self._self.rank].encode())
-                self._lines.append(line)
+            address = self._environment["MASTER_ADDR"], int(self._store.get(_PORT))
+            with suppress(OSError):  # behind a firewall, only launchers and collectives notice a lost rank
+                connection = socket.create_connection(address, timeout=_PATIENCE_SECONDS)
+                _keep_alive(connection)
+                connection.sendall(identities[self._self.rank].encode())
+                self._connections.append(connection)
 
-    def _accept(self, listener: socket.socket, seats: Mapping[str, _Process]) -> None:
+    def _accept(self, listener: socket.socket, identities: Mapping[str, _Process]) -> None:
         try:
-            line, _ = listener.accept()
-        except OSError:  # a stranger that has disconnected already
+            connection, _ = listener.accept()
+        except OSError:  # not a rank, and disconnected already
             return
-        line.settimeout(_LAST_WORD_SECONDS)
-        _keep_alive(line)
-        self._lines.append(line)
-        self._selector.register(line, selectors.EVENT_READ, partial(self._hear, line, seats))
+        connection.settimeout(_LAST_WORD_SECONDS)
+        _keep_alive(connection)
+        self._connections.append(connection)
+        self._selector.register(connection, selectors.EVENT_READ, partial(self._identify, connection, identities))
 
-    def _hear(self, line: socket.socket, seats: Mapping[str, _Process]) -> None:
-        """Read which rank a connection belongs to; close those of strangers."""
-        self._selector.unregister(line)
+    def _identify(self, connection: socket.socket, identities: Mapping[str, _Process]) -> None:
+        """Read which rank a connection belongs to; close it if it belongs to none."""
+        self._selector.unregister(connection)
         said = b""
         with suppress(OSError):
-            said = line.recv(4096)
-        process = seats.get(said.decode(errors="replace"))
+            said = connection.recv(4096)
+        process = identities.get(said.decode(errors="replace"))
         if process is None:
-            line.close()
+            connection.close()
         else:
-            self._selector.register(line, selectors.EVENT_READ, process)
+            self._selector.register(connection, selectors.EVENT_READ, process)
 
-    def _lose_rank_0(self) -> None:
-        if 0 in self._here:
+    def _report_rank_0_lost(self) -> None:
+        if 0 in self._on_this_node:
             return  # its process is watched
         elsewhere = [p.rank for p in self._everyone if p.place != self._everyone[0].place]
-        alone = len(elsewhere) == self._ranks - 1  # else ranks on its machine print
-        first = min(elsewhere, default=1)
+        # A rank on the node of rank 0 prints, if there is one; otherwise the first on another node.
+        all_elsewhere = len(elsewhere) == self._ranks - 1
+        if self._everyone:
+            prints = all_elsewhere and self._self.rank == min(elsewhere)
+        else:
+            prints = self._self.rank == 1
         gone = self._everyone[0] if self._everyone else _Process(0, 0, "")
-        self._lost([gone], speak=alone and self._self.rank == first or not self._everyone and self._self.rank == 1)
+        self._report_lost([gone], prints=prints)
 
     # --- processes -----------------------------------------------------------------------------------------------
 
     def _watch_processes(self) -> None:
-        while not self._resting.is_set():
+        while not self._finished.is_set():
             if not self._everyone:
                 self._find_siblings()
             gone: list[_Process] = []
@@ -321,28 +328,28 @@ class RankWatch:
                 else:
                     key.data()
             with self._lock:
-                gone, self._dead = [*gone, *self._dead], []
+                gone, self._ended_early = [*gone, *self._ended_early], []
             if gone:
-                alive = self._here.keys() - {process.rank for process in gone}
-                beside = all(process.rank in self._here for process in gone)
-                self._lost(gone, speak=not beside or self._self.rank == min(alive))
+                alive = self._on_this_node.keys() - {process.rank for process in gone}
+                all_here = all(process.rank in self._on_this_node for process in gone)
+                self._report_lost(gone, prints=not all_here or self._self.rank == min(alive))
                 if self._code is not None:
                     return
 
     def _watch(self, process: _Process) -> None:
-        if process.rank in self._here or not hasattr(os, "pidfd_open"):
+        if process.rank in self._on_this_node or not hasattr(os, "pidfd_open"):
             return
-        self._here[process.rank] = process
+        self._on_this_node[process.rank] = process
         try:
             self._selector.register(os.pidfd_open(process.pid), selectors.EVENT_READ, process)
         except ProcessLookupError:
             with self._lock:
-                self._dead.append(process)
-        except OSError:  # the system lacks it
-            self._here.pop(process.rank)
+                self._ended_early.append(process)
+        except OSError:  # the operating system has no process descriptors
+            self._on_this_node.pop(process.rank)
 
     def _find_siblings(self) -> None:
-        """Watch ranks that this one's parent has started beside it, before all ranks have met."""
+        """Watch ranks that have the same parent process. Used until all ranks have connected to the store."""
         for pid in processes.children(os.getppid()):
             if pid == os.getpid():
                 continue
@@ -369,19 +376,19 @@ class RankWatch:
                 self._selector.register(descriptor, selectors.EVENT_READ, partial(self._stop, descriptor))
 
     def _stop(self, descriptor: int | None = None) -> None:
-        """Stop as on SIGTERM: the launcher no longer waits for this rank and could not stop it."""
+        """Send SIGTERM to this process: its launcher has ended, and could not stop it later."""
         if descriptor is not None:
             self._selector.unregister(descriptor)
         if not self._launcher_gone:
             self._launcher_gone = True
-            if self._self.rank == min(self._here):
+            if self._self.rank == min(self._on_this_node):
                 print("\nThe launcher has ended, so its ranks stop", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _keep_alive(line: socket.socket) -> None:
-    """Let the system end a connection whose other machine no longer answers, for instance without power."""
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def _keep_alive(connection: socket.socket) -> None:
+    """Let the operating system close a connection if the other node no longer answers, for example without power."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

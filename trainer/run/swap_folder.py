@@ -21,7 +21,7 @@ from typing import Any
 def own_swap_folder(ds: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield `ds` with a fresh folder inside its `nvme_path`, which is removed afterwards; without NVMe, `ds` itself.
 
-    Folders that dead runs of this user on this machine left there are removed, too.
+    Folders that dead runs of this user on this node left there are removed, too.
     """
     offload = ds["zero_optimization"].get("offload_optimizer") or {}
     if offload.get("device") != "nvme":
@@ -39,7 +39,7 @@ def fresh_folder(parent: Path) -> Iterator[Path]:
 
     A lock on it shows that its process lives, so that folders of killed processes can be recognised.
     """
-    # A lock says nothing about processes on other machines.
+    # A lock says nothing about processes on other nodes.
     prefix = f"strata-swap-{os.getuid()}-{socket.gethostname()}-"
     parent.mkdir(parents=True, exist_ok=True)
     _remove_dead(parent, prefix)

@@ -56,13 +56,13 @@ class TrainingRecord:
         )
 
     def resume(self, origin: Origin | None, meter: Meter) -> list[str]:
-        """Resume from `origin`. Returns lines that say so and what has changed; none if the run begins anew.
+        """Resume from `origin`. Returns lines that say so and what has changed; none if the run starts anew.
 
         Raises `CheckpointError`, or `DataError` if the samples are not those of the checkpoint.
         """
         if origin is None:
             return []
-        # Rank 0 decides: a shared folder can briefly look different on different machines.
+        # Rank 0 decides: a shared folder can briefly look different on different nodes.
         step, state = ask_rank_0(lambda: origin.find(self._config))
         self.step = self._resume_data(state)
         self.checkpoints.resume(origin.store, step)

@@ -1,10 +1,10 @@
 """ID3, step-by-step unmasking (arXiv 2408.14470, TACL 2025): train a growing set of single weights, up to a budget.
 
-At each optimizer step the masked weights with the largest |gradient| / (eps + |weight|)^exp over all tensors join the
+At each optimizer step, the masked weights with the largest |gradient| / (eps + |weight|)^exp over all tensors join the
 set, equally many at each step, and the set trains with Adam. The authors' code keeps dense gradients and moments and
-a mask for every weight. Here masters and moments exist for unmasked weights alone, each on the rank that owns the
-weight; gradients are dense for one parameter at a time, as backward computes them, and of those a rank keeps its best
-candidates. Once the budget is reached, ranks exchange the gradients of unmasked weights and no others.
+a mask for every weight. Here fp32 master weights and moments exist for unmasked weights alone, each on the rank that
+owns the weight. Dense gradients exist for one parameter at a time, as backward computes them; each rank keeps only its
+best candidates from them. Once the budget is reached, ranks exchange only the gradients of unmasked weights.
 """
 
 from __future__ import annotations
@@ -51,22 +51,24 @@ def d3_scores(gradient: Tensor, weights: Tensor, *, exp: float, eps: float) -> T
 
 @dataclass
 class _Parameter:
-    """A parameter: its offset among all, its unmasked weights, and the state of those that this rank owns."""
+    """One parameter's unmasked weights of all ranks, and the state of those that this rank owns."""
 
-    offset: int  # of its first weight among those of all parameters
+    offset: int  # position of its first weight among the weights of all parameters
     numel: int
     decays: bool
-    indices: Tensor  # of all ranks' unmasked weights, flat in the parameter: int64, ascending
-    own: slice = field(default_factory=lambda: slice(0, 0))  # which of them are this rank's
-    state: dict[str, Tensor] | None = None  # of this rank's, in the same order; None before it is needed
-    gradient: Tensor | None = None  # of this rank's, fp32
-    accumulated: Tensor | None = None  # of all this rank's weights, while the mask grows
+    indices: Tensor  # flat positions of all ranks' unmasked weights in the parameter: int64, ascending
+    own: slice = field(default_factory=lambda: slice(0, 0))  # the part of `indices` that this rank owns
+    state: dict[str, Tensor] | None = (
+        None  # of this rank's unmasked weights, in the order of `indices`; None before it is needed
+    )
+    gradient: Tensor | None = None  # of this rank's unmasked weights, fp32
+    accumulated: Tensor | None = None  # gradient sums of all weights in this rank's range, while the mask grows
 
     def own_range(self) -> tuple[int, int]:
         """Return the range [start, stop) of the flat parameter that this rank owns."""
         return own_bounds(self.numel)
 
-    def choose(self, indices: Tensor) -> None:
+    def set_indices(self, indices: Tensor) -> None:
         """Set the unmasked weights to `indices`."""
         self.indices, self.own = indices, _between(indices, *self.own_range())
 
@@ -76,8 +78,10 @@ class _Parameter:
 
 
 class _Candidates:
-    """A rank's `k` best masked weights of a step so far, by ascending position among all parameters, and up to k / 4
-    more that have not been compared with these yet."""
+    """A rank's `k` best masked weights of a step so far, by ascending position among all parameters.
+
+    Up to k / 4 more wait until they are compared with these, all at once, because each comparison sorts all k.
+    """
 
     def __init__(self, k: int) -> None:
         device = get_accelerator().current_device_name()
@@ -85,7 +89,7 @@ class _Candidates:
         self.positions = torch.empty(0, dtype=torch.int64, device=device)
         self.gradients = torch.empty(0, dtype=torch.float32, device=device)
         self._k = k
-        self._limit: Tensor | None = None  # the least of `scores`; None while there are fewer than k
+        self._limit: Tensor | None = None  # the lowest of `scores`; None while there are fewer than k
         self._uncompared: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, scores: Tensor, gradients: Tensor, *, first: int) -> None:
@@ -103,7 +107,7 @@ class _Candidates:
                 chosen = chosen[best(scores[chosen], self._k)]
         if chosen.numel():
             self._uncompared.append((scores[chosen], chosen + first, gradients[chosen]))
-            if self._limit is None or sum(scores.numel() for scores, _, _ in self._uncompared) > self._k // 4:
+            if self._limit is None or sum(part.numel() for part, _, _ in self._uncompared) > self._k // 4:
                 self.compare()
 
     def compare(self) -> None:
@@ -218,7 +222,7 @@ class Unmask(UpdateRule):
         if not self.growing:
             parameter.gradient = gradient[parameter.own]
             return
-        if parameter.gradient is not None:  # candidates were chosen from only a part of this gradient
+        if parameter.gradient is not None:  # candidates were chosen before the gradient was complete
             raise RuntimeError(
                 f"{name} got gradients twice in the last backward of a step, as weights that several modules share do "
                 "with reentrant checkpoints: use activation checkpointing with use_reentrant=False"
@@ -227,13 +231,13 @@ class Unmask(UpdateRule):
             gradient = parameter.accumulated.add_(gradient)
         parameter.accumulated = gradient
         if last:
-            self._look_for_candidates(parameter, weights)
+            self._collect_candidates(parameter, weights)
 
     def begin_step(self, weights: Mapping[str, Tensor]) -> None:
         for name, own in weights.items():
             if self._parameters[name].accumulated is not None:
-                self._look_for_candidates(self._parameters[name], own)
-        # None if no weights of this rank got a gradient. Reset even if this step unmasks none: the next has its own.
+                self._collect_candidates(self._parameters[name], own)
+        # None if this rank got no gradients. Reset even if this step unmasks nothing: the next one has its own.
         candidates, self._candidates = self._candidates, None
         if self.increment:
             self._unmask(weights, candidates or _Candidates(self.increment))
@@ -285,8 +289,9 @@ class Unmask(UpdateRule):
 
     # --- growing -----------------------------------------------------------------------------------------------
 
-    def _look_for_candidates(self, parameter: _Parameter, weights: Tensor) -> None:
-        """Keep, of the complete gradient of `parameter`, that of unmasked weights and of the best masked ones."""
+    def _collect_candidates(self, parameter: _Parameter, weights: Tensor) -> None:
+        """Reduce the complete gradient of `parameter` to its unmasked weights, and add its masked weights to the
+        candidates."""
         gradient, parameter.accumulated = parameter.accumulated, None
         assert gradient is not None
         unmasked = parameter.own_positions(gradient.device)
@@ -318,7 +323,7 @@ class Unmask(UpdateRule):
         self.unmasked += positions.numel()
 
     def _add(self, parameter: _Parameter, new: Tensor, weights: Tensor, mine: _Candidates) -> None:
-        """Unmask the weights at the flat positions `new` of the parameter, ascending, of all ranks."""
+        """Unmask the weights at `new`: flat positions in the parameter, ascending, equal on all ranks."""
         start, stop = parameter.own_range()
         added = new[_between(new, start, stop)]
         gradients = mine.gradients[torch.searchsorted(mine.positions, added + parameter.offset)]
@@ -330,7 +335,7 @@ class Unmask(UpdateRule):
         assert parameter.gradient is not None or not added.numel()
         if parameter.gradient is not None:
             parameter.gradient = torch.cat([parameter.gradient, gradients])[order]
-        parameter.choose(torch.cat([parameter.indices, new]).sort().values)
+        parameter.set_indices(torch.cat([parameter.indices, new]).sort().values)
 
     def _clip(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Clip the gradients of all unmasked weights. Returns the norm before clipping (scalar, equal on all ranks)."""
@@ -357,7 +362,7 @@ class Unmask(UpdateRule):
         While the mask grows, it also stores score, position and gradient (16 bytes) of as many candidates as a step
         unmasks and a quarter more; with several micro-batches per step, also the fp32 sums of its gradients.
         """
-        counted = 4 if self.bias_correction == "local" else 0
+        step_bytes = 4 if self.bias_correction == "local" else 0
         own = -(-self.budget // ranks)
         growing = f" of the first {min(self.growth_steps, self.budget)} steps, in which the mask grows"
         sums = 4 * sum(-(-numel // ranks) for numel in active) if accumulation > 1 else 0
@@ -370,10 +375,10 @@ class Unmask(UpdateRule):
             trained=self.budget,
             gradients=4 * self.budget,
             masters=4 * own,
-            moments=(8 + counted) * own,
+            moments=(8 + step_bytes) * own,
             indices=8 * self.budget,
             backward=tuple(part for part in transients if part.size),
-            saved=(24 + counted) * self.budget,  # position, weight, master, moments
+            saved=(24 + step_bytes) * self.budget,  # position, weight, master, moments
         )
 
     def warnings(self, *, steps_for_all_blocks: int) -> list[str]:
@@ -411,7 +416,7 @@ class Unmask(UpdateRule):
         parameter = self._parameters[name]
         device = get_accelerator().current_device_name()
         order = tensors["indices"].argsort()
-        parameter.choose(tensors["indices"][order].to(device))
+        parameter.set_indices(tensors["indices"][order].to(device))
         values = {key: value[order][parameter.own].to(device) for key, value in tensors.items() if key != "indices"}
         parameter.state = values or None
 

@@ -48,7 +48,7 @@ def zero_problems(values: Mapping[str, Any], config: RunConfig, source: str) -> 
     if stage == 3 and hpz not in (0, 1) and get(values, "zero_optimization.offload_param.device", "none") != "none":
         problems.append(
             f"deepspeed: zero_optimization.zero_hpz_partition_size is {json.dumps(hpz)} in {source} with "
-            "offload_param: a copy of the weights on each machine contradicts weights in host memory; remove either"
+            "offload_param: a copy of the weights on each node contradicts weights in host memory; remove either"
         )
     offload = get(values, "zero_optimization.offload_optimizer.device", "none")
     if config.optimizer.name == "adamw_8bit" and offload != "none":

@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "gradient_allreduce_op": (("mean",), "the loop divides the summed loss itself and expects averaging"),
     "zero_allow_untested_optimizer": ((True,), "Strata brings its own optimizer object, which DeepSpeed would refuse"),
     "bf16.check_grad_overflow": ((True,), "train.max_skipped_steps of the run counts the steps that this check skips"),
-    "bf16.bf16_master_weights_and_grads": ((False,), "banks keep fp32 masters"),
+    "bf16.bf16_master_weights_and_grads": ((False,), "banks keep fp32 master weights"),
     "bf16.bf16_optimizer_states": ((False,), "banks keep fp32 optimizer state"),
     "hybrid_engine.enabled": ((False,), _UNTESTED),
     "expert_parallel.enabled": ((False,), _UNTESTED),

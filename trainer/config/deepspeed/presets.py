@@ -22,7 +22,7 @@ PRESETS = {
     "zero2": "optimizer state and gradients are partitioned over the ranks",
     "zero2_offload": "as zero2, with optimizer state in host memory",
     "zero3": "optimizer state, gradients and weights are partitioned over the ranks",
-    "zero3_hpz": "as zero3, with a second copy of the weights on each machine, from which its ranks gather them",
+    "zero3_hpz": "as zero3, with a second copy of the weights on each node, from which its ranks gather them",
     "zero3_nvme": "as zero3, with optimizer state on NVMe",
     "zero3_offload": "as zero3, with optimizer state in host memory",
 }

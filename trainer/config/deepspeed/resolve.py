@@ -34,7 +34,7 @@ class _Fill:
 def resolve(config: RunConfig, ranks: int, *, local_ranks: int | None = None) -> dict[str, Any]:
     """Return the dictionary for `deepspeed.initialize`, except for the sizes that `size_buckets` adds.
 
-    `local_ranks` is the number of ranks on each machine, by default the launcher's. Missing keys and "auto" are filled
+    `local_ranks` is the number of ranks on each node, by default the launcher's. Missing keys and "auto" are filled
     from the run. Raises ConfigError with every value that contradicts the run or that Strata does not support.
     """
     values = read(config.deepspeed)
@@ -53,7 +53,7 @@ def resolve(config: RunConfig, ranks: int, *, local_ranks: int | None = None) ->
                 f'change one of them, or write "auto" in {source}'
             )
         assign(values, fill.key, fill.value)
-    for key, value in [*_defaults(config, values), *_of_the_machines(config, values, ranks, local_ranks)]:
+    for key, value in [*_defaults(config, values), *_of_the_nodes(config, values, ranks, local_ranks)]:
         if get(values, key, AUTO) == AUTO:
             assign(values, key, value)
     problems += auto_problems(values, source)
@@ -112,16 +112,16 @@ def _defaults(config: RunConfig, values: Mapping[str, Any]) -> list[tuple[str, A
     return defaults
 
 
-def _of_the_machines(
+def _of_the_nodes(
     config: RunConfig, values: Mapping[str, Any], ranks: int, local_ranks: int | None
 ) -> list[tuple[str, Any]]:
-    """Return (key, value) pairs that depend on the machines, for keys that are "auto"."""
+    """Return (key, value) pairs that depend on the nodes, for keys that are "auto"."""
     values_there: list[tuple[str, Any]] = []
     if get(values, "zero_optimization.zero_hpz_partition_size") == AUTO:
         # torchrun sets LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
         launched = (whole_number(os.environ.get(name)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
         named = local_ranks or next(filter(None, launched), 1)
-        # On one machine a second copy of the weights there would save nothing.
+        # On a single node a second copy of the weights would save nothing.
         values_there.append(("zero_optimization.zero_hpz_partition_size", named if named < ranks else 1))
     if get(values, "zero_optimization.offload_optimizer.nvme_path") == AUTO:
         # A run creates its own folder there, as in any other path (trainer/run/swap_folder.py).

@@ -1,4 +1,4 @@
-"""Banks keep or discard masters and optimizer state of inactive blocks. One file per bank.
+"""Banks keep or discard master weights and optimizer state of inactive blocks. One file per bank.
 
 A bank's settings, and the line that registers it, are in `trainer/settings/banks`.
 """

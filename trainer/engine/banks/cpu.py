@@ -15,10 +15,10 @@ from trainer.engine.zero.slices import Slice
 
 
 class Cpu(KeepingBank):
-    """Keep masters and moments in host memory (page-locked if there is an accelerator) and restore them exactly.
+    """Keep master weights and moments in host memory (page-locked if there is a GPU) and restore them exactly.
 
     Takes at most 12 bytes for each inactive parameter that was ever active (beyond that, torch's page-locked allocator
-    rounds each tensor up to a power of two). On an accelerator, copies in run on a stream of their own, in parallel to
+    rounds each tensor up to a power of two). On a GPU, copies in run on a stream of their own, in parallel to
     the next forward and backward, and `wait` orders the optimizer step after them; copies out must end before the
     buffers that they read are filled again. DeepSpeed's throughput timer waits for the device before every forward, and
     so for the copies: Strata's own runs disable it ("timers": {"throughput": {"enabled": false}} in DeepSpeed's JSON).

@@ -8,7 +8,7 @@ from trainer.engine.banks.base import KeepingBank
 
 
 class Device(KeepingBank):
-    """Keep masters and moments on the device that they are on, as copies: 12 bytes for each inactive parameter that was
+    """Keep master weights and moments on their device, as copies: 12 bytes for each inactive parameter that was
     ever active. Suits small state, such as that of adapters: nothing is transferred.
     """
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Discard(Bank):
-    """Discard state: a block starts each interval with fresh moments and with masters copied from its weights.
+    """Discard state: a block starts each interval with fresh moments and with master weights copied from its weights.
 
     LISA (arXiv 2403.17919) and BAdam (arXiv 2404.02827) do the same, also if a block is drawn twice in a row. With
     `redrawn="keep"` such a block continues with its state. If the selector always chooses the same blocks, as in full

@@ -22,7 +22,7 @@ class PartitionedParameter(nn.Parameter):
     ds_numel: int  # of the full parameter, as `ds_shape`
     ds_shape: tuple[int, ...]
     ds_tensor: Tensor  # this rank's partition, 1-D, with padding
-    ds_secondary_tensor: Tensor | None  # hpZ's copy of the partition on this machine
+    ds_secondary_tensor: Tensor | None  # hpZ's copy of the partition on this node
     ds_status: ZeroParamStatus
     ds_process_group: Any
     ds_z3_leaf_module: nn.Module  # set only on the parameters of leaf modules

@@ -81,7 +81,7 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
         """.split()
     ),
 }
-# The file through which ranks on one machine reduce on the CPU (`csrc/cpu/comm/shm.cpp`); DeepSpeed never removes it.
+# The file through which ranks on one node reduce on the CPU (`csrc/cpu/comm/shm.cpp`); DeepSpeed never removes it.
 SHARED_MEMORY = "/dev/shm/deepspeed_allreduce_buffer_{user}_{address}_{port}_{rank}"
 
 

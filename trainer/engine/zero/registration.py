@@ -40,9 +40,9 @@ class Registration(ABC, Generic[P]):
         if self.rebuilt:
             rebuild(self)
         self._stack_depth = len(parameter_offload.FWD_MODULE_STACK)
-        # By id, parameters that got a gradient since the last optimizer step, with the micro-batch of the last one.
+        # id of each parameter with a gradient since the last optimizer step -> the last micro-batch that gave it one.
         self._received: dict[int, int] = {}
-        _call_before(self.optimizer, "zero_grad", self._received.clear)  # a loop may drop micro-batches by it
+        _call_before(self.optimizer, "zero_grad", self._received.clear)  # a loop may call it to drop micro-batches
         device = self.all_masters()[0].device if self.all_masters() else engine.device
         self.layout = state_layout(engine.basic_optimizer, flat=self.stage != "stage 0", device=device)
 
@@ -118,15 +118,15 @@ class Registration(ABC, Generic[P]):
         self.groups[index] = dict(parameters)
         self.forget_state(index)
 
-    def renew(self, index: int) -> None:
-        """Begin group `index` anew with the parameters that it has: masters from the weights, no optimizer state."""
+    def reset(self, index: int) -> None:
+        """Reset group `index`, keeping its parameters: copy masters from the weights, drop the optimizer state."""
         self._masters_from_weights(index)
         self.forget_state(index)
 
     @contextmanager
     def resident(self, index: int) -> Iterator[bool]:
-        """Keep the master and state of group `index` in memory while inside, and keep what is written to them. Yields
-        True if that memory serves another group afterwards."""
+        """Swap the master and state of group `index` into memory for a `with` block, and write changes back (NVMe
+        offload). Yields True if other groups reuse that memory afterwards."""
         yield False
 
     def masters(self, index: int) -> list[Tensor]:
@@ -181,7 +181,7 @@ class Registration(ABC, Generic[P]):
         self.optimizer.zero_grad()
 
     def before_step(self) -> None:
-        """Let the optimizer step use the gradients of this step alone. Call it before the step.
+        """Ensure that the optimizer step uses only gradients of this step. Call it before the step.
 
         DeepSpeed (0.19.8) keeps gradients in buffers that outlive a step, and reads all of them in every step. A
         parameter without a gradient would be stepped with that of an earlier step, or of the block that left the slot.
@@ -215,7 +215,7 @@ class Registration(ABC, Generic[P]):
 
     @contextmanager
     def inspection(self) -> Iterator[None]:
-        """Let a backward inside reduce no gradients, and drop afterwards what it left in DeepSpeed's records."""
+        """Run a backward that reduces no gradients, and remove what it left in DeepSpeed's records."""
         try:
             yield
         finally:

@@ -30,9 +30,9 @@ class Stage1And2(Registration[ReplicatedParameter]):
     def __init__(self, engine: DeepSpeedEngine, groups: Sequence[Mapping[str, ReplicatedParameter]]) -> None:
         super().__init__(engine, groups)
         self._hooks: list[list[Any]] = [[] for _ in self.groups]
-        # Ids of a slot that its present block does not need, if blocks differ in their number of parameters.
+        # DeepSpeed's parameter ids of a group that its current block, with fewer parameters than others, does not need.
         self._spare_ids: list[list[int]] = [[] for _ in self.groups]
-        # DeepSpeed installs gradient hooks only for some settings; without them it reduces at the boundary.
+        # DeepSpeed installs gradient hooks only for some settings; without them it reduces before the optimizer step.
         self._uses_hooks = bool(self.optimizer._grad_acc_hooks)
         for handle in self.optimizer._grad_acc_hooks:
             handle.remove()
@@ -48,7 +48,7 @@ class Stage1And2(Registration[ReplicatedParameter]):
             )
 
     def expect_no_gradients(self) -> None:
-        # The end of backward takes for granted that the first gradient allocated the bucket (0.19.8).
+        # DeepSpeed's epilogue of backward assumes that the first gradient has allocated the bucket (0.19.8).
         self.optimizer.setup_buckets()
 
     def registered(self) -> list[list[ReplicatedParameter]]:
@@ -63,17 +63,18 @@ class Stage1And2(Registration[ReplicatedParameter]):
     def _ranges(self, index: int) -> list[tuple[int, int, int]]:
         zero = self.optimizer
         size = int(zero.partition_size[index])
-        left = self._rank(index) * size
+        begin = self._rank(index) * size  # of this rank's partition
         ranges = []
         for parameter, offset in zip(zero.bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True):
-            start = min(max(left - offset, 0), parameter.numel())
-            stop = max(start, min(left + size - offset, parameter.numel()))
-            ranges.append((min(max(offset + start - left, 0), size), start, stop))
+            start = min(max(begin - offset, 0), parameter.numel())
+            stop = max(start, min(begin + size - offset, parameter.numel()))
+            ranges.append((min(max(offset + start - begin, 0), size), start, stop))
         return ranges
 
     def _exchange(self, index: int, leaving: list[ReplicatedParameter], entering: list[ReplicatedParameter]) -> None:
         zero = self.optimizer
-        same = [p.shape for p in leaving] == [p.shape for p in entering]
+        same_shapes = [p.shape for p in leaving] == [p.shape for p in entering]
+        # Reuse the ids of the leaving block; add ids if the entering block has more parameters.
         ids = [zero.param_id.pop(id(p)) for p in leaving] + self._spare_ids[index]
         ids += range(len(zero.params_already_reduced), len(zero.params_already_reduced) + len(entering) - len(ids))
         zero.params_already_reduced += [False] * (max(ids) + 1 - len(zero.params_already_reduced))
@@ -85,10 +86,10 @@ class Stage1And2(Registration[ReplicatedParameter]):
             parameter.grad_accum = None
         zero.bit16_groups[index] = list(entering)
         zero.round_robin_bit16_groups[index] = zero.bit16_groups[index]
-        if same:
+        if same_shapes:
             flat = zero.bit16_groups_flat[index].detach()
-            for out, into, offset in zip(leaving, entering, zero.round_robin_bit16_offsets[index], strict=True):
-                exchange_storage(out, into, flat.narrow(0, offset, into.numel()).view(into.shape))
+            for old, new, offset in zip(leaving, entering, zero.round_robin_bit16_offsets[index], strict=True):
+                exchange_storage(old, new, flat.narrow(0, offset, new.numel()).view(new.shape))
         else:
             self._replace_buffers(index, leaving, entering, ids)
         size, rank = int(zero.partition_size[index]), self._rank(index)
@@ -99,7 +100,7 @@ class Stage1And2(Registration[ReplicatedParameter]):
         for parameters, flag in ((inside, True), (outside, False)):
             for parameter in parameters:
                 zero.is_param_in_current_partition[zero.get_param_id(parameter)] = flag
-        if not same:
+        if not same_shapes:
             self._replan_gradients(index, ids)
         self._masters_from_weights(index)
         self._link(index, leaving)
@@ -140,8 +141,8 @@ class Stage1And2(Registration[ReplicatedParameter]):
         zero.parallel_partitioned_bit16_groups[index] = partitions
         size = flat.numel() // ranks
         zero.partition_size[index] = size
-        left = self._rank(index) * size
-        zero.groups_padding[index] = min(size, max(0, left + size - end))
+        begin = self._rank(index) * size
+        zero.groups_padding[index] = min(size, max(0, begin + size - end))
         master = torch.empty(size, dtype=old.dtype, device=old.device)
         master = master.pin_memory() if old.is_pinned() else master
         zero.single_partition_of_fp32_groups[index] = master.requires_grad_(True)
@@ -153,6 +154,7 @@ class Stage1And2(Registration[ReplicatedParameter]):
             )
 
     def _replan_gradients(self, index: int, ids: list[int]) -> None:
+        """Recompute DeepSpeed's gradient bookkeeping for the group's new layout."""
         zero = self.optimizer
         zero.initialize_gradient_partitioning_data_structures()
         zero.reset_partition_gradient_structures()
@@ -172,7 +174,7 @@ class Stage1And2(Registration[ReplicatedParameter]):
         zero._get_offload_gradient_dict()
 
     def _link(self, index: int, leaving: list[ReplicatedParameter]) -> None:
-        """Keep DeepSpeed's public `safe_get_full_*` functions correct for what is registered."""
+        """Keep DeepSpeed's public `safe_get_full_*` functions correct for the registered parameters."""
         zero = self.optimizer
         for parameter in leaving:
             parameter._hp_mapping = None
@@ -204,18 +206,18 @@ class Stage1And2(Registration[ReplicatedParameter]):
     def _hook_group(self, index: int) -> None:
         for handle in self._hooks[index]:
             handle.remove()
-        hook = partial(self._reduce, index=index) if self._uses_hooks else self._note
+        hook = partial(self._reduce, index=index) if self._uses_hooks else self._record_gradient
         self._hooks[index] = [p.register_post_accumulate_grad_hook(hook) for p in self.optimizer.bit16_groups[index]]
         self.optimizer._grad_acc_hooks[:] = [handle for handles in self._hooks for handle in handles]
 
-    def _note(self, parameter: ReplicatedParameter) -> None:
+    def _record_gradient(self, parameter: ReplicatedParameter) -> None:
         """Record that a parameter got a gradient."""
         zero = self.optimizer
         if self._uses_hooks:
-            zero.setup_buckets()  # counts micro-batches, at the first gradient of each
+            zero.setup_buckets()  # also counts micro-batches: once, at the first gradient of each
         if zero.cpu_offload and id(parameter) not in self._received and zero.micro_step_id > 0:
             sums = zero.accumulated_grads_in_cpu.get(zero.get_param_id(parameter))
-            if sums is not None:  # DeepSpeed adds to what is there
+            if sums is not None:  # DeepSpeed adds to them, and they are still those of an earlier step
                 sums.zero_()
         self._received[id(parameter)] = zero.micro_step_id
 
@@ -224,19 +226,19 @@ class Stage1And2(Registration[ReplicatedParameter]):
         if zero.cpu_offload:  # otherwise DeepSpeed uses zeros itself
             for index, parameters in enumerate(zero.params_in_partition):
                 for parameter in parameters:
-                    last = self._received.get(id(parameter))
-                    if last is None:
+                    last_micro_step = self._received.get(id(parameter))
+                    if last_micro_step is None:
                         _, _, begin, numel = zero.grad_position[zero.get_param_id(parameter)]
                         gradient = self._master(index).grad
                         assert gradient is not None  # with offload_optimizer every master has one
                         gradient.view(-1).narrow(0, begin, numel).zero_()
-                    elif last != zero.micro_step_id and self._uses_hooks:
-                        self._pass_on_sums(parameter)
+                    elif last_micro_step != zero.micro_step_id and self._uses_hooks:
+                        self._copy_earlier_sum(parameter)
         super().before_step()
 
-    def _pass_on_sums(self, parameter: ReplicatedParameter) -> None:
-        """Pass on a gradient that was complete before the last micro-batch; DeepSpeed passes on only those of the last
-        one (`_finalize_cpu_offload_gradient_accumulation`, 0.19.8)."""
+    def _copy_earlier_sum(self, parameter: ReplicatedParameter) -> None:
+        """Copy a gradient sum that was complete before the last micro-batch to the optimizer's fp32 gradient; DeepSpeed
+        copies only those to which the last one added (`_finalize_cpu_offload_gradient_accumulation`, 0.19.8)."""
         zero = self.optimizer
         zero._restore_cpu_offload_grad_to_gpu(parameter)
         zero.set_norm_for_param_grad_in_gpu(parameter)
@@ -245,7 +247,7 @@ class Stage1And2(Registration[ReplicatedParameter]):
 
     def _reduce(self, parameter: ReplicatedParameter, *, index: int) -> None:
         zero = self.optimizer
-        self._note(parameter)
+        self._record_gradient(parameter)
         refresh = zero.should_refresh_expected_hook_count()
         zero.reenter_backward_if_needed()
         zero.process_gradients(parameter, index)

@@ -33,7 +33,7 @@ from trainer.model.ownership import part
 
 
 class Stage3(Registration[PartitionedParameter]):
-    """ZeRO-3: each parameter is partitioned by itself; a group's flat buffer concatenates the partitions."""
+    """ZeRO-3: each parameter is partitioned separately; a group's flat buffer concatenates this rank's partitions."""
 
     stage = "stage 3"
 
@@ -41,7 +41,7 @@ class Stage3(Registration[PartitionedParameter]):
         super().__init__(engine, groups)
         self.shares = PartitionedShares(self.optimizer)
         self._own_storage_per_group()
-        announce_foreign_parameters(engine.module)
+        register_external_parameters(engine.module)
         self._hooks: list[list[Any]] = [[] for _ in self.groups]
         self._reduces_leaves = True
         self._take_over_hooks()
@@ -63,7 +63,7 @@ class Stage3(Registration[PartitionedParameter]):
 
     @contextmanager
     def resident(self, index: int) -> Iterator[bool]:
-        swapped = self.optimizer._swappable_optimizer_subgroup(index)  # to NVMe
+        swapped = self.optimizer._swappable_optimizer_subgroup(index)  # its state is on NVMe
         if swapped:
             self.optimizer._optimizer_states_and_gradient_swap_in(index)
         try:
@@ -103,14 +103,14 @@ class Stage3(Registration[PartitionedParameter]):
             zero.fp16_partitioned_groups_flat[index] = own
             view_into(own, zero.fp16_groups[index])
         zero.lp_param_buffer = None
-        zero.param_groups_fp16_flat_cpu_memory.clear()  # of offload_param
+        zero.param_groups_fp16_flat_cpu_memory.clear()  # used with offload_param
 
     def _exchange(self, index: int, leaving: list[PartitionedParameter], entering: list[PartitionedParameter]) -> None:
         zero = self.optimizer
         if any(p.ds_status is ZeroParamStatus.INFLIGHT for p in (*leaving, *entering)):
             zero._partition_all_parameters()  # an evaluation's last prefetch still reads the partitions
         # On one rank a gathered parameter is a view of its partition, and must follow it to its new storage.
-        views = [
+        gathered_views = [
             p
             for p in (*leaving, *entering)
             if p.ds_status is ZeroParamStatus.AVAILABLE and p.data_ptr() == p.ds_tensor.data_ptr()
@@ -118,24 +118,24 @@ class Stage3(Registration[PartitionedParameter]):
         sizes = [p.partition_numel() for p in entering]
         if sizes == [p.partition_numel() for p in leaving]:
             flat, offset = zero.fp16_partitioned_groups_flat[index].detach(), 0
-            for out, into, size in zip(leaving, entering, sizes, strict=True):
-                exchange_storage(out.ds_tensor, into.ds_tensor, flat.narrow(0, offset, size))
+            for old, new, size in zip(leaving, entering, sizes, strict=True):
+                exchange_storage(old.ds_tensor, new.ds_tensor, flat.narrow(0, offset, size))
                 offset += size
         else:
             self._replace_buffers(index, leaving, entering)
-        for parameter in views:
+        for parameter in gathered_views:
             parameter.data = parameter.ds_tensor.data.view(parameter.ds_shape)
         zero.fp16_groups[index][:] = entering
         zero.fp16_partitioned_groups[index][:] = [p.ds_tensor for p in entering]
         zero.fp16_partitioned_groups_flat_numel[index] = sum(sizes)
         zero.fp16_partitioned_groups_flat_id[index] = [p.ds_id for p in entering]
-        last = (
+        is_last_rank = (
             dist.get_rank(group=entering[0].ds_process_group)
             == dist.get_world_size(group=entering[0].ds_process_group) - 1
         )
-        zero.groups_padding[index] = [p.padding_size() if last else 0 for p in entering]
+        zero.groups_padding[index] = [p.padding_size() if is_last_rank else 0 for p in entering]
         self._masters_from_weights(index)
-        if not zero.swap_optimizer:  # the swapper finds the group's files by the first id
+        if not zero.swap_optimizer:  # the swapper finds the group's files by its first id
             self._master(index).ds_id = f"{entering[0].ds_id}_{entering[-1].ds_id}"
         self._track_gradients(index, leaving, entering)
         self._hook_group(index)
@@ -149,7 +149,7 @@ class Stage3(Registration[PartitionedParameter]):
     def _replace_buffers(
         self, index: int, leaving: list[PartitionedParameter], entering: list[PartitionedParameter]
     ) -> None:
-        """Allocate new buffers for a block of another size."""
+        """Allocate new buffers for a block whose parameters differ in size from those of the leaving one."""
         zero = self.optimizer
         if zero.swap_optimizer:
             raise RegistrationError(
@@ -196,24 +196,24 @@ class Stage3(Registration[PartitionedParameter]):
                 partitions[parameter.ds_id] = view.zero_()
             return
         del old_views
-        # Nothing of the old buffer may be alive when the new one is allocated: it contains all groups' gradients.
-        everything = [p for group in zero.fp16_groups for p in group]
+        # The buffer contains the gradients of all groups: free the old one before allocating the new one.
+        registered = [p for group in zero.fp16_groups for p in group]
         old = zero.grad_partitions_flat_buffer
         dtype, device, pinned = old.dtype, old.device, old.is_pinned()
         partitions.clear()
         del old
         zero.grad_partitions_flat_buffer = None
-        buffer = torch.zeros(sum(p.partition_numel() for p in everything), dtype=dtype, device=device)
+        buffer = torch.zeros(sum(p.partition_numel() for p in registered), dtype=dtype, device=device)
         zero.grad_partitions_flat_buffer = buffer.pin_memory() if pinned else buffer
         offset = 0
-        for parameter in everything:
+        for parameter in registered:
             partitions[parameter.ds_id] = zero.grad_partitions_flat_buffer.narrow(
                 0, offset, parameter.partition_numel()
             )
             offset += parameter.partition_numel()
 
     # DeepSpeed's own gradient hooks close over the list of parameters that it saw at start-up. These do the same
-    # work for whatever is registered now (`create_reduce_and_remove_grad_hooks`, stage3.py 0.19.8).
+    # work for the parameters that are registered now (`create_reduce_and_remove_grad_hooks`, stage3.py 0.19.8).
 
     def _take_over_hooks(self) -> None:
         zero = self.optimizer
@@ -254,43 +254,45 @@ class Stage3(Registration[PartitionedParameter]):
         refresh = zero.should_refresh_expected_hook_count()
         zero.reenter_backward_if_needed()
         for parameter in parameters:
-            if id(parameter) not in self._received and zero.micro_step_id > 0:  # DeepSpeed adds to what is there
+            if id(parameter) not in self._received and zero.micro_step_id > 0:
+                # DeepSpeed adds to this buffer, which still contains the gradient of an earlier step.
                 self._gradient(parameter).zero_()
             self._received[id(parameter)] = zero.micro_step_id
             zero.reduce_ready_partitions_and_remove_grads(parameter)
         zero.update_hook_state_and_maybe_run_epilogue(
-            self._num_expected() if refresh else zero._max_expected_hooks_seen
+            self._num_expected_hooks() if refresh else zero._max_expected_hooks_seen
         )
 
     def _gradient(self, parameter: PartitionedParameter) -> Tensor:
-        """Return this rank's part of a registered parameter's gradient, with its padding."""
+        """Return this rank's part of a registered parameter's gradient, including padding."""
         return self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[parameter.ds_id]
 
     def before_step(self) -> None:
         zero = self.optimizer
-        gradients: dict[int, list[Tensor]] = {}  # of groups whose state is on NVMe, with their places in the group
+        gradients: dict[int, list[Tensor]] = {}  # by group whose state is on NVMe, and their offsets there
         offsets: dict[int, list[int]] = {}
         for parameter in (parameter for group in zero.fp16_groups for parameter in group):
-            last = self._received.get(id(parameter))
-            if last == zero.micro_step_id:
+            last_micro_step = self._received.get(id(parameter))
+            if last_micro_step == zero.micro_step_id:
                 continue
-            if last is None:
+            if last_micro_step is None:
                 self._gradient(parameter).zero_()
-            held = self.shares.local_shard(parameter).numel()
-            if zero.offload_optimizer and held:  # DeepSpeed passes on only the last micro-batch's
-                own = self._gradient(parameter).narrow(0, 0, held)
+            numel = self.shares.local_shard(parameter).numel()
+            if zero.offload_optimizer and numel:  # DeepSpeed offloads only what the last micro-batch gave a gradient
+                own = self._gradient(parameter).narrow(0, 0, numel)
                 zero._offload_grad_partition_at_boundary(parameter, own, gradients, offsets)
         if gradients:
             zero._swap_out_offload_fp32_gradients(gradients, offsets)
         super().before_step()
 
-    def _num_expected(self) -> int:
+    def _num_expected_hooks(self) -> int:
+        """Return how many hooks this backward will run: one for each parameter in use, and one for each leaf module."""
         registered = [p for group in self.optimizer.fp16_groups for p in group]
         plain = [p for p in registered if not hasattr(p, "ds_z3_leaf_module")]
         leaves = {id(p.ds_z3_leaf_module) for p in registered if hasattr(p, "ds_z3_leaf_module")}
         return count_used_parameters_in_backward(plain) + len(leaves)
 
-    # The trace by which ZeRO-3 prefetches (`PartitionedParameterCoordinator`, partitioned_param_coordinator.py 0.19.8).
+    # ZeRO-3's trace for prefetching (`PartitionedParameterCoordinator`, partitioned_param_coordinator.py 0.19.8).
 
     def fetch_order(self) -> list[nn.Module]:
         return list(self._coordinator._PartitionedParameterCoordinator__submodule_order)
@@ -301,7 +303,7 @@ class Stage3(Registration[PartitionedParameter]):
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
         self._release_cache.cache_clear()  # it remembers what each position of the old order released
-        if not order:  # no step was recorded: the next one will be
+        if not order:  # no step was recorded yet: let DeepSpeed record the next one
             return
         coordinator._PartitionedParameterCoordinator__trace_mode = ZeRoTraceMode.RECORD
         for position, module in enumerate(order):
@@ -310,7 +312,7 @@ class Stage3(Registration[PartitionedParameter]):
 
     @contextmanager
     def inspection(self) -> Iterator[None]:
-        self._reduces_leaves = False  # these hooks run for every backward, whatever it computes gradients of
+        self._reduces_leaves = False  # these hooks run in every backward, even if no leaf module gets gradients
         try:
             with super().inspection():
                 yield
@@ -320,7 +322,8 @@ class Stage3(Registration[PartitionedParameter]):
         self.optimizer._partition_all_parameters()
 
     def _find_release_cache(self) -> Any:
-        """Find the lru_cache, inside another decorator, of what the coordinator releases at a position of the trace."""
+        """Find the lru_cache of the coordinator's `__params_to_release`, which another decorator wraps. It caches what
+        to release at each position of the trace."""
         decorated = type(self._coordinator)._PartitionedParameterCoordinator__params_to_release
         inside = [decorated, *inspect.getclosurevars(decorated).nonlocals.values()]
         return next((function for function in inside if hasattr(function, "cache_clear")), None)
@@ -350,13 +353,14 @@ class Stage3(Registration[PartitionedParameter]):
             parameter.ds_tensor.data = own_copy(parameter.ds_tensor.data)
 
 
-def announce_foreign_parameters(model: nn.Module) -> None:
-    """Tell ZeRO-3 which parameters PEFT's adapters of parameters (`target_parameters`) read outside the modules that
-    own them.
+def register_external_parameters(model: nn.Module) -> None:
+    """Tell ZeRO-3 which parameters PEFT's wrappers of single parameters (`target_parameters`) read outside the modules
+    that own them.
 
-    They take a parameter away from its module while that is called, so that the module fetches less than ZeRO-3 has
-    recorded, and read weights of modules that are not called, which it notices only when it finds one not gathered. It
-    would stop with a tracing error, in whichever step its prefetching does not hide this.
+    While its base module runs, a wrapper replaces the module's parameter, so that the module fetches less than ZeRO-3
+    has recorded. The wrapper also reads weights of LoRA modules without calling these modules, which ZeRO-3 notices
+    only when one is not gathered. Training would stop with a tracing error at the first step in which prefetching does
+    not hide this.
     """
     for module in model.modules():
         if isinstance(module, ParamWrapper):
@@ -366,7 +370,7 @@ def announce_foreign_parameters(model: nn.Module) -> None:
 
 
 class PartitionedShares(Shares[PartitionedParameter]):
-    """Every rank stores its partition of each parameter, and that is its share."""
+    """Use each rank's partition of a parameter, without padding, as its share."""
 
     def __init__(self, zero: DeepSpeedZeroOptimizer_Stage3) -> None:
         self._zero = zero
@@ -380,12 +384,12 @@ class PartitionedShares(Shares[PartitionedParameter]):
 
     def publish(self, parameter: PartitionedParameter) -> None:
         _let_gathers_wait(self._zero)
-        if parameter.ds_status is ZeroParamStatus.INFLIGHT:  # a prefetch that an evaluation left
+        if parameter.ds_status is ZeroParamStatus.INFLIGHT:  # a prefetch that an evaluation left unfinished
             self._zero._partition_all_parameters()
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
-            parameter.partition()  # a gathered copy is out of date
-        # So is hpZ's copy on this machine, from which every gather would take the weights. Dropped last: `partition`
-        # makes it anew, from the gathered copy, if there is none.
+            parameter.partition()  # the gathered copy is out of date
+        # So is hpZ's copy on this node, from which every gather would read. Drop it last: if there is none, `partition`
+        # makes one from the gathered copy.
         parameter.ds_secondary_tensor = None
 
     def publish_entries(self, entries: Sequence[tuple[PartitionedParameter, Tensor]]) -> None:
