@@ -156,6 +156,20 @@ def test_images_are_refused_where_nothing_reads_them(tmp_path: Path) -> None:
         prepared(tmp_path, processor, packing=True)
 
 
+def test_images_of_the_assistant_are_no_targets(tmp_path: Path) -> None:
+    processor = gemma3_processor()
+    drawn(0).save(tmp_path / "a.png")
+    messages = [
+        {"role": "user", "content": "draw"},
+        {"role": "assistant", "content": [{"type": "text", "text": "see"}, PATH]},
+    ]
+    (tmp_path / "images.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (sample,) = prepared(tmp_path, processor).train
+    targets = [token for token in sample["labels"].tolist() if token != -100]
+    assert processor.tokenizer.decode(targets) == "see<|eos|>"
+    assert "<|image|>" in processor.tokenizer.decode(sample["input_ids"])
+
+
 def test_no_image_is_cut(tmp_path: Path) -> None:
     drawn(0).save(tmp_path / "a.png")
     write(
@@ -166,6 +180,12 @@ def test_no_image_is_cut(tmp_path: Path) -> None:
     whole = [len(sample["input_ids"]) for sample in prepared(tmp_path, gemma3_processor()).train]
     data = prepared(tmp_path, gemma3_processor(), max_length=whole[0] - 2)
     assert (data.train_report.samples, data.train_report.truncated, data.train_report.dropped) == (1, 1, 1)
+    # Also where an answer comes before it.
+    turns = [{"role": "user", "content": "hi"}, ANSWER, {"role": "user", "content": [PATH]}, ANSWER]
+    with (tmp_path / "images.jsonl").open("a") as file:
+        file.write(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError, match="none of 3 samples is left"):
+        prepared(tmp_path, gemma3_processor(), max_length=14)
 
 
 def test_an_image_that_has_changed_is_refused(tmp_path: Path) -> None:

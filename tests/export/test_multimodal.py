@@ -7,18 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 import trainer.config
 from tests import distributed
 from tests.engine.parity import Cell, deepspeed_config, make_engine, train_step
 from tests.export.trained_run import files
-from tests.multimodal import write_folder
+from tests.multimodal import gemma3_processor, tiny_multimodal, write_folder
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.identity import identity_of
 from trainer.cli.main import main
 from trainer.data.tokenizer import load_tokenizer
-from trainer.export.from_engine import export
+from trainer.export.from_engine import export, export_merged
+from trainer.export.shards import write_model
 from trainer.model import load as models
+from trainer.model.adapters import adapt
+from trainer.model.loss import Objective
 from trainer.run import setup as build
 
 # Qwen's projector is in its tower.
@@ -53,7 +57,10 @@ def _train(rank: int, workspace: Path, cases: tuple[tuple[str, int], ...]) -> No
         sparse = build.make_sparse(config, model.train(), 4)
         engine = make_engine(cell, model, sparse)
         sparse.attach(engine)
+        fits = family != "llama4"
         identity = identity_of(model, tokenizer, blocks=sparse.structure.path)
+        # As in a run with the fused loss, under which transformers would partition what is built to be compared.
+        objective = Objective(model, fused=True, deepspeed=deepspeed_config(cell, micro_batch=2)) if fits else None
         checkpoints = Checkpoints(sparse, out, keep=9, asynchronous=False, identity=identity)
         for step in range(4):
             train_step(cell, engine, step, rank)
@@ -61,6 +68,7 @@ def _train(rank: int, workspace: Path, cases: tuple[tuple[str, int], ...]) -> No
         checkpoints.finish()
         export(engine, tokenizer, out / "model")
         engine.destroy()
+        del objective
 
 
 def _is_published(out: Path, base: Path) -> None:
@@ -95,6 +103,53 @@ def _check(tmp_path: Path, cases: tuple[tuple[str, int], ...]) -> None:
 def test_exports_checkpoints_and_deltas_are_the_published_model(tmp_path: Path) -> None:
     cases = tuple((family, stage) for family in FAMILIES for stage in (2, 3))
     _check(tmp_path, (*cases, ("gemma3", 0), ("gemma3", 1)))
+
+
+def _merge(rank: int, folder: Path) -> None:
+    config = trainer.config.load(
+        None,
+        [
+            "output=run",
+            f"model.path={folder}/base",
+            "deepspeed=zero3",
+            "method=lora",
+            "model.dtype=fp32",
+            "model.vision=train",
+            "substrate.peft={peft_type: LORA, r: 2, target_modules: all-linear, lora_dropout: 0.0}",
+            "train.global_batch_size=4",
+            "train.steps=4",
+            "data.train=owner/name",
+        ],
+    )
+    tokenizer, cell = load_tokenizer(f"{folder}/base"), Cell(stage=3, steps=4)
+    ds = deepspeed_config(cell, micro_batch=2)
+    base = models.load(config.model, tokenizer, seed=0, deepspeed=ds)
+    with models.partitioned_creation(ds):
+        adapters = adapt(base.train(), config.substrate, stage=3, vision="train")
+    sparse = build.make_sparse(config, adapters.model, 4)
+    engine = make_engine(cell, adapters.model, sparse)
+    sparse.attach(engine)
+    objective = Objective(base, fused=True, deepspeed=ds)
+    for step in range(4):
+        train_step(cell, engine, step, rank)
+    export_merged(engine, adapters, tokenizer, folder / "model")
+    engine.destroy()
+    del objective
+
+
+def test_adapters_are_merged_into_the_published_model(tmp_path: Path) -> None:
+    """Those on a tower, which text does not train, leave it as it was."""
+    write_folder(tmp_path / "base", "gemma3")
+    distributed.run(_merge, tmp_path, ranks=2)
+    _is_published(tmp_path / "model", tmp_path / "base")
+
+
+def test_a_random_one_is_written_as_one_that_caches_keys(tmp_path: Path) -> None:
+    model = tiny_multimodal("gemma3")
+    text = model.config.text_config
+    assert not text.use_cache  # while it trains
+    write_model(model, gemma3_processor().tokenizer, tmp_path / "out", lambda piece: dict(piece.tensors))
+    assert AutoConfig.from_pretrained(tmp_path / "out").text_config.use_cache and not text.use_cache
 
 
 def test_one_of_them(tmp_path: Path) -> None:

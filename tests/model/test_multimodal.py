@@ -22,7 +22,7 @@ from trainer.model.adapters import adapt
 from trainer.model.blocks import BlockError, always_on, find
 from trainer.model.causality import check_causal
 from trainer.model.folder_checks import ModelError
-from trainer.model.fused_head import obstacle
+from trainer.model.fused_head import _without_blocks, obstacle
 from trainer.model.load import on_meta
 from trainer.model.loss import LossError
 
@@ -144,6 +144,8 @@ def test_the_fused_head_is_tried_without_the_towers_weights() -> None:
         with torch.device("meta"):
             model = tiny_multimodal(family, vocab_size=40_000)
         assert obstacle(model, find(model).path) is None
+        small = _without_blocks(model, find(model).path)
+        assert {p.is_meta for p in small.model.get_encoder(modality="image").parameters()} == {True}
     with torch.device("meta"):
         model = tiny_multimodal("llama4", vocab_size=40_000)
     assert "does not fit Llama4ForConditionalGeneration" in str(obstacle(model, find(model).path))

@@ -220,7 +220,7 @@ def write_merged(
         plain_twin(adapters, tied=tied),
         tokenizer,
         folder,
-        lambda piece: gather(merger.tensors(piece.path)),
+        lambda piece: gather(merger.tensors(piece)),
         convert=merge,
         step=step,
     )
@@ -238,7 +238,7 @@ def _still_tied(adapters: Adapted, gather: Callable[[dict[str, Tensor]], dict[st
 
     for piece in pieces(model):
         if any(t is end for t in piece.tensors.values() for end in ends):
-            tensors = gather(merger.tensors(piece.path))
+            tensors = gather(merger.tensors(piece))
             step(partial(note, piece, tensors))
     return step.share(len(set(digests)) == 1)
 

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 from trainer.checkpoint.identity import CALL_SETTINGS, plain_settings
 from trainer.data.errors import in_short
 from trainer.data.tokenizer import new_ids, tokenizer_identity
+from trainer.model.partitions import created_whole
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
@@ -128,7 +129,7 @@ def _as_built(model: PreTrainedModel, settings: Mapping[str, Any]) -> Pretrained
     """Return a configuration as a model that is built from it leaves it: some write into theirs."""
     config = type(model.config).from_dict(copy.deepcopy(dict(settings)))
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), created_whole():
             return type(model)(copy.deepcopy(config)).config
     except Exception:  # code that needs weights
         return config

@@ -40,6 +40,7 @@ from trainer.model.adapter_checks import (
 )
 from trainer.model.blocks import NEW_ROWS, full_shape
 from trainer.model.new_rows import WithNewRows, gathered
+from trainer.model.partitions import created_whole
 
 _WEIGHTS = "adapter_model.safetensors"
 # The names that PEFT gives a module inside its own.
@@ -159,7 +160,7 @@ def reads_base(substrate: AdapterSubstrate | FullSubstrate) -> bool:
 def twin(adapted: Adapted) -> PeftModel:
     """Return a second model with adapters, on the meta device except for its buffers, which are copies."""
     base = adapted.model.get_base_model()
-    with torch.device("meta"):
+    with torch.device("meta"), created_whole():
         model = type(base)(copy.deepcopy(base.config))
     config = _made_plainly(adapted.model.active_peft_config)  # PiSSA and its like would change the base again
     made = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)

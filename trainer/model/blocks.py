@@ -176,7 +176,8 @@ def pieces(model: nn.Module) -> list[Piece]:
     """Return all that a model's `state_dict` contains, in pieces small enough for memory, in the model's order.
 
     Tied tensors appear once, under the name that transformers looks for when it loads them. Unlike `find`, this takes
-    every outermost module list apart: which of them contains the blocks does not matter here.
+    every outermost module list apart: which of them contains the blocks does not matter here. What is outside the
+    lists is in the largest modules without a list, so that what PEFT wraps as a whole (`modules_to_save`) is together.
     """
     lists = [name for name, _ in _outermost_lists(model)]
     children = [f"{name}.{child}" for name in lists for child, _ in model.get_submodule(name).named_children()]
@@ -188,7 +189,9 @@ def pieces(model: nn.Module) -> list[Piece]:
             chosen[id(tensor)] = name
     found: dict[str, dict[str, Tensor]] = {}
     for name in chosen.values():
-        path = next((child for child in children if name.startswith(f"{child}.")), name.rpartition(".")[0])
+        around = [name[:end] for end, letter in enumerate(name) if letter == "."]
+        whole = (path for path in around if not any(f"{other}.".startswith(f"{path}.") for other in lists))
+        path = next((child for child in children if name.startswith(f"{child}.")), next(whole, name.rpartition(".")[0]))
         found.setdefault(path, {})[name] = tensors[name]
     return [Piece(path, parts) for path, parts in found.items()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from trainer.model.adapters import Adapted, twin
 from trainer.model.blocks import Piece
 from trainer.model.new_rows import fold
+from trainer.model.partitions import created_whole
 
 _BASE = "base_model.model."  # what PEFT puts before the names of the base
 
@@ -26,20 +28,26 @@ class Merger:
         self._adapted = adapted
         self._twin: Any = None
 
-    def tensors(self, path: str) -> dict[str, Tensor]:
-        """Return the live tensors of the adapted model from which the module `path` of the merged one is made."""
+    def tensors(self, piece: Piece) -> dict[str, Tensor]:
+        """Return the live tensors of the adapted model from which a piece of the merged one is made."""
         state = self._adapted.model.state_dict(keep_vars=True)
-        return {name: tensor for name, tensor in state.items() if name.startswith(f"{_BASE}{path}.")}
+        if _is_plain(piece, state):  # its module may have other pieces inside
+            owners = {_owner(f"{_BASE}{name}") for name in piece.tensors}
+            return {name: tensor for name, tensor in state.items() if _owner(name) in owners}
+        return {name: tensor for name, tensor in state.items() if name.startswith(f"{_BASE}{piece.path}.")}
 
     @torch.no_grad()
     def merge(self, piece: Piece, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the merged tensors of `piece`, in host memory. `tensors` are those of `tensors(piece.path)`, gathered.
+        """Return the merged tensors of `piece`, in host memory. `tensors` are those of `tensors(piece)`, gathered.
 
         Raises what PEFT raises if it cannot merge, and `RuntimeError` if a tensor is missing.
         """
+        tensors = fold(self._adapted.model, tensors)
+        if _is_plain(piece, tensors):
+            return {name: tensors[f"{_BASE}{name}"].detach() for name in piece.tensors}
         if self._twin is None:
             self._twin = twin(self._adapted)
-        self._twin.load_state_dict(fold(self._adapted.model, tensors), assign=True, strict=False)
+        self._twin.load_state_dict(tensors, assign=True, strict=False)
         base = self._twin.get_base_model()
         missing = [name for name, p in base.get_submodule(piece.path).named_parameters() if p.is_meta]
         if missing:
@@ -52,12 +60,21 @@ class Merger:
         return {name: state[name] for name in piece.tensors}
 
 
+def _is_plain(piece: Piece, state: Mapping[str, Tensor]) -> bool:
+    """Return whether PEFT has wrapped nothing in a piece: then `state` has all its tensors by their own names."""
+    return all(f"{_BASE}{name}" in state for name in piece.tensors)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def plain_twin(adapted: Adapted, *, tied: bool) -> PreTrainedModel:
     """Return the base without adapters, on the meta device: the structure of a merged model."""
     base = adapted.model.get_base_model()
     config = copy.deepcopy(base.config)
     config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = tied
-    with torch.device("meta"):
+    with torch.device("meta"), created_whole():
         model = type(base)(config).to(base.dtype)
     model.generation_config = base.generation_config
     return model

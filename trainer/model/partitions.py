@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from deepspeed import zero
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as active
 
 from trainer.model.weights import ModelFolder
 
@@ -42,6 +43,24 @@ def stored_tensors(model: PreTrainedModel) -> list[tuple[list[str], Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(found.values())
+
+
+@contextmanager
+def created_whole() -> Iterator[None]:
+    """Let transformers create whole models while inside, also while a ZeRO-3 configuration is active.
+
+    Parts of multimodal models are created by functions that would partition them, with collectives, on whichever rank
+    calls them.
+    """
+    # transformers (5.23) has no public function that returns the object.
+    found = active._hf_deepspeed_config_weak_ref
+    before = None if found is None else found()
+    active.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if before is not None:
+            active.set_hf_deepspeed_config(before)
 
 
 @contextmanager
