@@ -76,6 +76,6 @@ def test_the_bytes_that_id3_saves() -> None:
     ]
     said = " ".join(CHECKPOINTS.split())
     assert (
-        f"With ID3 it is {saved[0]} bytes for each weight of the budget, or {saved[1]} with "
+        f"With ID3, a checkpoint takes {saved[0]} bytes for each weight of the budget, or {saved[1]} with "
         "`update.bias_correction=local`" in said
     )
