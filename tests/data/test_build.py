@@ -117,6 +117,22 @@ def test_they_refuse_in_the_same_words(
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_they_say_what_the_tokenizer_lacks(
+    write: Callable[..., Path], tmp_path: Path, cores: Callable[[int], None], number: int
+) -> None:
+    """Other processes than the first find it: only late rows are conversations."""
+    cores(number)
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = None
+    texts = [{"prompt": "a", "completion": "b"} for _ in range(30)]
+    late = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError) as error:
+        tokenised(tmp_path, tokenizer, write(*texts, late))
+    (problem,) = error.value.problems
+    assert problem.startswith("model.tokenizer: has no chat template")
+
+
 def test_every_kind_of_file_makes_the_same(tmp_path: Path, cores: Callable[[int], None]) -> None:
     rows = [{name: row[name] for name in ("question", "answer")} for row in ROWS]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

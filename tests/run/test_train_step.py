@@ -265,7 +265,12 @@ def _probed(rank: int, where: str, weights: tuple[float, ...] | None) -> list[li
     """The first tokens of this rank's sequences in each probe; those of part p begin with 100 p + their number."""
     parts = [[{"input_ids": [100 * part + i, 1], "labels": [-100, 1]} for i in range(50)] for part in range(2)]
     data: Any = SimpleNamespace(
-        train=parts[0] + parts[1], sizes=[50, 50], weights=weights, eval=parts[1][:10], streams=None
+        train=parts[0] + parts[1],
+        sizes=[50, 50],
+        weights=weights,
+        eval=parts[1][:10],
+        streams=None,
+        has_images=False,
     )
     config: Any = SimpleNamespace(
         eval=CONFIG.eval,

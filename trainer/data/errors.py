@@ -17,6 +17,9 @@ class DataError(StrataError, ValueError):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
 
+    def __reduce__(self) -> tuple[type[DataError], tuple[list[str]]]:
+        return type(self), (self.problems,)  # processes that tokenise send it
+
 
 class BadRows:
     """Collect the rows of a source that cannot be used: `count` them, and keep what is wrong with the first ten.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -88,6 +89,8 @@ def _begin(work: Callable[[Any], Any]) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):  # they reach all processes, and the parent ends the others
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends processes by it
+    if torch := sys.modules.get("torch"):  # which processors of images use: a fork has none of its parent's threads
+        torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
