@@ -87,6 +87,21 @@ def _own_loop(rank: int, folder: Path) -> None:
     alone = trainer.prepare(tiny_llama(layers=4).bfloat16(), selector=Uniform(blocks=2))
     having(defined, "attach_without_checkpoints")(alone, _engine(alone))
 
+    rows = [{"prompt": f"{number}? ", "chosen": "yes", "rejected": "no"} for number in range(9)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = bytes_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    engine, _ = build(tiny_llama(layers=4, vocab=len(tokenizer)).bfloat16())
+    batches = having(defined, "batches")(str(folder / "pairs.jsonl"), tokenizer, 4)
+    before = having(defined, "reference")(engine, batches)
+    losses = [
+        having(defined, "dpo_step")(engine, *both) for _ in range(4) for both in zip(batches, before, strict=True)
+    ]
+    assert len(batches) == 2 and float(losses[0]) == pytest.approx(0.6931, abs=1e-3), (
+        "log 2: the policy is the reference"
+    )
+    assert losses[-1] < losses[0]
+
 
 def _engine(sparse: trainer.Sparse) -> Any:
     import deepspeed

@@ -19,7 +19,8 @@ class Row:
 
     `where` is how error messages name the row. `trains` says for each assistant message whether its tokens are targets.
     `verbatim` texts may contain control tokens, which others keep as text. `images` are those of all messages, in
-    order; the contents have `images.MARK` in their places.
+    order; the contents have `images.MARK` in their places. `rejected` is the same prompt with another answer, to which
+    that of this row is preferred.
     """
 
     where: str
@@ -30,6 +31,7 @@ class Row:
     tools: tuple[Mapping[str, Any], ...] = ()
     verbatim: bool = False
     images: tuple[Image, ...] = ()
+    rejected: Row | None = None
 
 
 # Returns a mapping without the keys that the user ignores, except for the named ones.

@@ -1,6 +1,6 @@
 """The format `preference`: two answers to a prompt, {prompt, chosen, rejected}, as texts or as lists of messages.
 
-A run trains on the chosen answer. A loop of one's own may have both, see `trainer.data.pairs`.
+A run trains on the chosen answer. `trainer.data.pairs` has both for a loop of one's own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ from trainer.data.formats.fields import answer, is_empty, kind, text
 
 
 def read(where: str, values: Mapping[str, Any]) -> Row:
-    """Read the prompt with the chosen answer. Raises `ValueError` for a row that `read_pair` refuses."""
-    chosen, _ = read_pair(where, values)
-    return chosen
-
-
-def read_pair(where: str, values: Mapping[str, Any]) -> tuple[Row, Row]:
-    """Read the prompt with the chosen answer, and with the rejected one.
+    """Read the prompt with the chosen answer; `rejected` of that row is the prompt with the rejected one.
 
     Lists of messages without a prompt, or with one that is the text of their last common message, begin with the
     conversation that both have in common. Raises `ValueError` if there is none, if the answers are equal, or if one is
@@ -36,7 +30,8 @@ def read_pair(where: str, values: Mapping[str, Any]) -> tuple[Row, Row]:
         if not isinstance(prompt, list):
             prompt, chosen, rejected = _apart(prompt, chosen, rejected)
         apart = {**values, "prompt": prompt, "chosen": chosen, "rejected": rejected}
-        return read_answer_to(where, apart, "prompt", "chosen"), read_answer_to(where, apart, "prompt", "rejected")
+        preferred, other = (read_answer_to(where, apart, "prompt", name) for name in ("chosen", "rejected"))
+        return replace(preferred, rejected=other)
     if any(isinstance(value, list) for value in (prompt, chosen, rejected)):
         raise ValueError(
             f"prompt: {kind(prompt)}, chosen: {kind(chosen)}, and rejected: {kind(rejected)}; all must be texts, or "
@@ -48,11 +43,8 @@ def read_pair(where: str, values: Mapping[str, Any]) -> tuple[Row, Row]:
             f"{beside[0]}: {kind(values[beside[0]])}, for which a row of texts has no place; write prompt, chosen and "
             f"rejected as lists of messages, or leave it out by ignore: [{beside[0]}]"
         )
-    begun = text(prompt, "prompt")
-    return (
-        Row(where, prompt=begun, answer=answer(chosen, "chosen"), verbatim=True),
-        Row(where, prompt=begun, answer=answer(rejected, "rejected"), verbatim=True),
-    )
+    other = Row(where, prompt=text(prompt, "prompt"), answer=answer(rejected, "rejected"), verbatim=True)
+    return replace(other, answer=answer(chosen, "chosen"), rejected=other)
 
 
 def _apart(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
