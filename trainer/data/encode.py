@@ -18,7 +18,7 @@ from trainer.data.control_tokens import ControlTokens, TokensInText
 from trainer.data.errors import MAX_PROBLEMS, BadRows, DataError
 from trainer.data.formats.base import Row
 from trainer.data.pictures import PicturedRow, Pictures
-from trainer.data.places import Places, by_places, ids_of
+from trainer.data.places import Places, by_overlap, ids_of
 from trainer.data.rendering import render, write
 from trainer.data.shapes import Shapes
 from trainer.data.templates import Templates
@@ -242,9 +242,9 @@ class Encoder:
         texts = [text if isinstance(text, str) else "" for *_, (text, _) in rendered]
         placed = self._places.find(texts, [spans for *_, (_, spans) in rendered])
         for (row, index, (text, spans)), found in zip(rendered, placed, strict=True):
-            ids, slices = found if isinstance(text, str) else by_places(text[0], text[1].__getitem__, spans)
+            ids, parts = found if isinstance(text, str) else by_overlap(*text, spans)
             labels = np.full_like(ids, IGNORED)
-            for part in slices:
+            for part in parts:
                 labels[part] = ids[part]
             yield row, index, ids, labels
 

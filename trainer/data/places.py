@@ -20,8 +20,8 @@ from trainer.data.tokenizer import byte_characters
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Ids, and slices of those whose text is in the spans.
-Placed = tuple[np.ndarray, list[slice]]
+# Ids, and for each span an index of those whose text is in it.
+Placed = tuple[np.ndarray, Sequence[slice | np.ndarray]]
 
 
 class Places:
@@ -80,6 +80,13 @@ def by_places(ids: Sequence[int], place: Callable[[int], Any], spans: Sequence[S
         for start, end in spans
     ]
     return np.asarray(ids, dtype=np.int32), slices
+
+
+def by_overlap(ids: Sequence[int], places: Sequence[Span], spans: Sequence[Span]) -> Placed:
+    """Return ids, int32, and which of them are in `spans`, by their `places`, which may be in any order: tokens that
+    are nowhere in the text, such as those of images, are at (0, 0)."""
+    starts, ends = np.asarray(places, dtype=np.int64).reshape(-1, 2).T
+    return np.asarray(ids, dtype=np.int32), [(starts < end) & (ends > start) for start, end in spans]
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
