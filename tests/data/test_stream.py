@@ -181,7 +181,7 @@ def test_a_bad_row_ends_a_run_by_file_and_line_when_its_window_comes(
     batches = order(streamed(tmp_path, path), batch=8)
     with pytest.raises(DataError, match=r"train\.jsonl:151: not JSON") as error:
         answers(batches, range(26))
-    assert len(error.value.problems) == 1
+    assert len(error.value.problems) == 2 and "data.on_bad_row=drop" in error.value.problems[1]
 
 
 def test_bad_rows_are_dropped_and_counted(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -209,6 +209,52 @@ def test_what_is_wrong_with_the_first_rows_is_said_at_the_start(
 ) -> None:
     with pytest.raises(DataError, match=match):
         streamed(tmp_path, write(*rows), **settings)
+
+
+def test_a_source_without_rows_is_refused_whatever_the_file(tmp_path: Path) -> None:
+    (tmp_path / "head.csv").write_text("question,answer\n")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "blank.jsonl").write_text("\n\n\n")
+    (tmp_path / "nothing.jsonl").write_text("")
+    parquet.write_table(pa.Table.from_pylist(ROWS).slice(0, 0), tmp_path / "none.parquet")
+    for name in ("head.csv", "list.json", "blank.jsonl", "nothing.jsonl", "none.parquet"):
+        with pytest.raises(DataError, match=rf"{name}: contains no rows; each must be \{{"):
+            streamed(tmp_path, tmp_path / name)
+
+
+def test_a_run_that_a_bad_row_ended_goes_on_without_it(write: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(*ROWS[:150], b"{", *ROWS[150:])
+    states, batches = [], order(streamed(tmp_path, path))
+    with pytest.raises(DataError, match=r"not JSON(.|\n)*resumed with data\.on_bad_row=drop"):
+        for step in range(26):
+            states.append(json.loads(json.dumps(batches.state(step))))
+            batches.choose(step)
+    dropped = order(streamed(tmp_path, path, on_bad_row="drop"))
+    expected = answers(dropped, range(50))
+    dropping = dropped.state(50)
+    assert 1 < len(states) < 26
+    for state in states:
+        again = order(streamed(tmp_path, path, on_bad_row="drop"))
+        step = again.resume(state)
+        assert answers(again, range(step, 50)) == expected[8 * step :]
+    with pytest.raises(DataError, match=r"data\.on_bad_row: 'drop' in the checkpoint, 'error' now"):
+        order(streamed(tmp_path, path)).resume(dropping)
+    with pytest.raises(DataError, match=r"data\.max_length: 64 in the checkpoint, 63 now") as error:
+        order(streamed(tmp_path, path, on_bad_row="drop", max_length=63)).resume(states[0])
+    assert len(error.value.problems) == 1
+
+
+def test_the_lines_of_rows_that_are_dropped_are_not_counted(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting reads the file from its beginning."""
+    refused = {"messages": [{"role": "x", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write(*[row for n in range(40) for row in (talk("hi", f"{n:03}"), talk("hi", f"{n:03}"), b"{", refused)])
+    data = streamed(tmp_path, path, on_bad_row="drop")
+    counted, count = [], units._Line.__str__
+    monkeypatch.setattr(units._Line, "__str__", lambda line: counted.append(line) or count(line))
+    answers(order(data, batch=8), range(10))
+    assert data.streams is not None and data.streams.num_bad == 80 and not counted
 
 
 def test_an_epoch_without_a_sample_ends_the_run(write: Callable[..., Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from trainer.data.further_keys import FurtherKeys
 from trainer.data.order import due_turns, whole_shares
 from trainer.data.pictures import Places
 from trainer.data.plain_files import Records
-from trainer.data.rows import RowReader, Unused
+from trainer.data.rows import RowReader, Unused, check_read
 from trainer.data.sample_files import batch_of, pack_table
 from trainer.data.tokenised import Part
 from trainer.data.units import Unit, units_of
@@ -82,7 +82,7 @@ class OpenSource:
                 break
         self._format, self._first = head.format, head.first
         if not self.units:
-            raise DataError([f"{self.path}: contains no rows"])
+            check_read(self.path, BadRows(self.path), 0)
 
     def reader(self, *, drop_bad: bool) -> tuple[RowReader, Unused, BadRows]:
         """Return a reader for the rows of a window, and what it collects."""
@@ -249,7 +249,10 @@ def preview(source: OpenSource, making: Making, seed: int) -> Part:
     """Tokenise the first rows of a source, and report on them. Raises `DataError` if they cannot be used."""
     from datasets import Dataset
 
-    encoded, (bad, *_), *_ = Stream([source], making, seed=seed).window(Place(0, 0, 0))
+    encoded, found, *_ = Stream([source], making, seed=seed).window(Place(0, 0, 0))
+    if not found:
+        check_read(source.path, BadRows(source.path), 0)
+    (bad,) = found
     outcomes = Outcomes()
     outcomes.add(encoded)
     every = np.full(len(encoded.outcomes), True)
