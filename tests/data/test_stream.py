@@ -225,7 +225,7 @@ def test_a_source_without_rows_is_refused_whatever_the_file(tmp_path: Path) -> N
 def test_a_run_that_a_bad_row_ended_goes_on_without_it(write: Callable[..., Path], tmp_path: Path) -> None:
     path = write(*ROWS[:150], b"{", *ROWS[150:])
     states, batches = [], order(streamed(tmp_path, path))
-    with pytest.raises(DataError, match=r"not JSON(.|\n)*resumed with data\.on_bad_row=drop"):
+    with pytest.raises(DataError, match=r"not JSON(.|\n)*resumed, with data\.on_bad_row=drop"):
         for step in range(26):
             states.append(json.loads(json.dumps(batches.state(step))))
             batches.choose(step)

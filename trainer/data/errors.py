@@ -25,11 +25,12 @@ class BadRows:
     """Collect the rows of a source that cannot be used: `count` them, and keep what is wrong with the first ten.
 
     With `drop` they are left out, unless they are more than the others. Otherwise the tenth ends the reading, and
-    `check` raises for fewer.
+    `check` raises for fewer, with `advice` as a last line.
     """
 
-    def __init__(self, path: str, *, drop: bool = False) -> None:
+    def __init__(self, path: str, *, drop: bool = False, advice: str = "") -> None:
         self._path, self._drop = path, drop
+        self._advice = [advice] if advice else []
         self.count = 0
         self.first: list[str] = []
 
@@ -39,7 +40,7 @@ class BadRows:
         if len(self.first) < MAX_PROBLEMS:
             self.first.append(problem)
         if len(self.first) == MAX_PROBLEMS and not self._drop:
-            raise DataError([*self.first, f"{self._path}: stopped after {MAX_PROBLEMS} problems"])
+            raise DataError([*self.first, f"{self._path}: stopped after {MAX_PROBLEMS} problems", *self._advice])
 
     def add_all(self, later: BadRows) -> None:
         """Add the rows that another one has collected from the rows after those of `self`."""
@@ -50,7 +51,7 @@ class BadRows:
     def check(self, num_used: int) -> None:
         """Raise `DataError` if there is any, unless they are dropped and not more than the `num_used` others."""
         if self.first and not self._drop:
-            raise DataError(self.first)
+            raise DataError([*self.first, *self._advice])
         if self.count > num_used > 0:
             raise DataError(
                 [

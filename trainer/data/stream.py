@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SHUFFLE_ROWS = 2048
 _LONGEST_HEAD = 1000  # records that are looked at for one that can be read
+# Up to a checkpoint no row was bad, so that its stream is the same if such rows are left out.
+_ADVICE = "such rows are left out if the run is started, or resumed, with data.on_bad_row=drop"
 
 
 class Place(NamedTuple):
@@ -86,7 +88,7 @@ class OpenSource:
 
     def reader(self, *, drop_bad: bool) -> tuple[RowReader, Unused, BadRows]:
         """Return a reader for the rows of a window, and what it collects."""
-        unused, bad = Unused(self.path, self._ignore), BadRows(self.path, drop=drop_bad)
+        unused, bad = Unused(self.path, self._ignore), BadRows(self.path, drop=drop_bad, advice=_ADVICE)
         return RowReader(self._format, unused, bad, first=self._first), unused, bad
 
     def check(self, rows: Sequence[Row], unused: Unused, encoder: Encoder) -> None:

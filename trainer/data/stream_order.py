@@ -10,6 +10,8 @@ from trainer.data.errors import DataError
 from trainer.data.order import Order
 from trainer.data.stream import Streams
 
+_ON_BAD_ROW = "data.on_bad_row"
+
 
 class StreamOrder(Order):
     """Take the samples of every step from streams. Every rank reads and tokenises all of them, and keeps its own.
@@ -30,6 +32,15 @@ class StreamOrder(Order):
     def state(self, step: int) -> dict[str, Any]:
         assert step == self._step, "the steps of a stream must follow each other"
         return {**super().state(step), "streams": [stream.state for stream in self._streams.streams]}
+
+    def _changes_of_data(self, state: Mapping[str, Any]) -> list[str]:
+        """A run that bad rows ended may go on without them: none was bad before the checkpoint."""
+        before, now = state.get("made_of") or {}, self._made_of
+        if (before.get(_ON_BAD_ROW), now.get(_ON_BAD_ROW)) == ("error", "drop"):
+            before = {**before, _ON_BAD_ROW: "drop"}
+            if before == now:
+                return []
+        return super()._changes_of_data({**state, "made_of": before})
 
     def resume(self, state: Mapping[str, Any]) -> int:
         self._step = super().resume(state)
