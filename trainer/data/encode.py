@@ -64,11 +64,15 @@ class Outcome(IntEnum):
 
 
 class Problem(NamedTuple):
-    """Why a row ends a run, by its index."""
+    """Why a row ends a run, by its index. A place of a stream is costly to write out."""
 
     row: int
     outcome: Outcome
-    text: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,8 @@ class Encoder:
                     images[len(samples)] = row.record
                 samples.append((ids[:kept], labels[:kept]))
             elif outcome == Outcome.TOO_LONG and self._overflow == "error":
-                text = f"{row.where}: {len(ids)} tokens, data.max_length is {self._max_length}"
-                problems.append(Problem(index, Outcome.TOO_LONG, text))
+                what = f"{len(ids)} tokens, data.max_length is {self._max_length}"
+                problems.append(Problem(index, Outcome.TOO_LONG, row.where, what))
         return Encoded(
             _joined([ids for ids, _ in samples]),
             _joined([labels for _, labels in samples]) != IGNORED,
@@ -189,7 +193,7 @@ class Encoder:
                 try:
                     made, found = self._render(row)
                 except RefusedRow as refused:
-                    problems.append(Problem(index, Outcome.REFUSED, f"{row.where}: {refused}"))
+                    problems.append(Problem(index, Outcome.REFUSED, row.where, str(refused)))
                     continue
                 rendered.append((made, index, found))
                 if not (isinstance(found[0], str) or row.images):
@@ -297,9 +301,9 @@ class Outcomes:
             if not chosen[problem.row]:
                 continue
             if problem.outcome == Outcome.REFUSED:
-                bad.add(problem.text)
+                bad.add(problem.where, problem.what)
                 continue
-            too_long.append(problem.text)
+            too_long.append(str(problem))
             if len(too_long) == MAX_PROBLEMS:
                 break
         else:

@@ -32,25 +32,30 @@ class BadRows:
         self._path, self._drop = path, drop
         self._advice = [advice] if advice else []
         self.count = 0
-        self.first: list[str] = []
+        self._first: list[tuple[str, str]] = []
 
-    def add(self, problem: str) -> None:
+    @property
+    def first(self) -> list[str]:
+        """Return where the first ten are, and what is wrong with them: places of a stream are costly to write out."""
+        return [f"{where}: {problem}" for where, problem in self._first]
+
+    def add(self, where: str, problem: object) -> None:
         """Record a row and what is wrong with it. Raises `DataError` at the tenth, unless they are dropped."""
         self.count += 1
-        if len(self.first) < MAX_PROBLEMS:
-            self.first.append(problem)
-        if len(self.first) == MAX_PROBLEMS and not self._drop:
+        if len(self._first) < MAX_PROBLEMS:
+            self._first.append((where, str(problem)))
+        if len(self._first) == MAX_PROBLEMS and not self._drop:
             raise DataError([*self.first, f"{self._path}: stopped after {MAX_PROBLEMS} problems", *self._advice])
 
     def add_all(self, later: BadRows) -> None:
         """Add the rows that another one has collected from the rows after those of `self`."""
-        for problem in later.first:
-            self.add(problem)
-        self.count += later.count - len(later.first)
+        for where, problem in later._first:
+            self.add(where, problem)
+        self.count += later.count - len(later._first)
 
     def check(self, num_used: int) -> None:
         """Raise `DataError` if there is any, unless they are dropped and not more than the `num_used` others."""
-        if self.first and not self._drop:
+        if self._first and not self._drop:
             raise DataError([*self.first, *self._advice])
         if self.count > num_used > 0:
             raise DataError(

@@ -106,7 +106,7 @@ class RowReader:
                     self.format, self.first = detect(values), where
                 yield _row(where, values, self.format, self.first, self._unused)
             except (ValueError, RecursionError) as problem:
-                self._bad.add(f"{where}: {problem}")
+                self._bad.add(where, problem)
 
     def detect_format(self, records: Iterable[tuple[str, Any]]) -> None:
         """Determine the format as `read` does, without reading rows."""

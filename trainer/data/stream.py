@@ -177,12 +177,12 @@ class Stream:
     def _refuse(self, encoded: Encoded, bad: Sequence[BadRows]) -> None:
         """Raise `DataError` for rows that cannot be rendered, unless the `bad` rows of their source drop them, and for
         rows that are too long, if that is an error."""
-        too_long = [problem.text for problem in encoded.problems if problem.outcome == Outcome.TOO_LONG]
+        too_long = [problem for problem in encoded.problems if problem.outcome == Outcome.TOO_LONG]
         if too_long:
             advice = "raise data.max_length, or set data.overflow to truncate or drop"
-            raise DataError([*too_long[:MAX_PROBLEMS], advice])
+            raise DataError([*map(str, too_long[:MAX_PROBLEMS]), advice])
         for problem in encoded.problems:
-            bad[problem.row].add(problem.text)
+            bad[problem.row].add(problem.where, problem.what)
         if not self._making.drop_bad:
             for one in dict.fromkeys(bad):
                 one.check(len(encoded.outcomes))
