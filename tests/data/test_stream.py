@@ -265,6 +265,39 @@ def test_an_epoch_without_a_sample_ends_the_run(write: Callable[..., Path], tmp_
         answers(batches, range(1))
 
 
+def test_a_resume_remembers_which_keys_of_messages_were_written(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template writes the reasoning of a last turn alone, which only the second window has."""
+    monkeypatch.setattr(units, "_BYTES", 2**16)  # one unit: rows in the order of the file
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'assistant' %}{% if loop.last %}"
+        "{{ message.reasoning_content }}{% endif %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    talks = [talk("q", "a") for _ in range(4)] + [talk("q", "a", "r", "b") for _ in range(16)]
+    for one in talks[2:]:
+        one["messages"][1]["reasoning_content"] = "why"
+    path = write(*talks)
+
+    def begun() -> StreamOrder:
+        settings: dict[str, Any] = {"streaming": True, "shuffle_rows": 2, "max_length": 64}
+        return order(tokenised(tmp_path, tokenizer, path, **settings), batch=2)
+
+    batches, states, steps = begun(), [], []
+    for step in range(13):
+        states.append(json.loads(json.dumps(batches.state(step))))
+        steps.append(seen(batches, range(step, step + 1)))
+    for step in (0, 1, 2, 3, 10, 12):
+        again = begun()
+        again.resume(states[step])
+        assert seen(again, range(step, step + 1)) == steps[step]
+        assert again.state(step + 1) == [*states, batches.state(13)][step + 1]
+    del states[0]["written"]
+    assert begun().resume(states[0]) == 0, "a checkpoint of an earlier version"
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 

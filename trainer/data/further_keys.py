@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,15 @@ class FurtherKeys:
         self._first: dict[Kind, str] = {}  # the first row that has them
         self._tries: Counter[Kind] = Counter()  # up to the one that succeeded
         self._written: set[Kind] = set()
+
+    @property
+    def written(self) -> list[list[str]]:
+        """Return the kinds that the template writes in some row, as plain JSON."""
+        return sorted(map(list, self._written))
+
+    def remember(self, written: Iterable[Sequence[str]]) -> None:
+        """Count kinds as `written` in rows that are not looked at again."""
+        self._written |= {(key, role) for key, role in written}
 
     @property
     def settled(self) -> frozenset[Kind]:

@@ -74,7 +74,7 @@ class OpenSource:
         found = units_of(source)
         self.path, self.units, self.content, self.about = source.path, found.units, found.content, found.about
         self._ignore = source.ignore
-        self._keys = FurtherKeys()
+        self.keys = FurtherKeys()
         self.ignored: dict[str, None] = {}
         head = RowReader(source.format, Unused(self.path, self._ignore), BadRows(self.path))
         for unit in self.units:
@@ -95,8 +95,8 @@ class OpenSource:
         """Raise `DataError` for columns, and keys of messages, that no sample contains, and for images."""
         if (pictured := next((row.where for row in rows if row.images), None)) is not None:
             raise DataError([f"data.streaming: true, but {pictured} has an image; set data.streaming=false"])
-        self._keys.look(rows, encoder.tokenizer, encoder.templates, self._keys.settled)
-        self._keys.report(unused)
+        self.keys.look(rows, encoder.tokenizer, encoder.templates, self.keys.settled)
+        self.keys.report(unused)
         self.ignored |= dict.fromkeys(unused.ignored)
         if unused.lost():
             raise DataError(unused.lost())

@@ -16,7 +16,8 @@ _ON_BAD_ROW = "data.on_bad_row"
 class StreamOrder(Order):
     """Take the samples of every step from streams. Every rank reads and tokenises all of them, and keeps its own.
 
-    Steps must follow each other; `resume` goes to that of a checkpoint, which records the place of each stream.
+    Steps must follow each other; `resume` goes to that of a checkpoint, which records the place of each stream, and
+    which keys of messages the chat template has written so far.
     """
 
     def __init__(self, streams: Streams, **settings: Any) -> None:
@@ -31,7 +32,11 @@ class StreamOrder(Order):
 
     def state(self, step: int) -> dict[str, Any]:
         assert step == self._step, "the steps of a stream must follow each other"
-        return {**super().state(step), "streams": [stream.state for stream in self._streams.streams]}
+        return {
+            **super().state(step),
+            "streams": [stream.state for stream in self._streams.streams],
+            "written": [source.keys.written for source in self._streams.sources],
+        }
 
     def _changes_of_data(self, state: Mapping[str, Any]) -> list[str]:
         """A run that bad rows ended may go on without them: none was bad before the checkpoint."""
@@ -44,9 +49,11 @@ class StreamOrder(Order):
 
     def resume(self, state: Mapping[str, Any]) -> int:
         self._step = super().resume(state)
-        places = state.get("streams")
+        places, written = state.get("streams"), state.get("written", [])
         if not isinstance(places, list) or len(places) != len(self._streams.streams):
             raise DataError(["data.streaming: the checkpoint does not record where its streams were; start anew"])
+        for source, kinds in zip(self._streams.sources, written, strict=False):  # earlier versions recorded none
+            source.keys.remember(kinds)
         for stream, place in zip(self._streams.streams, places, strict=True):
             stream.go_to(place)
         return self._step
