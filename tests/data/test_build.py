@@ -150,6 +150,32 @@ def test_every_kind_of_file_makes_the_same(tmp_path: Path, cores: Callable[[int]
     assert all(one == found[0] for one in found) and len(found[0][0][-1]) == len(rows)
 
 
+def test_pieces_of_long_rows_are_short_and_make_the_same(
+    tmp_path: Path, cores: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(1)
+    rows = [talk("q", "a" * (1 + n % 20)) for n in range(59)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    make, sizes = trainer.data.build._Work.__call__, []
+
+    def noted(work: Any, piece: Any) -> Any:
+        sizes.append(len(piece.records))
+        return make(work, piece)
+
+    monkeypatch.setattr(trainer.data.build._Work, "__call__", noted)
+    for name, most in (("a.jsonl", 600), ("a.parquet", 60)):
+        monkeypatch.setattr(trainer.data.build, "ROWS_PER_CHUNK", 30)
+        monkeypatch.setattr(trainer.data.build, "_MOST_CHARACTERS", 2**22)
+        whole = content(tokenised(tmp_path / "whole", bytes_tokenizer(), tmp_path / name))
+        assert sizes == [30, 29], name
+        sizes.clear()
+        monkeypatch.setattr(trainer.data.build, "_MOST_CHARACTERS", most)
+        assert content(tokenised(tmp_path / "pieces", bytes_tokenizer(), tmp_path / name)) == whole
+        assert sum(sizes) == 59 and all(1 < size < 10 for size in sizes[:-1]), (name, sizes)
+        sizes.clear()
+
+
 def test_pieces_are_taken_as_they_are_needed() -> None:
     """Memory does not grow with the input."""
     taken = 0

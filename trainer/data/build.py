@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -30,6 +30,8 @@ from trainer.data.workers import in_order
 TRAIN, HELD_OUT = "train", "held_out"  # the splits of a source in its folder of the cache
 # More processes than this do not get their pieces fast enough from the one that reads.
 _MOST_PROCESSES = 16
+# A piece of long rows ends before ROWS_PER_CHUNK: what is made of it takes many times its text in memory.
+_MOST_CHARACTERS = 2**22
 
 
 class _Piece(NamedTuple):
@@ -142,10 +144,35 @@ def _pieces(source: DataSource, opened: Opened, keys: FurtherKeys) -> Iterator[_
     reader = RowReader(source.format, Unused(source.path, source.ignore), BadRows(source.path))
     position = Position()
     records = opened.records(position)
-    while piece := list(islice(records, ROWS_PER_CHUNK)):
+    while piece := _next_piece(records):
         share = min(1.0, position.done / opened.size) if opened.size else 1.0
         yield _Piece(piece, reader.format, reader.first, keys.settled, share)
         reader.detect_format(piece)
+
+
+def _next_piece(records: Iterator[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Return the next records: ROWS_PER_CHUNK, or fewer whose text reaches _MOST_CHARACTERS."""
+    piece, size = [], 0
+    for record in islice(records, ROWS_PER_CHUNK):
+        piece.append(record)
+        size += _characters(record[1])
+        if size >= _MOST_CHARACTERS:
+            break
+    return piece
+
+
+def _characters(record: Any) -> int:
+    """Return the length of the texts in a record; of one that is a line of JSON, all of it."""
+    size, values = 0, [record]
+    while values:  # without recursion: a record may be nested deeply
+        value = values.pop()
+        if isinstance(value, str | bytes):
+            size += len(value)
+        elif isinstance(value, Mapping):
+            values += value.values()
+        elif isinstance(value, list | tuple):
+            values += value
+    return size
 
 
 class _Work:
