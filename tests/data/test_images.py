@@ -276,6 +276,34 @@ def test_templates_that_read_parts_alone_write_plain_texts_too(tmp_path: Path) -
     assert processor.tokenizer.decode(sample["input_ids"]) == "<|user|>hello<|eos|><|assistant|>grey<|eos|>"
 
 
+@pytest.mark.parametrize("spelling", ["messages", "prompt", "preference"])
+def test_images_in_a_column_beside_the_messages_are_in_their_places(tmp_path: Path, spelling: str) -> None:
+    """As in TRL's data sets."""
+    processor = gemma3_processor()
+    write_images(tmp_path)
+    files = ["drawn/1.png", "drawn/2.png"]
+    place, words = {"type": "image"}, {"type": "text", "text": "which is darker?"}
+    asked = {"role": "user", "content": [place, words, place]}
+    rows = {
+        "messages": {"messages": [asked, ANSWER]},
+        "prompt": {"prompt": [asked], "completion": [ANSWER]},
+        "preference": {"prompt": [asked], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "black"}]},
+    }
+    filled = [{"type": "image", "path": file} for file in files]
+    whole = {"messages": [{"role": "user", "content": [filled[0], words, filled[1]]}, ANSWER]}
+    found = []
+    for row in ({**rows[spelling], "images": files}, whole):
+        (tmp_path / "images.jsonl").write_text(json.dumps(row) + "\n")
+        found.append(prepared(tmp_path, processor).train[0])
+    assert found[0]["images"] == found[1]["images"]
+    for name in ("input_ids", "labels"):
+        assert np.array_equal(found[0][name], found[1][name])
+    for images, number in ((files[:1], 1), ([*files, "c.png"], 3)):
+        (tmp_path / "images.jsonl").write_text(json.dumps({**rows[spelling], "images": images}) + "\n")
+        with pytest.raises(DataError, match=rf"images: {number}, but the messages have 2 parts \{{type: image\}} for"):
+            prepared(tmp_path, processor)
+
+
 def test_images_that_come_late_are_recorded_by_every_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

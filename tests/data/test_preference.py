@@ -42,6 +42,11 @@ def test_conversations_in_every_spelling_of_the_prompt(row, write):
     assert contents(found.rejected) == ["1 + 1?", "2", "sure?", "3"] and found.rejected.trains == (False, True)
 
 
+def test_a_text_before_messages_is_what_the_user_says(write):
+    (row,) = rows_of(write({"prompt": "1 + 1?", "chosen": GOOD, "rejected": BAD}))
+    assert contents(row) == ["1 + 1?", "2"] and contents(row.rejected) == ["1 + 1?", "3"]
+
+
 def test_system_and_tools_belong_to_both(write):
     row = {"prompt": ASKED, "chosen": GOOD, "rejected": BAD, "system": "be short", "tools": [TOOL]}
     (chosen,) = rows_of(write(row))
@@ -62,7 +67,9 @@ def test_a_run_trains_on_what_was_chosen(write, tmp_path, tokenizer):
         ({**TEXTS, "rejected": "2"}, "chosen, rejected: they are the same, so that the row states no preference"),
         ({**TEXTS, "chosen": GOOD}, "all must be texts, or all lists of messages"),
         ({**TEXTS, "prompt": ASKED}, "all must be texts, or all lists of messages"),
-        ({"chosen": "a", "rejected": "b"}, "prompt: null, but a non-empty string is needed"),
+        ({"chosen": "a", "rejected": "b"}, "prompt: null, but texts need it: write there what both answers continue"),
+        ({**TEXTS, "rejected": None}, "rejected: null, so that the row states no preference"),
+        ({"prompt": ASKED, "chosen": None, "rejected": BAD}, "chosen: null, so that the row states no preference"),
         ({**TEXTS, "system": "s"}, 'system: string "s", for which a row of texts has no place'),
         ({"chosen": GOOD, "rejected": BAD}, "conversations without a prompt must begin with the same messages"),
         (

@@ -68,12 +68,22 @@ def test_a_page_marks_what_is_trained_on_and_escapes_the_rest(here, write, capsy
     assert len(Page((here / "two.html").read_text(encoding="utf-8")).pieces) == 2
 
 
-def test_a_page_that_cannot_be_written_is_refused(here, write, capsys):
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [
+        (".", "another kind of file; allowed: a name that ends in .html"),
+        ("train.jsonl", "another kind of file; allowed: a name that ends in .html"),
+        ("gone/page.html", "but gone is no folder; make it first"),
+        ("folder.html", "a folder; name a file in it"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_anything_takes_long(here, write, capsys, file, problem):
     write(CHAT)
-    for file in (".", "gone/page.html"):
-        assert main(["prepare", *SETTINGS, "data.train=train.jsonl", "--html", file]) == 2
-        said = capsys.readouterr().err
-        assert "--html: " in said and file in said and "Traceback" not in said
+    (here / "folder.html").mkdir()
+    before = (here / "train.jsonl").read_bytes()
+    assert main(["prepare", *SETTINGS, "data.train=train.jsonl", "--html", file]) == 2
+    assert capsys.readouterr().err.strip().endswith(f"--html: got {file!r}, {problem}")
+    assert (here / "train.jsonl").read_bytes() == before and not (here / "runs").exists()
 
 
 class Page(HTMLParser):

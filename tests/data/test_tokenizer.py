@@ -225,6 +225,7 @@ def test_tokens_are_added_to_tokenizers_in_python():
     [
         (["<a>", "<a>"], "got '<a>' twice"),
         (["a\n"], "got 'a\\\\n' with a character that cannot be printed"),
+        (["  "], "got '  ' of nothing but spaces"),
         ([""], "at least 1"),
     ],
 )

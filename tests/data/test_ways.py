@@ -270,7 +270,7 @@ def test_lists_and_objects_are_never_trained_on_as_text(tmp_path, row):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_declares_what_its_columns_contain(name):
     format = FORMATS[name]
-    others = {"alpaca": {"history"}, "qa": set(), "text": set()}.get(name, {"tools"})
+    others = {"alpaca": {"history"}, "qa": set(), "text": set()}.get(name, {"tools", "images"})
     assert not set(format.texts) & set(format.messages)
     assert {*format.columns, *format.optional} == {*format.texts, *format.messages} | others
 

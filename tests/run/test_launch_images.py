@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoProcessor
 
+from tests import forked
 from tests.launching import deepspeed, launch
 from tests.multimodal import write_folder, write_images
 from tests.run.whole_runs import numbers
@@ -43,6 +45,31 @@ def test_a_run_with_images_resumes_in_the_middle_of_an_epoch_bit_for_bit(tmp_pat
         assert (tmp_path / "again" / "model" / name).read_bytes() == (tmp_path / "run" / "model" / name).read_bytes()
     for name in files[1:]:
         assert (tmp_path / "run" / "model" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_model_with_new_tokens_keeps_its_processor_in_all_that_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "model"
+    write_folder(base, "gemma3")
+    write_images(tmp_path)
+    (tmp_path / "images.yaml").write_text(RECIPE)
+    words = ["images.yaml", "model.add_tokens=['<new>']", "always_on.embeddings=new_rows", "train.steps=2"]
+    done = forked.run([*words, "train.micro_batch_size=2", "checkpoint.every=2"], tmp_path, ranks=1)
+    assert done.code == 0, done.everything
+    run, out, delta, applied = (str(tmp_path / name) for name in ("run", "out", "delta", "applied"))
+    for command in (
+        ["export", run, out, "--base", str(base)],
+        ["export", run, delta, "--delta", "--base", str(base)],
+        ["apply", str(base), delta, applied],
+    ):
+        assert main(command) == 0, capsys.readouterr().err
+    for folder in (tmp_path / "run" / "model", tmp_path / "out", tmp_path / "applied"):
+        file = "processor_config.json"
+        assert (folder / file).read_bytes() == (base / file).read_bytes(), folder
+        processor = AutoProcessor.from_pretrained(folder)
+        assert len(processor.tokenizer.tokenize("a<new>b")) == 3
 
 
 def test_what_reads_text_only_refuses_the_keys_and_the_images(

@@ -44,9 +44,9 @@ COMMANDS = {
     ),
     "prepare": Command(
         "trainer.cli.prepare:main",
-        "RECIPE.yaml [key=value ...] [--show N]",
-        "tokenises the data into the cache, where training finds it, and reports on every source; needs no "
-        "accelerator. --show N prints N samples of every source",
+        "RECIPE.yaml [key=value ...] [--show N] [--html FILE]",
+        "tokenises the data into the cache, where training finds it, and reports on every source; needs no GPU. "
+        "--show N prints N samples of every source, --html FILE writes them to a page",
     ),
     "plan": Command(
         "trainer.cli.plan:main",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.cli.process import refuse, set_up_process
 from trainer.config import load, parse_command_line
-from trainer.config.text import printable
+from trainer.config.text import printable, quoted
 from trainer.errors import refusals
 
 EXIT_INTERRUPTED = 130  # as of a process that SIGINT has ended
@@ -35,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
         config = load(command.config_path, command.overrides)
     if refused:
         return refuse(refused[0], rank=0)
+    page_file = None if command.html is None else Path(command.html).expanduser()
+    if page_file is not None and (problem := _page_problem(page_file)):  # before anything takes long
+        return refuse(f"--html: got {quoted(str(command.html))}, {problem}", rank=0)
 
     set_up_process()
     from trainer.data.cache import tokenise_run
@@ -53,15 +56,22 @@ def main(argv: Sequence[str]) -> int:
         return refuse(refused[0], rank=0)
     about = [*describe(data, config.data.max_length), *describe_new_tokens(tokenizer, config.model.add_tokens)]
     summary = [printable(line) for line in about]
-    if command.html is None:
+    if page_file is None:
         colour = sys.stdout.isatty() or "FORCE_COLOR" in os.environ
         print("\n".join(shown(data, tokenizer, command.show, colour=colour)), end="\n" if command.show else "")
     else:
-        file = Path(command.html).expanduser()
         with refusals() as refused:
-            file.write_text(page(samples(data, tokenizer, command.show or ON_A_PAGE), summary), encoding="utf-8")
+            page_file.write_text(page(samples(data, tokenizer, command.show or ON_A_PAGE), summary), encoding="utf-8")
         if refused:
             return refuse(f"--html: {refused[0]}", rank=0)
-        print(f"Samples: {printable(str(file))}")
+        print(f"Samples: {printable(str(page_file))}")
     print("\n".join(summary))
     return 0
+
+
+def _page_problem(file: Path) -> str | None:
+    if file.suffix.lower() not in (".html", ".htm"):
+        return "another kind of file; allowed: a name that ends in .html"
+    if not file.parent.is_dir() or file.is_dir():
+        return f"but {file.parent} is no folder; make it first" if not file.is_dir() else "a folder; name a file in it"
+    return None

@@ -77,9 +77,15 @@ class ModelConfig(Section):
     @classmethod
     def _are_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for number, token in enumerate(value):
-            if not token.isprintable() or token in value[:number]:
-                what = "twice" if token in value[:number] else "with a character that cannot be printed"
-                raise ValueError(f"got {token!r} {what}; allowed: distinct texts of printable characters")
+            problem = None
+            if token in value[:number]:
+                problem = "twice"
+            elif not token.isprintable():
+                problem = "with a character that cannot be printed"
+            elif not token.strip():
+                problem = "of nothing but spaces"
+            if problem:
+                raise ValueError(f"got {token!r} {problem}; allowed: distinct texts of printable characters")
         return value
 
     @field_validator("random")

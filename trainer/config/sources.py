@@ -10,10 +10,10 @@ from pydantic import BaseModel
 FORMATS = {
     "alpaca": "{instruction, output}, optionally input, history, system",
     "qa": "{question, answer}, optionally context, system",
-    "prompt": "{prompt, completion}, texts, or lists of messages with optionally system, tools",
-    "preference": "{chosen, rejected} as TRL has them, of which chosen is trained on, optionally prompt, system, tools",
-    "messages": "{messages} as OpenAI writes them, optionally system, tools",
-    "sharegpt": "{conversations}, optionally system, tools",
+    "prompt": "{prompt, completion}, texts, or lists of messages with optionally system, tools, images",
+    "preference": "{chosen, rejected} as TRL has them, trains on chosen, optionally prompt, system, tools, images",
+    "messages": "{messages} as OpenAI writes them, optionally system, tools, images",
+    "sharegpt": "{conversations}, optionally system, tools, images",
     "text": "{text}, with the loss on every token",
 }
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")

@@ -29,9 +29,9 @@ _TEMPLATES = "additional_chat_templates"
 # Of tokenizers and processors, besides those that a tokenizer names itself.
 _TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
-    "tokenizer.model spiece.model sentencepiece.bpe.model tekken.json chat_template.json chat_template.jinja "
-    "preprocessor_config.json processor_config.json video_preprocessor_config.json"
+    "tokenizer.model spiece.model sentencepiece.bpe.model tekken.json chat_template.json chat_template.jinja"
 ).split()
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Terms that have to go with what is made of the model.
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _SHORT = 60
@@ -53,29 +53,45 @@ def restore_published(
         name = GENERATION_CONFIG_NAME
         said += _or_as_written(folder, [name], name, base, lambda: _generation(model, base, folder))
         code = base.glob("*.py") if getattr(model.config, "auto_map", None) else ()
-        for file in sorted([*code, *(file for pattern in _TERMS for file in base.glob(pattern))]):
-            try:
-                _copy(base, folder, file)
-            except OSError as error:  # no reason to lose a model
-                said.append(f"{file.name}: could not be copied from {base} ({error.strerror})")
-    return said + restore_tokenizer(tokenizer, folder, published=tokenizer_folder)
+        said += _copied(base, folder, sorted([*code, *(file for pattern in _TERMS for file in base.glob(pattern))]))
+    said += restore_tokenizer(tokenizer, folder, published=tokenizer_folder)
+    if base is not None:  # a tokenizer with tokens of the run's own is not that of a folder with a processor
+        said += _copied(base, folder, _lacking(folder, base, _PROCESSOR_FILES))
+    return said
 
 
 def restore_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, published: Path | None = None) -> list[str]:
     """Replace the tokenizer's files in `folder` by those in `published`, or where it was loaded from. Special tokens,
     settings and a chat template of the run's own are edited into them. Returns lines as `restore_published` does."""
-    names = (*_TOKENIZER_FILES, *tokenizer.vocab_files_names.values())
+    names = (*_TOKENIZER_FILES, *_PROCESSOR_FILES, *tokenizer.vocab_files_names.values())
     commit = tokenizer.init_kwargs.get("_commit_hash")
     base = published or _published_folder(tokenizer.name_or_path, (_TOKENIZER_CONFIG, "tokenizer.json"), commit)
     if base is None:
         return []
     if (ids := new_ids(tokenizer)) and published is None:  # published files cannot have them
         added = f"the tokenizer: with {len(ids)} new token{'s' * (len(ids) > 1)}, as transformers writes it"
-        return [added, *_misread(tokenizer, base, folder)]
+        code = [file.name for file in base.glob("*.py")] if "auto_map" in tokenizer.init_kwargs else []
+        copied = _copied(base, folder, _lacking(folder, base, [*_PROCESSOR_FILES, *code]))
+        return [added, *copied, *_misread(tokenizer, base, folder)]
     said = _or_as_written(
         folder, names, "the tokenizer", base, lambda: _tokenizer(tokenizer, base, folder, names), _TEMPLATES
     )
     return said + _misread(tokenizer, base, folder)
+
+
+def _copied(base: Path, folder: Path, files: Iterable[Path]) -> list[str]:
+    """Copy files of `base`. Returns a line for each that could not be copied."""
+    said = []
+    for file in files:
+        try:
+            _copy(base, folder, file)
+        except OSError as error:  # no reason to lose a model
+            said.append(f"{file.name}: could not be copied from {base} ({error.strerror})")
+    return said
+
+
+def _lacking(folder: Path, base: Path, names: Iterable[str]) -> list[Path]:
+    return [base / name for name in names if not (folder / name).exists()]
 
 
 def _published_folder(name_or_path: str | None, files: Iterable[str], commit: str | None) -> Path | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from trainer.data.formats.base import SYSTEM, Format, Ignore, Row, system_prompt
 from trainer.data.formats.fields import braces, is_empty, kind, parsed, plain, text
+from trainer.data.formats.images import COLUMN, MARK, Image, in_their_places, is_image, read_image
 from trainer.data.formats.images import KEYS as IMAGE_KEYS
-from trainer.data.formats.images import MARK, Image, is_image, read_image
 
 # The keys for the role and the content of a message, in each spelling, and the keys that both spellings have.
 _SPELLINGS = {"messages": ("role", "content"), "conversations": ("from", "value")}
@@ -29,6 +29,7 @@ SHAREGPT_ROLES = {
 
 
 def read(where: str, row: Mapping[str, Any], column: str) -> Row:
+    row = in_their_places(row, column)
     images: list[Image] = []
     messages, trains = _read_messages(row[column], column, _SPELLINGS[column], images)
     return _row(where, row, column, messages, trains, images)
@@ -36,6 +37,7 @@ def read(where: str, row: Mapping[str, Any], column: str) -> Row:
 
 def read_answer_to(where: str, row: Mapping[str, Any], prompt: str, answer: str) -> Row:
     """Read the messages in the columns `prompt` and `answer`; only those of the second are trained on."""
+    row = in_their_places(row, prompt, answer)
     images: list[Image] = []
     given, not_trained = _read_messages(row[prompt], prompt, _SPELLINGS["messages"], images)
     messages, trains = _read_messages(row[answer], answer, _SPELLINGS["messages"], images)
@@ -271,7 +273,7 @@ def conversation_format(
     return Format(
         columns,
         read,
-        optional=("tools", *SYSTEM),
+        optional=("tools", *SYSTEM, COLUMN),
         texts=SYSTEM,
         messages=columns,
         without_ignored=without_ignored,

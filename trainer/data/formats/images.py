@@ -13,6 +13,7 @@ from trainer.data.formats.fields import braces, kind
 
 # Stands in the content of a message for an image; a noncharacter, which no text contains.
 MARK = "\ufdd0"
+COLUMN = "images"  # those of a row, beside its messages
 _KEYS = ("path", "url", "image", "base64")
 _OPENAI = "image_url"
 KEYS = (*_KEYS, _OPENAI, "detail")  # the last one tells a service how many tokens to spend
@@ -42,7 +43,7 @@ def read_image(part: Mapping[str, Any], key: str) -> Image:
     if part["type"] == _OPENAI:
         address = part.get(_OPENAI)
         part = {"url": address.get("url") if isinstance(address, Mapping) else address}
-    given = [name for name in _KEYS if part.get(name) not in (None, "")]
+    given = _given(part)
     if len(given) != 1:
         raise ValueError(f"{key}: {braces(part)}, but {_NEEDED}, with one of these keys")
     name, value = given[0], part[given[0]]
@@ -64,3 +65,37 @@ def read_image(part: Mapping[str, Any], key: str) -> Image:
             return Image(path=value.removeprefix("file://"))
         raise ValueError(f"{key}: {value[:100]!r} is not fetched; download the image and give its path")
     return Image(path=value)
+
+
+def in_their_places(row: Mapping[str, Any], *columns: str) -> Mapping[str, Any]:
+    """Return a row whose column `images`, as TRL has it, is in the parts {type: image} of the messages in `columns`, in
+    order. Raises `ValueError` if there are more or fewer of them."""
+    given = row.get(COLUMN)
+    if given in (None, "", []):
+        return row
+    if not isinstance(given, list):
+        given = [given]
+    left = list(given)
+    places = 0
+
+    def filled(message: Any) -> Any:
+        nonlocal places
+        if not isinstance(message, Mapping):
+            return message
+        lists = {key: list(content) for key, content in message.items() if isinstance(content, list)}
+        for parts in lists.values():
+            for index, part in enumerate(parts):
+                if isinstance(part, Mapping) and part.get("type") == "image" and not _given(part):
+                    places += 1
+                    if left:
+                        parts[index] = {"type": "image", "image": left.pop(0)}
+        return {**message, **lists}
+
+    messages = {column: [filled(one) for one in row[column]] for column in columns if isinstance(row[column], list)}
+    if places != len(given):
+        raise ValueError(f"{COLUMN}: {len(given)}, but the messages have {places} parts {{type: image}} for them")
+    return {**row, **messages}
+
+
+def _given(part: Mapping[str, Any]) -> list[str]:
+    return [name for name in _KEYS if part.get(name) not in (None, "")]

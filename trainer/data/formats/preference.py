@@ -24,6 +24,9 @@ def read(where: str, values: Mapping[str, Any]) -> Row:
     """
     chosen, rejected = values["chosen"], values["rejected"]
     prompt = None if is_empty(values.get("prompt")) else values["prompt"]
+    missing = [name for name in ("chosen", "rejected") if values[name] is None]
+    if missing:
+        raise ValueError(f"{missing[0]}: null, so that the row states no preference")
     if chosen == rejected:
         raise ValueError("chosen, rejected: they are the same, so that the row states no preference")
     if isinstance(chosen, list) and isinstance(rejected, list):
@@ -43,13 +46,18 @@ def read(where: str, values: Mapping[str, Any]) -> Row:
             f"{beside[0]}: {kind(values[beside[0]])}, for which a row of texts has no place; write prompt, chosen and "
             f"rejected as lists of messages, or leave it out by ignore: [{beside[0]}]"
         )
+    if prompt is None:
+        raise ValueError("prompt: null, but texts need it: write there what both answers continue")
     other = Row(where, prompt=text(prompt, "prompt"), answer=answer(rejected, "rejected"), verbatim=True)
     return replace(other, answer=answer(chosen, "chosen"), rejected=other)
 
 
 def _apart(prompt: Any, chosen: list[Any], rejected: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the messages that both conversations begin with, and what each has after them."""
+    """Return the messages that both conversations begin with, and what each has after them. Without any, a text is what
+    the user says."""
     common = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))]
+    if not common and isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}], chosen, rejected
     if not common:
         raise ValueError("chosen, rejected: conversations without a prompt must begin with the same messages")
     last = common[-1].get("content") if isinstance(common[-1], Mapping) else None
