@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
+from filelock import FileLock
 
 import trainer.data.cache as data
 from tests import forked
@@ -94,6 +98,43 @@ def test_what_a_killed_process_left_is_cleared(write, tmp_path, tokenizer):
     leftover = folder.with_name(f"{folder.name}.{socket.gethostname()}.killed")
     folder.rename(leftover)
     assert folder_of(tokenise_file(path, tmp_path / "cache", tokenizer)).is_dir() and not leftover.exists()
+
+
+def test_what_killed_processes_left_of_other_samples_is_cleared_unless_they_still_build(write, tmp_path, tokenizer):
+    cache, host = tmp_path / "cache", socket.gethostname()
+    left = [f"{'a' * 32}.{host}.1f", f"{'a' * 32}.{host}.damaged.2f"]
+    kept = [f"{'b' * 32}.{host}.1f", f"{'a' * 32}.{host}.elsewhere.1f", f"{'a' * 32}.other.1f", "a" * 32, "mine"]
+    for name in (*left, *kept):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "train.arrow").write_bytes(b"x")
+    with FileLock(cache / f"{'b' * 32}.lock"):
+        tokenise_file(write(*QUESTIONS), cache, tokenizer)
+    assert not any((cache / name).exists() for name in left)
+    assert all((cache / name / "train.arrow").exists() for name in kept)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_leaves_nothing(write, tmp_path, number, code):
+    write(*QUESTIONS * 20_000)
+    (tmp_path / "a.yaml").write_text(
+        "output: runs/a\nmodel: {random: {model_type: llama}, tokenizer: bytes}\n"
+        "train: {steps: 1, global_batch_size: 1}\ndata: {train: train.jsonl, cache: cache}\n"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "prepare", "a.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 120
+    while not list((tmp_path / "cache").glob("*/train.arrow")):
+        assert command.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    command.send_signal(number)
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == code and "Stopped; the source" in said and "Traceback" not in said
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_faster_host_that_the_lock_did_not_reach_wins(write, tmp_path, tokenizer, monkeypatch):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trainer.cli.process import refuse, set_up_process
 from trainer.config import load, parse_command_line
 from trainer.config.text import printable, quoted
 from trainer.errors import refusals
 
-EXIT_INTERRUPTED = 130  # as of a process that SIGINT has ended
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143  # as of processes that SIGINT and SIGTERM have ended
 ON_A_PAGE = 20  # samples of each source
 USAGE = """Usage: python -m trainer prepare RECIPE.yaml [key=value ...] [--show N] [--html FILE]
 
@@ -25,8 +28,8 @@ page for a browser instead; N is then 20 unless --show is given.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, 2 after a message, or 130
-    after control-C."""
+    """Tokenise the data of the recipe in `argv` and report on it. Returns the exit code: 0, 2 after a message, 130
+    after control-C, or 143 after SIGTERM."""
     with refusals() as refused:
         command = parse_command_line(argv, options=("--show", "--html", "--help"))
         if command.show_help:
@@ -46,12 +49,12 @@ def main(argv: Sequence[str]) -> int:
     from trainer.data.tokenizer import describe_new_tokens, load_run_tokenizer
 
     try:
-        with refusals() as refused:
+        with _stopped_by_sigterm(), refusals() as refused:
             tokenizer = load_run_tokenizer(config.model)
             data = tokenise_run(config, tokenizer)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nStopped; the source that was being tokenised is not stored.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(stop, _Terminated) else EXIT_INTERRUPTED
     if refused:
         return refuse(refused[0], rank=0)
     about = [*describe(data, config.data.max_length), *describe_new_tokens(tokenizer, config.model.add_tokens)]
@@ -67,6 +70,23 @@ def main(argv: Sequence[str]) -> int:
         print(f"Samples: {printable(str(page_file))}")
     print("\n".join(summary))
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """Raised by SIGTERM, so that what is unfinished is removed as after control-C."""
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one must not end the removal
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _page_problem(file: Path) -> str | None:

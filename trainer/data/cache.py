@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import shutil
-import socket
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.schema import DataSource, RunConfig, TrainSource
 from trainer.data.build import HELD_OUT, TRAIN, Builder
-from trainer.data.cached import lock, read_cached, remove_damaged, seal
+from trainer.data.cached import lock, read_cached, remove_damaged, remove_leftovers, seal, unfinished
 from trainer.data.control_tokens import TokensInText
 from trainer.data.encode import Encoder, Overflow, Report
 from trainer.data.errors import DataError, in_short
@@ -294,12 +292,8 @@ class _Maker:
 
     def _build(self, folder: Path, source: DataSource, opened: Opened, eval_fraction: float) -> None:
         """Write every split to a temporary folder and rename it, so that a folder with the final name is complete."""
-        unfinished = f"{folder.name}.{socket.gethostname()}."
-        # Remove leftovers of a killed process; the lock allows it. Only those of this host, because some network file
-        # systems do not lock across hosts.
-        for leftover in folder.parent.glob(f"{unfinished}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary = folder.with_name(f"{unfinished}{uuid.uuid4().hex}")
+        remove_leftovers(folder)
+        temporary = unfinished(folder)
         temporary.mkdir()
         try:
             if self.pictures is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,31 @@ def remove_damaged(folder: Path, damage: ValueError) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         aside.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path) -> Path:
+    """Return a new name for a folder that is built before it is renamed to `folder`."""
+    return folder.with_name(f"{folder.name}.{socket.gethostname()}.{uuid.uuid4().hex}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in the cache of `folder`, whose lock the caller holds.
+
+    Other folders are cleared if their lock is free. Only leftovers of this host are removed, because some network file
+    systems do not lock across hosts.
+    """
+    from filelock import FileLock, Timeout
+
+    named = re.compile(rf"([0-9a-f]{{32}})\.{re.escape(socket.gethostname())}\.(damaged\.)?[^.]+")
+    for leftover in list(folder.parent.iterdir()):
+        if (found := named.fullmatch(leftover.name)) is None:
+            continue
+        if found[1] == folder.name:
+            shutil.rmtree(leftover, ignore_errors=True)
+            continue
+        # Another user's lock, for instance, cannot be taken.
+        with suppress(Timeout, OSError), FileLock(folder.with_name(f"{found[1]}.lock"), timeout=0):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
