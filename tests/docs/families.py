@@ -30,8 +30,8 @@ _HEAD = """\
 
 Each family by transformers' `model_type`, tried with a small random model. All of them train with LISA as in a plain
 PyTorch loop, within 1e-6 after two switches on two ranks under ZeRO-2 and ZeRO-3 (Gemma 3n and Gemma 4: closer than two
-plain loops whose weights begin one rounding apart). All are planned in fp32 and bf16, and exported from ZeRO-3 to a model
-that transformers opens, equal to the bit (not tried for those three; Kimi K2.5 of this size it does not open).
+plain loops whose weights begin one rounding apart). All are planned in fp32 and bf16, and exported from ZeRO-3 to a
+model that transformers opens, equal to the bit (not tried for those; Kimi K2.5 of this size it does not open).
 
 - *IST, LoRA*: `target_modules: all-linear` with dropout 0. Elsewhere PEFT refuses some of the layers: name the others.
 - *packing*: samples in a row do not see each other (`data.packing`).
