@@ -208,7 +208,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         text = f"{tokenizer.bos_token or ''}Question: {QUESTION}\nAnswer:"
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).strip()
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def free_port() -> int:
