@@ -25,11 +25,8 @@ class SampleOrder(Order):
     With `weights`, source i gets its share weights[i] / sum(weights) of every stretch of the stream, as nearly as whole
     samples allow; the samples of a source are permuted as those of the pool are.
 
-    Step s uses positions s * global_batch_size up to (s + 1) * global_batch_size of the stream, and may span epochs.
-    Neither the number of ranks nor the micro-batch size changes the samples of a step. With an equal micro-batch size
-    the micro-batches are the same, too, only dealt to other ranks.
-
-    What identifies the samples: see `Order`.
+    A step may span epochs. Which positions it uses, and what identifies the samples: see `Order`. With an equal
+    micro-batch size the micro-batches are the same on any number of ranks, only dealt to others.
     """
 
     def __init__(
@@ -37,24 +34,15 @@ class SampleOrder(Order):
         sizes: Sequence[int],
         *,
         seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        ranks: int,
         weights: Sequence[float] | None = None,
-        fingerprint: str = "",
-        made_of: Mapping[str, Any] | None = None,
-        earlier_fingerprint: str | None = None,
+        **settings: Any,
     ) -> None:
+        """Take `settings` as `Order` does."""
         if not sizes or min(sizes) < 1:
             raise ValueError(f"sizes are {list(sizes)}; at least one sample is needed, and one in every source")
         if weights is not None and (len(weights) != len(sizes) or min(weights) <= 0):
             raise ValueError(f"weights are {list(weights)}; one above 0 is needed for each of {len(sizes)} sources")
-        super().__init__(
-            sizes, seed=seed, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, rank=rank,
-            ranks=ranks, weights=weights, fingerprint=fingerprint, made_of=made_of,
-            earlier_fingerprint=earlier_fingerprint,
-        )  # fmt: skip
+        super().__init__(sizes, seed=seed, weights=weights, **settings)
         self._seed = seed
         # A pool is a mix of one source. Shares are integers, so that no rounding decides the order of turns.
         self._sizes = [sum(sizes)] if weights is None else list(sizes)

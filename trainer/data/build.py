@@ -45,7 +45,7 @@ class _Piece(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """What a process made of a piece. `failure` is an error that concerns the tokenizer, not a row."""
+    """Hold what a process made of a piece. `failure` is an error that concerns the tokenizer, not a row."""
 
     num_rows: int
     bad: BadRows

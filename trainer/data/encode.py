@@ -54,7 +54,7 @@ class Report:
 
 
 class Outcome(IntEnum):
-    """What became of a row: a sample, whole or cut to the limit, or why there is none."""
+    """Say what became of a row: a sample, whole or cut to the limit, or why there is none."""
 
     WHOLE = 0
     CUT = 1

@@ -52,7 +52,7 @@ class PicturedRow(Row):
 
 @dataclass(frozen=True)
 class Places:
-    """Where the images of a source are: `folder` is that of its data file, to which paths in rows are relative, and
+    """Say where the images of a source are: `folder` is that of its data file, to which paths in rows are relative, and
     `inline` that of images that are in the rows themselves."""
 
     folder: Path

@@ -38,7 +38,7 @@ _ADVICE = "such rows are left out if the run is started, or resumed, with data.o
 
 
 class Place(NamedTuple):
-    """Where a window begins: at a row of a unit, which is numbered in the order of the epoch."""
+    """Say where a window begins: at a row of a unit, which is numbered in the order of the epoch."""
 
     epoch: int
     unit: int
@@ -46,8 +46,8 @@ class Place(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What is made of the rows of a window, shuffled; the rows of each source that could not be used; the generator
-    that shuffled them; and where the next window begins."""
+    """Hold what is made of the rows of a window, shuffled; the rows of each source that could not be used; the
+    generator that shuffled them; and where the next window begins."""
 
     encoded: Encoded
     bad: list[BadRows]

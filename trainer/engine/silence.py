@@ -31,7 +31,7 @@ class Silence:
     """Find registered parameters that have had no gradient yet, at growing intervals, on all ranks together."""
 
     def __init__(self, registration: Registration, rare: Collection[str] = ()) -> None:
-        """Those named in `rare` are not looked at."""
+        """Look at no parameter that `rare` names."""
         self._registration = registration
         self._least_rate = _LEAST_RATE_IN_FP16 if registration.engine.fp16_enabled() else 0.0
         self._heard = {_shared_name(name) for name in rare}

@@ -19,7 +19,7 @@ from trainer.model.new_rows import WithNewRows, rows_in_table
 
 
 class _Context:
-    """What TRL's function (1.16) keeps between its forward and its backward."""
+    """Hold what TRL's function (1.16) keeps between its forward and its backward."""
 
     saved_tensors: tuple[Tensor | None, ...]
     needs_input_grad: tuple[bool, bool, bool]
